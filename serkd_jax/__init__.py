@@ -1,0 +1,1 @@
+"""serkd-jax: knowledge distillation for speech emotion recognition in JAX."""

@@ -1,0 +1,1 @@
+"""Corpora, audio and feature records, splits: the only part that imports TensorFlow."""

@@ -1,0 +1,1 @@
+"""Flax (linen) models: HuBERT, the teacher, the student and the curriculum policy."""
