@@ -1,0 +1,22 @@
+"""EMO-DB: 535 German utterances, 7 classes, 10 speakers, two held out per fold.
+
+    python -m serkd_jax.main --config=configs/emodb.py:logmel \
+        --config.data_dir=EMODB --workdir=runs/emodb
+
+``EMODB`` is the corpus as its authors ship it: the folder that holds ``wav``.
+
+``:logmel`` downloads nothing. Without it the features and the teacher are HuBERT-large.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The recipe."""
+    config = common.paper("iemocap")
+    config.corpus = "emodb"
+    config.max_frames = 150  # 3 s
+    config.protocol.groups_per_fold = 2
+    return common.with_preset(config, preset)

@@ -1,0 +1,22 @@
+"""A corpus of your own, listed in a CSV or JSONL manifest, or an EmoBox manifest.
+
+    python -m serkd_jax.main --config=configs/manifest.py:logmel \
+        --config.manifest=FILE --workdir=runs/mine
+
+Columns: ``path`` and ``label``; optional ``id``, ``speaker``, ``session``, ``split``, ``fold``.
+Paths are relative to the manifest, or to ``--config.data_dir``. Say what to hold out with
+``--config.protocol.split_by=speaker|session|fold|split|random``.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The recipe."""
+    config = common.paper("iemocap")
+    config.corpus = "manifest"
+    config.manifest = ""
+    config.label_map = ""  # JSON from the manifest's labels to class names; EmoBox's is found
+    return common.with_preset(config, preset)

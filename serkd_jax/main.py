@@ -1,0 +1,30 @@
+"""Runs an experiment: ``python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo``."""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from serkd_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment's recipe.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
+
+
+def main(argv: list[str]) -> None:
+    """Does what is left to do in the workdir and prints the results table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    from serkd_jax.experiment import Experiment  # slow to import, so after the flags are parsed
+
+    try:
+        report = Experiment(_CONFIG.value, Path(_WORKDIR.value)).run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{report}\nWritten to {_WORKDIR.value}/results.json and results.md")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,286 @@
+"""HuBERT checkpoints in Hugging Face format, from a folder or the hub, to Flax parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from serkd_jax.models.hubert import HubertModel, check_config
+
+if TYPE_CHECKING:
+    from transformers import HubertConfig
+
+CONFIG = "config.json"
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
+
+# Parts of fine-tuned checkpoints that HuBERT itself does not need.
+HEADS = re.compile(r"(lm_head|projector|classifier)\.|(masked_spec_embed|layer_weights)$")
+# The two spellings of torch's weight normalisation: magnitude and direction of a weight.
+WEIGHT_NORM = (
+    ("weight_g", "weight_v"),
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubertCheckpoint:
+    """A pre-trained HuBERT.
+
+    Attributes:
+        config: the architecture.
+        params: of `HubertModel(config)`, float32 NumPy arrays: `{"embed": ..., "encoder": ...}`.
+            Put them on the device once (`jax.device_put`), not with every call.
+        do_normalize: whether the model wants each clip with zero mean and unit variance.
+        sha256: of the files that were read, to tell what features were made with.
+    """
+
+    config: HubertConfig
+    params: dict[str, Any]
+    do_normalize: bool
+    sha256: str
+
+
+def load_hubert(name_or_path: str | Path, revision: str | None = None) -> HubertCheckpoint:
+    """Loads a HuBERT checkpoint; heads of fine-tuned models are left out.
+
+    Args:
+        name_or_path: a local folder, or a model's name on the Hugging Face hub.
+        revision: branch, tag or commit on the hub; None means its main branch.
+
+    Raises:
+        FileNotFoundError: the folder, the model or one of its files is not there.
+        ValueError: a file is damaged, the architecture is not supported, or the tensors are not
+            those of the architecture.
+        ImportError: there is only a `pytorch_model.bin` and torch is not installed.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(name_or_path), revision)
+    config = _read_config(folder / CONFIG)
+    weights = _weight_files(folder)
+    preprocessors = [file for name in PREPROCESSORS if (file := folder / name).exists()]
+    tensors: dict[str, np.ndarray] = {}
+    for file in weights:
+        tensors |= _read_torch(file) if file.suffix == ".bin" else _read_safetensors(file)
+    try:
+        params = convert_params(config, tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is not the model that its {CONFIG} describes: {error}"
+        ) from None
+    return HubertCheckpoint(
+        config=config,
+        params=params,
+        do_normalize=_read_do_normalize(preprocessors),
+        sha256=_sha256([folder / CONFIG, *preprocessors, *weights]),
+    )
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """Name in `transformers.HubertModel` of a parameter of our `HubertModel`.
+
+    For example `("encoder", "layers_3", "output_dense", "kernel")` is
+    `encoder.layers.3.feed_forward.output_dense.weight`. The values differ by the order of axes
+    alone: torch's is the reverse of Flax's for dense and convolution kernels alike.
+    """
+    name = ".".join(path)
+    name = re.sub(r"^embed\.", "", name)
+    name = re.sub(r"^pos_conv_embed\.", "encoder.pos_conv_embed.", name)
+    name = re.sub(r"\b(conv_layers|layers)_(\d+)\.", r"\1.\2.", name)
+    name = re.sub(r"\b(intermediate|output)_dense\.", r"feed_forward.\g<0>", name)
+    return re.sub(r"(kernel|scale)$", "weight", name)
+
+
+def convert_params(config: HubertConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Turns the tensors of a torch HuBERT into the parameters of `HubertModel(config)`.
+
+    Args:
+        config: the architecture.
+        tensors: by torch name, with or without the `hubert.` of fine-tuned models, any float type.
+
+    Raises:
+        ValueError: lists all tensors that are missing, unexpected or of another shape.
+    """
+    tensors = {name.removeprefix("hubert."): value for name, value in tensors.items()}
+    tensors = {name: value for name, value in tensors.items() if not HEADS.match(name)}
+    tensors = _fold_weight_norm(tensors)
+    expected = {torch_name(path): (path, shape) for path, shape in _param_shapes(config).items()}
+
+    problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        have, want = tensors[name].shape, expected[name][1][::-1]
+        if have != want:
+            problems.append(f"{name} has shape {have} instead of {want}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return traverse_util.unflatten_dict(
+        {
+            path: np.ascontiguousarray(tensors[name].T, dtype=np.float32)
+            for name, (path, _) in expected.items()
+        }
+    )
+
+
+def _param_shapes(config: HubertConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of each parameter, by its path; computes and allocates nothing."""
+    waveform = jax.ShapeDtypeStruct((1, 16_000), jnp.float32)
+    variables = jax.eval_shape(HubertModel(config).init, jax.random.key(0), waveform)
+    return {k: v.shape for k, v in traverse_util.flatten_dict(variables["params"]).items()}
+
+
+def _fold_weight_norm(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replaces each weight-normalised pair by its weight, g * v / |v|."""
+    tensors = dict(tensors)
+    for magnitude, direction in WEIGHT_NORM:
+        for name in [name for name in tensors if name.endswith(f".{direction}")]:
+            prefix = name.removesuffix(direction)
+            if prefix + magnitude not in tensors:
+                continue  # both halves will be reported: one missing, one unexpected
+            g = tensors.pop(prefix + magnitude).astype(np.float32)
+            v = tensors.pop(name).astype(np.float32)
+            axes = tuple(axis for axis, size in enumerate(g.shape) if size == 1)
+            norm = np.sqrt(np.square(v).sum(axes, keepdims=True))
+            tensors[f"{prefix}weight"] = v * (g / norm)
+    return tensors
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Downloads (once; the hub's cache is used) the files that `load_hubert` reads."""
+    import huggingface_hub
+
+    configs = [CONFIG, *PREPROCESSORS]
+    try:
+        for weights in (SAFETENSORS, TORCH):  # the second, as large as the first, only if needed
+            stem, suffix = weights.split(".")
+            patterns = [*configs, weights, f"{weights}.index.json", f"{stem}-*-of-*.{suffix}"]
+            folder = Path(
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+            )
+            if any(folder.glob(f"{stem}*.{suffix}")):
+                break
+    except (OSError, ValueError) as error:  # not found, gated, offline, not a valid name ...
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"{name!r} is neither a local folder nor a model{at} that could be fetched from the "
+            f"Hugging Face hub. Check the spelling; without network access, pass the path of a "
+            f"folder with {CONFIG} and {SAFETENSORS}. The hub's answer: {error}"
+        ) from error
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with the weights: one, or the shards that an index names; safetensors first."""
+    for name in (SAFETENSORS, TORCH):
+        if (file := folder / name).exists():
+            return [file]
+        if (index := folder / f"{name}.index.json").exists():
+            weight_map = _read_json(index).get("weight_map", {})
+            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            missing = [shard.name for shard in shards if not shard.exists()]
+            if missing or not shards:
+                raise FileNotFoundError(
+                    f"{index} names {', '.join(missing) or 'no files'}"
+                    f"{', missing in that folder' if missing else ''}: download the model again"
+                )
+            return shards
+    raise FileNotFoundError(f"{folder} has neither {SAFETENSORS} nor {TORCH}: no weights to load")
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    import safetensors
+
+    # bfloat16, which NumPy lacks, is read as the type that jax has registered with it.
+    with (
+        _damage_explained(file, safetensors.SafetensorError),
+        safetensors.safe_open(file, framework="numpy") as tensors,
+    ):
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _read_torch(file: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{file} is in torch's own format and there is no {SAFETENSORS} beside it. Reading "
+            'it needs torch: pip install "serkd-jax[torch]"'
+        ) from error
+    # torch raises whatever its zip or pickle reader stumbles over.
+    with _damage_explained(file, Exception):
+        # weights_only: a full pickle could run any code.
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _damage_explained(file: Path, errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size:,} bytes) cannot be read; it is truncated, damaged or "
+            f"a git-lfs pointer: delete it and download it again. The reader's words: {error}"
+        ) from error
+
+
+def _read_config(file: Path) -> HubertConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import HubertConfig
+
+    content = _read_json(file)
+    if (model_type := content.get("model_type")) != "hubert":
+        raise ValueError(f"{file} describes a model of type {model_type!r}, not 'hubert'")
+    try:
+        config = HubertConfig.from_dict(content)
+        check_config(config)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not an architecture that is supported: {error}") from error
+    return config
+
+
+def _read_do_normalize(files: list[Path]) -> bool:
+    """As transformers: a processor's file may hold the feature extractor; the default is True."""
+    for file in files:
+        content = _read_json(file)
+        content = content.get("feature_extractor", content)
+        if "do_normalize" in content:
+            return bool(content["do_normalize"])
+    return True
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file} is missing: a model's folder holds {CONFIG} and {SAFETENSORS}"
+        ) from None
+    except ValueError as error:  # not UTF-8 or not JSON
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object: download it again")
+    return content
+
+
+def _sha256(files: list[Path]) -> str:
+    """Digest over the names and contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""The teacher (Section 3.1): HuBERT's transformer layers, mean over frames, classifier."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from transformers import HubertConfig
+
+from serkd_jax.errors import UserError
+from serkd_jax.models.hubert import HubertLayers
+from serkd_jax.models.student import masked_mean, sinusoidal_positions
+
+
+class TeacherOutput(NamedTuple):
+    """What the teacher says of a batch."""
+
+    hidden: jax.Array  # (B, H) pooled encoder output, h(., T)
+    logits: jax.Array  # (B, C) ŷ(., T)
+
+
+class Classifier(nn.Module):
+    """H-128-64-C. The meta-teacher (Section 3.3) is a clone of this part, trained further."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """(B, H) -> (B, C) logits."""
+        hidden = nn.relu(nn.Dense(128, name="dense_0")(hidden))
+        hidden = nn.relu(nn.Dense(64, name="dense_1")(hidden))
+        return nn.Dense(self.num_classes, name="dense_2")(hidden)
+
+
+class Teacher(nn.Module):
+    """Fine-tuned part of the teacher: everything after the frozen front of HuBERT.
+
+    Attributes:
+        config: sizes and dropouts of the transformer layers.
+        num_classes: C.
+        patch_frames: 0 for frames that are what the layers read: of HuBERT's front, or
+            precomputed HuBERT features. For others, such as log-mel, how many of them a
+            convolution joins to one token, to which sinusoidal positions are added.
+    """
+
+    config: HubertConfig
+    num_classes: int
+    patch_frames: int = 0
+
+    @nn.compact
+    def __call__(
+        self, frames: jax.Array, frame_mask: jax.Array, deterministic: bool = True
+    ) -> TeacherOutput:
+        """Encodes and classifies.
+
+        Args:
+            frames: (B, T, H), or (B, T, N) with ``patch_frames``.
+            frame_mask: (B, T) bool, True at valid frames.
+            deterministic: whether dropout is off.
+        """
+        width = self.config.hidden_size
+        if self.patch_frames:
+            patch = (self.patch_frames,)
+            frames = nn.Conv(width, patch, strides=patch, name="patches")(frames)
+            frames = nn.LayerNorm(name="patch_norm")(frames)
+            frames += sinusoidal_positions(frames.shape[1], width)
+            frame_mask = frame_mask[:, :: self.patch_frames]
+        elif frames.shape[-1] != width:
+            raise UserError(
+                f"the teacher's layers are {width} wide but its input frames {frames.shape[-1]}: "
+                "set teacher.patch_frames or use another front-end"
+            )
+        encoded, _ = HubertLayers(self.config, name="encoder")(frames, frame_mask, deterministic)
+        hidden = masked_mean(encoded, frame_mask)
+        return TeacherOutput(hidden, Classifier(self.num_classes, name="classifier")(hidden))

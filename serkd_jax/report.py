@@ -1,0 +1,96 @@
+"""results.json, results.md and the table on the terminal."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serkd_jax.metrics import classification_metrics
+
+ROWS = ("teacher", "student", "meta_teacher", "distilled_student", "updated_student")
+
+
+def write_results(
+    workdir: Path,
+    corpus: str,
+    config: dict[str, Any],
+    class_names: list[str],
+    fold_predictions: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
+    params: dict[str, int],
+    notes: list[str],
+) -> str:
+    """Scores the test predictions; writes ``results.json`` and ``results.md``.
+
+    Args:
+        workdir: where to write.
+        corpus: its name.
+        config: the run's config.
+        class_names: C names.
+        fold_predictions: fold -> row -> (labels (n,), predictions (n,)).
+        params: parameter counts of teacher and student.
+        notes: sentences for the report, such as skipped files.
+
+    Returns:
+        The Markdown report.
+    """
+
+    def score(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        return classification_metrics(labels, predictions, len(class_names))
+
+    folds = {
+        fold: {row: score(*rows[row]) for row in ROWS} for fold, rows in fold_predictions.items()
+    }
+    overall = {}
+    for row in ROWS:
+        labels, predictions = zip(*(rows[row] for rows in fold_predictions.values()), strict=True)
+        overall[row] = score(np.concatenate(labels), np.concatenate(predictions))
+    results = {
+        "corpus": corpus,
+        "config": config,
+        "classes": class_names,
+        "folds": folds,
+        "overall": overall,
+        "params": params,
+    }
+    report = _markdown(results, notes)
+    write_atomically(workdir / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(workdir / "results.md", report)
+    return report
+
+
+def _markdown(results: dict[str, Any], notes: list[str]) -> str:
+    overall, folds, names = results["overall"], results["folds"], results["classes"]
+    lines = [
+        f"# {results['corpus']}",
+        "",
+        f"{overall['student']['n']} test utterances in {len(folds)} fold(s), {len(names)} classes; "
+        f"chance UA {100 / len(names):.1f} %. Scores in %, over the pooled test predictions.",
+        "",
+        "| model | UA | WA | wF1 |" + "".join(f" UA fold {fold} |" for fold in folds),
+        "|---|---|---|---|" + "---|" * len(folds),
+    ]
+    for row in ROWS:
+        scores = [overall[row][m] for m in ("ua", "wa", "wf1")]
+        scores += [fold[row]["ua"] for fold in folds.values()]
+        cells = "".join(f" {100 * score:.1f} |" for score in scores)
+        lines.append(f"| {row.replace('_', ' ')} |{cells}")
+    params = ", ".join(f"{name} {count:,}" for name, count in results["params"].items())
+    lines += ["", f"Parameters: {params}.", *notes]
+    lines += ["", "Confusion of the updated student (rows are true classes):", ""]
+    lines += ["| |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
+    for name, counts in zip(names, overall["updated_student"]["confusion"], strict=True):
+        lines.append(f"| {name} |" + "".join(f" {count} |" for count in counts))
+    return "\n".join(lines) + "\n"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

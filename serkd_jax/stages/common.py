@@ -1,0 +1,90 @@
+"""What every stage's step shares: the batch, the forward pass with dropout, the optimiser."""
+
+from typing import Any, TypedDict
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+class Batch(TypedDict):
+    """Examples of one step; B is the global batch, or a device's share of it.
+
+    Attributes:
+        inputs: (B, T, N) float16 features, or (B, samples) int16 audio.
+        length: (B,) int32 valid frames, or samples.
+        label: (B,) int32.
+        index: (B,) int32, the example's number in the corpus.
+        teacher_hidden: (B, H) float32, h(., T), where the stage needs it.
+    """
+
+    inputs: jax.Array
+    length: jax.Array
+    label: jax.Array
+    index: jax.Array
+    teacher_hidden: jax.Array
+
+
+def forward(
+    model: nn.Module,
+    params: Any,
+    inputs: jax.Array,
+    length: jax.Array,
+    dropout_keys: jax.Array | None = None,
+) -> Any:
+    """Applies ``model`` to a batch of (inputs, length).
+
+    Args:
+        model: maps (inputs, length, deterministic) to a tree of (B, ...) arrays.
+        params: its parameters.
+        inputs: (B, ...).
+        length: (B, ...) what the model takes as its second argument.
+        dropout_keys: (B,) one key per example, so that an example's dropout does not depend on
+            the device or the place in the batch where it lands; None turns dropout off.
+    """
+    if dropout_keys is None:
+        return model.apply({"params": params}, inputs, length)
+
+    def one(x: jax.Array, n: jax.Array, key: jax.Array) -> Any:
+        out = model.apply(
+            {"params": params}, x[None], n[None], deterministic=False, rngs={"dropout": key}
+        )
+        return jax.tree.map(lambda y: y[0], out)
+
+    return jax.vmap(one)(inputs, length, dropout_keys)
+
+
+def make_optimizer(
+    config: ConfigDict, learning_rate: float, total_steps: int
+) -> optax.GradientTransformation:
+    """AdamW with the config's weight decay, gradient clipping and schedule.
+
+    Args:
+        config: ``weight_decay``; ``clip_norm``, 0 for none; ``schedule``, ``constant`` or
+            ``cosine`` (to zero at ``total_steps``); ``warmup``, the share of the steps over
+            which the rate rises from 0.
+        learning_rate: the peak.
+        total_steps: length of the stage.
+    """
+    warmup_steps = round(config.warmup * total_steps)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    elif config.schedule == "constant":
+        after = optax.constant_schedule(learning_rate)
+    else:
+        raise ValueError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
+    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+    schedule = optax.join_schedules([warmup, after], [warmup_steps])
+    adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        if (config.clip_norm)
+        else adamw
+    )
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of (B, C) logits whose largest is the (B,) label."""
+    return (logits.argmax(-1) == labels).astype(jnp.float32).mean()

@@ -1,0 +1,278 @@
+"""Stage 4: the student's curriculum (Section 3.4, Eqs. 10-13).
+
+Tasks are parts of the training set. A policy reads the student's state and picks the task of the
+next batch; the updated student S' trains on it; the policy learns by REINFORCE from how often S'
+beats the frozen meta-teacher T' on a quiz batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from serkd_jax import losses, parallel
+from serkd_jax.augmentation import example_keys
+from serkd_jax.contrastive import Queue, enqueue, momentum_update
+from serkd_jax.models.policy import Policy
+from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.teacher import Classifier
+from serkd_jax.stages.common import Batch, forward
+from serkd_jax.stages.distill import DistillState
+from serkd_jax.stages.student import encode_keys, student_objective
+
+
+class Episode(struct.PyTreeNode):
+    """What the policy saw, did and earned in the episode so far; E steps long.
+
+    Attributes:
+        observations: (E, S) float32.
+        actions: (E,) int32.
+        rewards: (E,) float32.
+    """
+
+    observations: jax.Array
+    actions: jax.Array
+    rewards: jax.Array
+
+
+class CurriculumState(struct.PyTreeNode):
+    """Everything that the curriculum needs to go on.
+
+    Attributes:
+        step: () int32, steps taken; also the position in the data.
+        params: of S'.
+        opt_state: of its optimiser.
+        momentum_params: of the momentum encoder of S'.
+        queue: labelled keys of earlier batches.
+        adapter_params: of the distilled student's adapter, frozen.
+        meta_params: of T', frozen.
+        policy_params: of :class:`Policy`.
+        policy_opt_state: of its optimiser.
+        episode: the policy's present episode.
+        observation: (S,) what the policy saw when it chose ``task``.
+        task: () int32, the task of the next batch.
+        task_accuracy: (K,) running accuracy of S' on each task's batches.
+        task_reward: (K,) running reward after each task's batches.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    momentum_params: Any
+    queue: Queue
+    adapter_params: Any
+    meta_params: Any
+    policy_params: Any
+    policy_opt_state: Any
+    episode: Episode
+    observation: jax.Array
+    task: jax.Array
+    task_accuracy: jax.Array
+    task_reward: jax.Array
+
+
+class CurriculumBatch(TypedDict):
+    """A batch of the state's task, and a quiz batch."""
+
+    train: Batch
+    quiz: Batch
+
+
+def assign_tasks(
+    true_class_probability: np.ndarray, labels: np.ndarray, config: ConfigDict
+) -> np.ndarray:
+    """Numbers each training example's task, 0 the easiest.
+
+    Args:
+        true_class_probability: (n,) p_T'(y | h_T) of the meta-teacher.
+        labels: (n,) int.
+        config: the config's ``curriculum`` part. ``task_by='difficulty'`` cuts the examples,
+            ranked by the meta-teacher's probability, into ``num_tasks`` tiers of equal size;
+            ``'class'`` makes every class a task, ranked by its mean probability.
+    """
+    if config.task_by == "difficulty":
+        rank = np.argsort(np.argsort(-true_class_probability, kind="stable"), kind="stable")
+        return (rank * config.num_tasks // len(rank)).astype(np.int32)
+    if config.task_by == "class":
+        classes = np.unique(labels)
+        means = np.array([true_class_probability[labels == c].mean() for c in classes])
+        easiest_first = classes[np.argsort(-means, kind="stable")]
+        return np.argmax(labels[:, None] == easiest_first, axis=1).astype(np.int32)
+    raise ValueError(f"curriculum.task_by must be difficulty or class: {config.task_by!r}")
+
+
+def init_state(
+    distilled: DistillState,
+    optimizer: optax.GradientTransformation,
+    policy: Policy,
+    policy_optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    student_width: int,
+    rng: jax.Array,
+) -> CurriculumState:
+    """State before the first step: S' is a clone of the distilled student, T' is frozen.
+
+    Args:
+        distilled: the state that distillation ended with.
+        optimizer: of S'.
+        policy: picks tasks.
+        policy_optimizer: of the policy.
+        config: the config's ``curriculum`` part.
+        student_width: D.
+        rng: key of the policy's initial parameters and of the first task.
+    """
+    params = distilled.params["student"]
+    num_tasks = policy.num_tasks
+    observation = jnp.zeros(student_width + 2 * num_tasks + 1)
+    init_rng, task_rng = jax.random.split(rng)
+    policy_params = policy.init(init_rng, observation)["params"]
+    first_logits = policy.apply({"params": policy_params}, observation)
+    return CurriculumState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        momentum_params=distilled.momentum_params,
+        queue=distilled.queue,
+        adapter_params=distilled.params["adapter"],
+        meta_params=distilled.meta_params,
+        policy_params=policy_params,
+        policy_opt_state=policy_optimizer.init(policy_params),
+        episode=Episode(
+            jnp.zeros((config.episode_steps, observation.size)),
+            jnp.zeros(config.episode_steps, jnp.int32),
+            jnp.zeros(config.episode_steps),
+        ),
+        observation=observation,
+        task=jax.random.categorical(task_rng, first_logits).astype(jnp.int32),
+        task_accuracy=jnp.zeros(num_tasks),
+        task_reward=jnp.zeros(num_tasks),
+    )
+
+
+def make_step(
+    student: Student,
+    adapter: Adapter,
+    classifier: Classifier,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    policy_optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    total_steps: int,
+    axis: str | None = None,
+) -> Callable[
+    [CurriculumState, CurriculumBatch, jax.Array], tuple[CurriculumState, dict[str, jax.Array]]
+]:
+    """Makes the pure step: train S', observe, reward, and let the policy choose and learn.
+
+    Args:
+        student: S'.
+        adapter: maps F(., S') to the teacher's width.
+        classifier: T'.
+        policy: picks tasks.
+        optimizer: of S'.
+        policy_optimizer: of the policy.
+        config: the whole config; ``contrastive`` and ``curriculum`` are read.
+        total_steps: steps of the stage, for the progress that the policy sees.
+        axis: name of the device axis under pmap.
+    """
+    curriculum = config.curriculum
+
+    def train_student(
+        state: CurriculumState, batch: Batch, rng: jax.Array
+    ) -> tuple[CurriculumState, jax.Array, dict[str, jax.Array]]:
+        """One step of S' on Eq. 10; also the mean pooled embedding (D,) of the batch."""
+        dropout_rng, mask_rng = jax.random.split(rng)
+        keys, key_labels = encode_keys(
+            student, state.momentum_params, batch, mask_rng, config.contrastive, axis
+        )
+        features = batch["inputs"].astype(jnp.float32)
+        dropout_keys = example_keys(dropout_rng, batch["index"])
+
+        def objective(params: Any) -> tuple[jax.Array, tuple]:
+            out = forward(student, params, features, batch["length"], dropout_keys)
+            loss, metrics = student_objective(
+                out, batch["label"], keys, key_labels, state.queue, config.contrastive
+            )
+            adapted = adapter.apply({"params": state.adapter_params}, out.hidden)
+            teacher_logits = classifier.apply({"params": state.meta_params}, adapted)
+            consistency = losses.mean_consistency(teacher_logits, out.logits, batch["label"])
+            loss = losses.updated_student_loss(loss, consistency)
+            metrics = {"loss": loss, "consistency": consistency, **metrics}
+            return loss, (out.hidden.mean(0), metrics)
+
+        grads, aux = jax.grad(objective, has_aux=True)(state.params)
+        grads, (embedding, metrics) = parallel.device_mean((grads, aux), axis)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            momentum_params=momentum_update(
+                state.momentum_params, params, config.contrastive.momentum
+            ),
+            queue=enqueue(state.queue, keys, key_labels),
+        )
+        return state, embedding, metrics
+
+    def quiz_reward(state: CurriculumState, quiz: Batch) -> jax.Array:
+        """Eq. 13 on the quiz batch, both models frozen."""
+        features = quiz["inputs"].astype(jnp.float32)
+        student_logits = forward(student, state.params, features, quiz["length"]).logits
+        teacher_logits = classifier.apply({"params": state.meta_params}, quiz["teacher_hidden"])
+        reward = losses.reward(student_logits, teacher_logits, quiz["label"])
+        return parallel.device_mean(reward, axis)
+
+    def update_policy(state: CurriculumState) -> CurriculumState:
+        """REINFORCE on the finished episode."""
+        returns = losses.discounted_returns(state.episode.rewards, curriculum.discount)
+
+        def objective(policy_params: Any) -> jax.Array:
+            logits = policy.apply({"params": policy_params}, state.episode.observations)
+            return losses.reinforce(logits, state.episode.actions, returns)
+
+        grads = jax.grad(objective)(state.policy_params)
+        updates, opt_state = policy_optimizer.update(
+            grads, state.policy_opt_state, state.policy_params
+        )
+        policy_params = optax.apply_updates(state.policy_params, updates)
+        return state.replace(policy_params=policy_params, policy_opt_state=opt_state)
+
+    def step(state: CurriculumState, batch: CurriculumBatch, rng: jax.Array) -> tuple:
+        train_rng, task_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        task, slot = state.task, state.step % curriculum.episode_steps
+        state, embedding, metrics = train_student(state, batch["train"], train_rng)
+        reward = quiz_reward(state, batch["quiz"])
+        state = state.replace(
+            task_accuracy=_follow(
+                state.task_accuracy, task, metrics["accuracy"], curriculum.running_rate
+            ),
+            task_reward=_follow(state.task_reward, task, reward, curriculum.running_rate),
+            episode=Episode(
+                state.episode.observations.at[slot].set(state.observation),
+                state.episode.actions.at[slot].set(task),
+                state.episode.rewards.at[slot].set(reward),
+            ),
+        )
+        episode_ended = slot == curriculum.episode_steps - 1
+        state = jax.lax.cond(episode_ended, update_policy, lambda s: s, state)
+        progress = state.step / total_steps
+        observation = jnp.concatenate(
+            [embedding, state.task_accuracy, state.task_reward, progress[None]]
+        )
+        logits = policy.apply({"params": state.policy_params}, observation)
+        next_task = jax.random.categorical(task_rng, logits).astype(jnp.int32)
+        state = state.replace(observation=observation, task=next_task)
+        return state, {**metrics, "reward": reward, "task": task.astype(jnp.float32)}
+
+    return step
+
+
+def _follow(running: jax.Array, task: jax.Array, value: jax.Array, rate: float) -> jax.Array:
+    """Moves ``running[task]`` towards ``value``."""
+    return running.at[task].add(rate * (value - running[task]))

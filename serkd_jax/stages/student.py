@@ -1,0 +1,141 @@
+"""Stage 2: the undistilled student with its contrastive branch (Section 3.2.1, Eqs. 2-3)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from serkd_jax import losses, parallel
+from serkd_jax.augmentation import example_keys, spec_augment
+from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
+from serkd_jax.models.student import Student, StudentOutput
+from serkd_jax.stages.common import Batch, accuracy, forward
+
+
+class StudentState(struct.PyTreeNode):
+    """Everything that the student's training needs to go on.
+
+    Attributes:
+        step: () int32, steps taken; also the position in the data.
+        params: of :class:`Student`.
+        opt_state: of the optimiser.
+        momentum_params: of the momentum encoder, a copy of ``params`` that follows them.
+        queue: labelled keys of earlier batches.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    momentum_params: Any
+    queue: Queue
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, config: ConfigDict, projection_dim: int
+) -> StudentState:
+    """State before the first step; ``config`` is the config's ``contrastive`` part."""
+    return StudentState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        momentum_params=jax.tree.map(jnp.copy, params),
+        queue=empty_queue(config.queue_size, projection_dim),
+    )
+
+
+def encode_keys(
+    student: Student,
+    momentum_params: Any,
+    batch: Batch,
+    rng: jax.Array,
+    config: ConfigDict,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The momentum encoder's keys of the SpecAugmented batch, of all devices.
+
+    Returns:
+        keys (B, P) and their labels (B,), B the global batch.
+    """
+    masked = spec_augment(
+        example_keys(rng, batch["index"]),
+        batch["inputs"].astype(jnp.float32),
+        batch["length"],
+        config.max_frequency_mask,
+        config.max_time_mask,
+    )
+    keys = forward(student, momentum_params, masked, batch["length"]).projection
+    return parallel.device_gather((keys, batch["label"]), axis)
+
+
+def student_objective(
+    out: StudentOutput,
+    labels: jax.Array,
+    keys: jax.Array,
+    key_labels: jax.Array,
+    queue: Queue,
+    config: ConfigDict,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Eq. 2 (and Eq. 11) of one batch against its keys and the queue, with its parts by name."""
+    contrastive = losses.supervised_contrastive(
+        out.projection,
+        labels,
+        jnp.concatenate([keys, queue.keys]),
+        jnp.concatenate([key_labels, queue.labels]),
+        config.temperature,
+    )
+    cross_entropy = losses.cross_entropy(out.logits, labels)
+    loss = losses.student_loss(cross_entropy, contrastive, config.weight)
+    return loss, {
+        "cross_entropy": cross_entropy,
+        "contrastive": contrastive,
+        "accuracy": accuracy(out.logits, labels),
+    }
+
+
+def make_step(
+    student: Student,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    axis: str | None = None,
+) -> Callable[[StudentState, Batch, jax.Array], tuple[StudentState, dict[str, jax.Array]]]:
+    """Makes the pure training step; ``config`` is the config's ``contrastive`` part."""
+
+    def step(state: StudentState, batch: Batch, rng: jax.Array) -> tuple:
+        dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        keys, key_labels = encode_keys(
+            student, state.momentum_params, batch, mask_rng, config, axis
+        )
+        features = batch["inputs"].astype(jnp.float32)
+        dropout_keys = example_keys(dropout_rng, batch["index"])
+
+        def loss_fn(params: Any) -> tuple[jax.Array, dict]:
+            out = forward(student, params, features, batch["length"], dropout_keys)
+            return student_objective(out, batch["label"], keys, key_labels, state.queue, config)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            momentum_params=momentum_update(state.momentum_params, params, config.momentum),
+            queue=enqueue(state.queue, keys, key_labels),
+        )
+        return state, metrics
+
+    return step
+
+
+def make_predict(student: Student) -> Callable[[Any, Batch], StudentOutput]:
+    """Makes the deterministic forward pass of (student parameters, batch)."""
+
+    def predict(params: Any, batch: Batch) -> StudentOutput:
+        return forward(student, params, batch["inputs"].astype(jnp.float32), batch["length"])
+
+    return predict

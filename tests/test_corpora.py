@@ -1,0 +1,456 @@
+"""Corpora: what is listed, what a fingerprint sees, what becomes of unusable files."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from serkd_jax.data import records
+from serkd_jax.data.corpora import CorpusError, EmoDB, Manifest, Synthetic, make_corpus
+from serkd_jax.data.records import RecordsError, load_table, prepare_records
+
+SHARED = Path(__file__).parents[2] / "shared" / "corpora"
+needs_corpora = pytest.mark.skipif(
+    not (SHARED / "emobox").is_dir(), reason="no ../shared/corpora beside the repository"
+)
+
+
+def write_wav(path, seed=0, num_samples=2000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(seed).normal(0, 0.1, num_samples), 16_000)
+    return path
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def emodb(tmp_path):
+    """Seven emotions, with the litter that macOS and people leave."""
+    for seed, name in enumerate(["03a01Wa", "03a01Lb", "08b02Ea", "08a05Ab"]):
+        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
+    for seed, name in enumerate(["16b10Fa", "16b10Tc", "16b10Na"]):
+        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
+    (tmp_path / "emodb" / "wav" / "._03a01Wa.wav").write_bytes(b"litter")
+    (tmp_path / "emodb" / "wav" / "readme.txt").write_text("hello")
+    return tmp_path / "emodb"
+
+
+@pytest.fixture
+def audio_folder(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_wav(tmp_path / "data" / f"{name}.wav", seed)
+    return tmp_path / "data"
+
+
+def manifest_of(tmp_path, text, name="m.csv", **settings):
+    (tmp_path / name).write_text(text)
+    return Manifest(str(tmp_path / name), data_dir=str(tmp_path / "data"), **settings)
+
+
+# EMO-DB
+
+
+@pytest.mark.parametrize("sub", ["", "wav"])
+def test_emodb_names_tell_speaker_and_emotion(emodb, sub):
+    corpus = EmoDB(str(emodb / sub))
+    assert [(u.id, u.speaker, u.label) for u in corpus.utterances] == [
+        ("03a01Lb", "03", "boredom"),
+        ("03a01Wa", "03", "anger"),
+        ("08a05Ab", "08", "fear"),
+        ("08b02Ea", "08", "disgust"),
+        ("16b10Fa", "16", "happiness"),
+        ("16b10Na", "16", "neutral"),
+        ("16b10Tc", "16", "sadness"),
+    ]
+    assert corpus.skipped == []
+
+
+def test_emodb_classes_are_the_seven_emotions_even_in_a_part_of_it(emodb):
+    (emodb / "wav" / "16b10Tc.wav").unlink()
+    assert EmoDB(str(emodb)).class_names == (
+        *("anger", "boredom", "disgust", "fear", "happiness", "neutral", "sadness"),
+    )
+
+
+def test_emodb_file_of_another_name_is_skipped_and_reported(emodb, tmp_path):
+    write_wav(emodb / "wav" / "copy of 03a01Wa.wav")
+    table = load_table(prepare_records(EmoDB(str(emodb)), tmp_path))
+    assert len(table) == 7
+    assert [skip["id"] for skip in table.skipped] == ["copy of 03a01Wa"]
+    assert "not an EMO-DB file name" in table.skipped[0]["reason"]
+
+
+def test_emodb_folder_that_is_missing_empty_or_not_given_is_an_error(tmp_path):
+    for folder, problem in [
+        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path, "holds no file named like"),
+        ("", "needs data_dir"),
+    ]:
+        with pytest.raises(CorpusError, match=problem):
+            EmoDB(str(folder)).utterances  # noqa: B018
+
+
+@needs_corpora
+def test_the_real_emodb_has_the_published_counts():
+    corpus = make_corpus("emodb", data_dir=str(SHARED / "emodb"))
+    assert Counter(u.label for u in corpus.utterances) == {
+        "anger": 127,
+        "boredom": 81,
+        "disgust": 46,
+        "fear": 69,
+        "happiness": 71,
+        "neutral": 79,
+        "sadness": 62,
+    }
+    assert len({u.speaker for u in corpus.utterances}) == 10
+
+
+# Manifests
+
+
+def test_csv_manifest_with_all_columns(tmp_path, audio_folder):
+    corpus = manifest_of(
+        tmp_path,
+        "id,path,label,speaker,session,split,fold,comment\n"
+        'u2,a.wav,sad,s1,1,train,2,"long, quiet"\n'
+        "u1,b.wav,happy,s2,2,test,1,\n",
+    )
+    first, second = corpus.utterances
+    assert (first.id, first.label, first.speaker) == ("u1", "happy", "s2")
+    assert (second.session, second.split, second.fold) == ("1", "train", "2")
+    assert corpus.class_names == ("happy", "sad")
+    assert Path(first.path) == audio_folder / "b.wav"
+
+
+def test_csv_and_jsonl_of_the_same_rows_are_the_same_corpus(tmp_path, audio_folder):
+    csv = manifest_of(tmp_path, "\ufeffpath,label\na.wav,sad\nb.wav,happy\n")
+    jsonl = manifest_of(
+        tmp_path,
+        '{"path": "a.wav", "label": "sad"}\n\n{"path": "b.wav", "label": "happy", "fold": null}\n',
+        "m.jsonl",
+    )
+    assert csv.utterances == jsonl.utterances
+    assert csv.fingerprint == jsonl.fingerprint
+
+
+def test_paths_are_relative_to_the_manifest_without_data_dir_and_may_be_absolute(tmp_path):
+    wav = write_wav(tmp_path / "sub" / "a.wav")
+    (tmp_path / "m.csv").write_text(f"path,label,id\nsub/a.wav,x,1\n{wav},y,2\n")
+    assert {u.path for u in Manifest(str(tmp_path / "m.csv")).utterances} == {str(wav)}
+
+
+def test_label_map_merges_labels_and_forgives_case(tmp_path, audio_folder):
+    (tmp_path / "map.json").write_text('{"exc": "happy", "hap": "happy", "Neutral": "neutral"}')
+    rows = "path,label\na.wav,exc\nb.wav,hap\nc.wav,neutral\n"
+    corpus = manifest_of(tmp_path, rows, label_map=str(tmp_path / "map.json"))
+    assert [u.label for u in corpus.utterances] == ["happy", "happy", "neutral"]
+
+
+BAD_MANIFESTS = {
+    r"line 3: id 'a\.wav' is also at .*line 2": "path,label\na.wav,x\na.wav,y\n",
+    "line 3: no label": "path,label\na.wav,x\nb.wav,\n",
+    "line 2: no path; .*this one has file, label": "file,label\na.wav,x\n",
+    "lists no utterances": "path,label\n",
+    "line 2: more values than columns": "path,label\na.wav,x,y\n",
+}
+
+
+@pytest.mark.parametrize("problem", BAD_MANIFESTS)
+def test_faulty_csv_manifest_is_told_with_its_line(tmp_path, audio_folder, problem):
+    with pytest.raises(CorpusError, match=problem):
+        manifest_of(tmp_path, BAD_MANIFESTS[problem]).utterances  # noqa: B018
+
+
+BAD_JSONL = {
+    "line 2: not JSON": '{"path": "a.wav", "label": "x"}\n{"path"\n',
+    "line 1: .* is not a JSON object": "[1, 2]\n",
+    "line 3: no label": '{"path": "a.wav", "label": "x"}\n\n{"path": "b.wav"}\n',
+    "lists no utterances": "",
+}
+
+
+@pytest.mark.parametrize("problem", BAD_JSONL)
+def test_faulty_jsonl_manifest_is_told_with_its_line(tmp_path, audio_folder, problem):
+    with pytest.raises(CorpusError, match=problem):
+        manifest_of(tmp_path, BAD_JSONL[problem], "m.jsonl").utterances  # noqa: B018
+
+
+def test_faulty_manifest_files_and_maps_are_told(tmp_path, audio_folder):
+    rows = "path,label\na.wav,x\n"
+    (tmp_path / "map.json").write_text('{"sad": "Sad"}')
+    (tmp_path / "list.json").write_text("[]")
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("path,label\na.wav,fröhlich\n".encode("latin-1"))
+    for make, problem in [
+        (lambda: manifest_of(tmp_path, rows, "m.xlsx"), "unknown kind '.xlsx'"),
+        (lambda: Manifest(str(tmp_path / "none.csv")), "no such file"),
+        (lambda: Manifest(""), "give `manifest`"),
+        (lambda: Manifest(str(latin)), "save it as UTF-8"),
+        (lambda: Manifest(str(latin), data_dir="/nowhere"), "/nowhere is no folder"),
+        (
+            lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "map.json")),
+            r"line 2: label 'x' is not in .*map\.json; it has sad",
+        ),
+        (
+            lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "no.json")),
+            "cannot be read",
+        ),
+        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "list.json")), "must be"),
+    ]:
+        with pytest.raises(CorpusError, match=problem):
+            make().utterances  # noqa: B018
+
+
+def emobox(folder, names, test_folds):
+    """An EmoBox corpus as published: the list, the map with its flaws, and the folds."""
+    rows = {
+        name: {"key": f"emodb-{name}", "wav": f"downloads/emodb/wav/{name}.wav", "emo": emotion}
+        for name, emotion in names.items()
+    }
+    manifest = write_jsonl(folder / "emodb.jsonl", rows.values())
+    (folder / "label_map.json").write_text('{"boredem": "Boredom", "Neutral": "Neutral"}')
+    for fold, tested in test_folds.items():
+        write_jsonl(
+            folder / f"fold_{fold}" / f"emodb_test_fold_{fold}.jsonl", [rows[n] for n in tested]
+        )
+    return manifest
+
+
+def test_emobox_manifest_with_its_map_folds_and_paths(tmp_path, emodb):
+    manifest = emobox(
+        tmp_path / "emobox",
+        {"03a01Lb": "boredem", "16b10Na": "neutral", "08b02Ea": "neutral"},
+        {1: ["03a01Lb"], 2: ["16b10Na"]},
+    )
+    for data_dir in (emodb, emodb.parent, emodb / "wav"):
+        corpus = Manifest(manifest, data_dir=str(data_dir))
+        assert [(u.id, u.label, u.fold) for u in corpus.utterances] == [
+            ("emodb-03a01Lb", "Boredom", "1"),
+            ("emodb-08b02Ea", "Neutral", ""),
+            ("emodb-16b10Na", "Neutral", "2"),
+        ]
+        assert all(Path(u.path).is_file() for u in corpus.utterances)
+
+
+def test_emobox_utterance_in_two_test_folds_is_an_error(tmp_path, emodb):
+    manifest = emobox(tmp_path, {"03a01Lb": "boredem"}, {1: ["03a01Lb"], 2: ["03a01Lb"]})
+    with pytest.raises(CorpusError, match="'emodb-03a01Lb' is also tested by fold 1"):
+        Manifest(manifest, data_dir=str(emodb)).utterances  # noqa: B018
+
+
+@needs_corpora
+def test_the_real_emobox_manifest_of_emodb():
+    manifest = SHARED / "emobox" / "emodb" / "emodb.jsonl"
+    corpus = make_corpus("manifest", manifest=str(manifest), data_dir=str(SHARED))
+    assert Counter(u.fold for u in corpus.utterances) == dict.fromkeys("12345", 107)
+    assert corpus.class_names == (
+        *("Angry", "Boredom", "Disgust", "Fear", "Happy", "Neutral", "Sad"),
+    )
+    emodb = {u.id: u for u in make_corpus("emodb", data_dir=str(SHARED / "emodb")).utterances}
+    for utterance in corpus.utterances:
+        twin = emodb[utterance.id.removeprefix("emodb-")]
+        assert Path(utterance.path).samefile(twin.path)
+        assert utterance.label[:3].lower() == twin.label[:3]
+
+
+# Synthetic
+
+
+def test_synthetic_corpus_is_a_function_of_its_seed():
+    corpus, again, other = Synthetic(2, 2), Synthetic(2, 2), Synthetic(2, 2, seed=1)
+    assert corpus.utterances == again.utterances
+    for utterance in corpus.utterances:
+        waveform = corpus.read_waveform(utterance)
+        np.testing.assert_array_equal(waveform, again.read_waveform(utterance))
+        assert not np.array_equal(waveform, other.read_waveform(utterance))
+        assert waveform.dtype == np.float32
+        assert 16_000 <= len(waveform) <= 32_000
+        assert 0.01 < np.abs(waveform).max() <= 1
+    assert corpus.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_synthetic_corpus_has_the_size_asked_for():
+    corpus = Synthetic(num_speakers=4, utterances_per_class=3, min_seconds=0.2, max_seconds=0.3)
+    cells = Counter((u.speaker, u.label) for u in corpus.utterances)
+    assert cells == {(f"0{s}", c): 3 for s in (1, 2, 3, 4) for c in corpus.class_names}
+    assert {u.session for u in corpus.utterances} == {"1", "2"}
+    assert 3200 <= len(corpus.read_waveform(corpus.utterances[0])) <= 4800
+
+
+def test_synthetic_classes_can_be_learned_but_overlap():
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import LeaveOneGroupOut, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from serkd_jax.frontends import LogMel
+
+    corpus = Synthetic(utterances_per_class=6)
+    features = LogMel()([corpus.read_waveform(u) for u in corpus.utterances], 100)
+    means = np.array([f.astype(np.float32).mean(axis=0) for f in features])
+    accuracy = cross_val_score(
+        make_pipeline(StandardScaler(), RidgeClassifier(alpha=30)),
+        means,
+        [u.label for u in corpus.utterances],
+        groups=[u.speaker for u in corpus.utterances],
+        cv=LeaveOneGroupOut(),
+    ).mean()
+    assert 0.55 < accuracy < 0.85
+
+
+def test_impossible_synthetic_corpus_is_an_error():
+    for settings in ({"num_speakers": 0}, {"min_seconds": 3.0}, {"utterances_per_class": 0}):
+        with pytest.raises(CorpusError, match="synthetic corpus"):
+            Synthetic(**settings)
+
+
+# make_corpus
+
+
+def test_make_corpus_ignores_empty_settings_and_refuses_unknown_ones(emodb):
+    corpus = make_corpus("emodb", data_dir=str(emodb), manifest="", label_map="")
+    assert len(corpus.utterances) == 7
+    assert make_corpus("synthetic", data_dir="", num_speakers=2).parameters["num_speakers"] == 2
+    with pytest.raises(CorpusError, match="no corpus is named 'ravdess'; there are emodb"):
+        make_corpus("ravdess")
+    with pytest.raises(CorpusError, match="has no setting seed; it has data_dir"):
+        make_corpus("emodb", data_dir=str(emodb), seed=1)
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("change", ["size", "time", "label", "removed", "fold"])
+def test_fingerprint_sees_every_change(tmp_path, audio_folder, change):
+    rows = "path,label,fold\na.wav,x,1\nb.wav,y,2\n"
+    before = manifest_of(tmp_path, rows).fingerprint
+    assert manifest_of(tmp_path, rows).fingerprint == before
+    match change:
+        case "size":
+            stat = (audio_folder / "a.wav").stat()
+            write_wav(audio_folder / "a.wav", num_samples=2001)
+            os.utime(audio_folder / "a.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        case "time":
+            os.utime(audio_folder / "a.wav", ns=(0, 12345))
+        case "label":
+            rows = rows.replace("a.wav,x", "a.wav,y")
+        case "removed":
+            (audio_folder / "a.wav").unlink()
+        case "fold":
+            rows = rows.replace("y,2", "y,1")
+    assert manifest_of(tmp_path, rows).fingerprint != before
+
+
+def test_fingerprint_does_not_depend_on_where_the_corpus_lies(tmp_path, emodb):
+    moved = shutil.copytree(emodb, tmp_path / "elsewhere")  # keeps the files' times
+    assert EmoDB(str(moved)).fingerprint == EmoDB(str(emodb)).fingerprint
+
+
+# Records
+
+
+def test_records_hold_the_corpus_sorted_by_id(tmp_path, emodb):
+    corpus = EmoDB(str(emodb))
+    folder = prepare_records(corpus, tmp_path / "cache")
+    table = load_table(folder)
+    assert table.ids.tolist() == [u.id for u in corpus.utterances]
+    assert [table.class_names[label] for label in table.labels] == [
+        u.label for u in corpus.utterances
+    ]
+    assert table.labels.dtype == np.int32
+    assert table.speakers.tolist() == [u.speaker for u in corpus.utterances]
+    assert table.num_samples.tolist() == [2000] * 7
+    for name, audio in records.iterate_audio(folder):
+        samples, _ = soundfile.read(emodb / "wav" / f"{name}.wav", dtype="int16")
+        np.testing.assert_array_equal(audio, samples)
+
+
+def test_records_open_with_tfds_as_one_split(tmp_path):
+    import tensorflow_datasets as tfds
+
+    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    builder = tfds.builder_from_directory(folder)
+    assert list(builder.info.splits) == ["utterances"]
+    (example, *others) = builder.as_dataset(split="all").as_numpy_iterator()
+    assert len(others) == 3
+    assert example["audio"].dtype == np.int16
+    assert builder.info.features["label"].names == ["angry", "happy", "neutral", "sad"]
+
+
+def test_records_are_written_once(tmp_path, emodb, monkeypatch):
+    first = prepare_records(EmoDB(str(emodb)), tmp_path / "cache")
+    monkeypatch.setattr(EmoDB, "read_waveform", lambda *_: pytest.fail("audio was read again"))
+    assert prepare_records(EmoDB(str(emodb)), tmp_path / "cache") == first
+
+
+def test_unusable_files_are_skipped_and_named_with_reasons(tmp_path, audio_folder):
+    soundfile.write(audio_folder / "silent.wav", np.zeros(8000), 16_000)
+    (audio_folder / "zero.wav").touch()
+    (audio_folder / "broken.wav").write_bytes(b"RIFF")
+    names = ("a", "silent", "zero", "broken", "missing")
+    corpus = manifest_of(tmp_path, "path,label\n" + "".join(f"{n}.wav,x\n" for n in names))
+    table = load_table(prepare_records(corpus, tmp_path / "cache"))
+    assert table.ids.tolist() == ["a.wav"]
+    reasons = {skip["id"]: skip["reason"] for skip in table.skipped}
+    assert reasons.keys() == {f"{name}.wav" for name in names[1:]}
+    for name, reason in [
+        ("silent", "silent"),
+        ("zero", "empty"),
+        ("broken", "unreadable"),
+        ("missing", "no such"),
+    ]:
+        assert reason in reasons[f"{name}.wav"]
+        assert str(audio_folder / f"{name}.wav") in reasons[f"{name}.wav"]
+
+
+def test_a_corpus_without_any_usable_file_is_an_error(tmp_path, audio_folder):
+    corpus = manifest_of(tmp_path, "path,label\nx.wav,x\ny.wav,y\n")
+    with pytest.raises(CorpusError, match=r"none of 2 audio files can be used; .*no such audio"):
+        prepare_records(corpus, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_interrupted_records_are_not_taken_for_whole_and_are_cleaned(tmp_path, monkeypatch):
+    corpus = Synthetic(1, 1, 0.2, 0.3)
+    whole = prepare_records(corpus, tmp_path)
+    leftover = whole.with_name(f"incomplete.ABCDEF_{whole.name}")  # as a killed process leaves it
+    whole.rename(leftover)
+    assert prepare_records(corpus, tmp_path) == whole
+    assert not leftover.exists()
+    assert len(load_table(whole)) == 4
+
+
+def test_damaged_records_are_told_with_the_remedy(tmp_path):
+    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    (data,) = folder.glob("*.tfrecord*")
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(RecordsError, match=r"damaged (?s:.*) delete this folder and run again"):
+        load_table(folder)
+    (folder / "dataset_info.json").write_text("{")
+    for read in (load_table, lambda _: prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)):
+        with pytest.raises(RecordsError, match="delete this folder"):
+            read(folder)
+
+
+def test_load_waveforms_cuts_and_pads(tmp_path, audio_folder):
+    write_wav(audio_folder / "c.wav", num_samples=500)
+    corpus = manifest_of(tmp_path, "path,label\na.wav,x\nc.wav,y\n")
+    folder = prepare_records(corpus, tmp_path / "cache")
+    ids, audio, num_samples = records.load_waveforms(folder, 1000)
+    assert ids.tolist() == ["a.wav", "c.wav"]
+    assert audio.shape == (2, 1000)
+    assert audio.dtype == np.int16
+    assert num_samples.tolist() == [1000, 500]
+    streamed = dict(records.iterate_audio(folder, ids={"c.wav"}))
+    assert list(streamed) == ["c.wav"]
+    np.testing.assert_array_equal(audio[1, :500], streamed["c.wav"])
+    assert not audio[1, 500:].any()

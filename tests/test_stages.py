@@ -1,0 +1,293 @@
+"""Every stage's step: one device against eight, the meta-gradient, and that it learns."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from ml_collections import ConfigDict
+from transformers import HubertConfig
+
+from serkd_jax import parallel
+from serkd_jax.models.hubert import HubertEmbed, num_frames
+from serkd_jax.models.policy import Policy
+from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.teacher import Classifier, Teacher
+from serkd_jax.stages import curriculum, distill, student, teacher
+
+B, T, N, D, H, C, P, K = 16, 12, 6, 8, 16, 3, 8, 3
+CONFIG = ConfigDict(
+    {
+        "contrastive": {
+            "weight": 0.3,
+            "temperature": 0.1,
+            "momentum": 0.9,
+            "queue_size": 40,
+            "max_frequency_mask": 3,
+            "max_time_mask": 3,
+        },
+        "distill": {"alpha": 0.3, "beta": 10.0, "temperature": 2.0, "direction": "teacher_student"},
+        "meta": {"order": "second_order", "pilot_learning_rate": 0.5},
+        "curriculum": {"episode_steps": 4, "discount": 0.9, "running_rate": 0.1},
+        "teacher": {"max_frequency_mask": 3, "max_time_mask": 3},
+    }
+)
+HUBERT = HubertConfig(
+    hidden_size=H,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=(8, 8),
+    conv_kernel=(10, 5),
+    conv_stride=(50, 5),
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+)
+STUDENT = Student(
+    C, width=D, mlp_dim=16, num_heads=2, num_layers=1, classifier_dim=8, projection_dim=P, dropout=0
+)
+ADAPTER, CLASSIFIER, POLICY = Adapter(H), Classifier(C), Policy(K, width=8)
+# Adam's usual epsilon would blow the rounding noise in a zero gradient up to a full step.
+OPTIMIZER, META_OPTIMIZER, POLICY_OPTIMIZER = (
+    optax.adamw(rate, eps=1e-3) for rate in (3e-3, 1e-2, 1e-2)
+)
+RNG = jax.random.key(7)
+
+
+def make_batch(seed, inputs=None):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, C, B).astype(np.int32)
+    length = rng.integers(T // 2, T + 1, B).astype(np.int32)
+    if inputs is None:  # classes differ in their mean, so that a step can learn
+        inputs = rng.normal(size=(B, T, N)) + label[:, None, None]
+        inputs = (inputs * (np.arange(T) < length[:, None])[..., None]).astype(np.float16)
+    hidden = rng.normal(size=(B, H)).astype(np.float32) + label[:, None]
+    index = rng.permutation(1000)[:B].astype(np.int32)
+    return {
+        "inputs": inputs,
+        "length": length,
+        "label": label,
+        "index": index,
+        "teacher_hidden": hidden,
+    }
+
+
+def make_pair(seed):
+    return {"train": make_batch(seed), "quiz": make_batch(seed + 100)}
+
+
+def teacher_stage():
+    model = Teacher(HUBERT, C, patch_frames=2)
+    params = model.init(RNG, jnp.zeros((1, T, N)), jnp.ones((1, T), bool))["params"]
+    make_step = partial(
+        teacher.make_step, model, teacher.make_frames(None, False), OPTIMIZER, CONFIG.teacher
+    )
+    return make_step, lambda: teacher.init_state(params, OPTIMIZER), make_batch
+
+
+def waveform_teacher_stage():
+    model, embed = Teacher(HUBERT, C), HubertEmbed(HUBERT)
+    samples = 3000
+    frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
+    frames = num_frames(HUBERT, samples)
+    params = model.init(RNG, jnp.zeros((1, frames, H)), jnp.ones((1, frames), bool))["params"]
+    make_step = partial(
+        teacher.make_step, model, teacher.make_frames(embed, True), OPTIMIZER, CONFIG.teacher
+    )
+
+    def batch(seed):
+        rng = np.random.default_rng(seed)
+        waveform = rng.integers(-9999, 9999, (B, samples)).astype(np.int16)
+        return make_batch(seed, waveform) | {
+            "length": rng.integers(1000, samples, B).astype(np.int32)
+        }
+
+    return make_step, lambda: teacher.init_state(params, OPTIMIZER, frozen), batch
+
+
+def student_params():
+    return STUDENT.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))["params"]
+
+
+def student_stage():
+    make_step = partial(student.make_step, STUDENT, OPTIMIZER, CONFIG.contrastive)
+    init = lambda: student.init_state(student_params(), OPTIMIZER, CONFIG.contrastive, P)  # noqa: E731
+    return make_step, init, make_batch
+
+
+def distill_init():
+    params = {
+        "student": student_params(),
+        "adapter": ADAPTER.init(RNG, jnp.zeros((1, D)))["params"],
+    }
+    meta = CLASSIFIER.init(RNG, jnp.zeros((1, H)))["params"]
+    return distill.init_state(params, meta, OPTIMIZER, META_OPTIMIZER, CONFIG.contrastive, P)
+
+
+def distill_stage(order="second_order"):
+    config = ConfigDict({**CONFIG, "meta": {**CONFIG.meta, "order": order}})
+    make_step = partial(
+        distill.make_step, STUDENT, ADAPTER, CLASSIFIER, OPTIMIZER, META_OPTIMIZER, config
+    )
+    return make_step, distill_init, make_pair
+
+
+def curriculum_stage():
+    make_step = partial(
+        curriculum.make_step, STUDENT, ADAPTER, CLASSIFIER, POLICY, OPTIMIZER, POLICY_OPTIMIZER,
+        CONFIG, 50,
+    )  # fmt: skip
+
+    def init():
+        return curriculum.init_state(
+            distill_init(), OPTIMIZER, POLICY, POLICY_OPTIMIZER, CONFIG.curriculum, D, RNG
+        )
+
+    return make_step, init, make_pair
+
+
+STAGES = {
+    "teacher": teacher_stage,
+    "waveform_teacher": waveform_teacher_stage,
+    "student": student_stage,
+    "distill": distill_stage,
+    "first_order_distill": partial(distill_stage, "first_order"),
+    "curriculum": curriculum_stage,
+}
+
+
+def run(stage, num_devices, num_steps=5):
+    """Five steps: the queue wraps around and one episode of the policy ends."""
+    make_step, init, batch = stage
+    step = parallel.compile_step(make_step, jax.devices()[:num_devices])
+    state, history = jax.tree.map(jnp.array, init()), []  # the step donates its state
+    for seed in range(num_steps):
+        state, metrics = step(state, batch(seed), RNG)
+        history.append({k: float(v) for k, v in metrics.items()})
+    return state, history
+
+
+def as_arrays(state):
+    """All leaves as float arrays; optimiser counters and queue positions included."""
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher", "waveform_teacher", "student", "distill", "curriculum"]
+)
+def test_eight_devices_take_the_same_steps_as_one(name):
+    stage = STAGES[name]()
+    one, metrics_of_one = run(stage, 1)
+    eight, metrics_of_eight = run(stage, 8)
+    for a, b in zip(as_arrays(one), as_arrays(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+    for a, b in zip(metrics_of_one, metrics_of_eight, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_trained_parameter_moves_and_every_frozen_one_stays(name):
+    make_step, init, batch = STAGES[name]()
+    before = init()
+    after, _ = jax.jit(make_step())(before, batch(0), RNG)
+    frozen = {"frozen", "adapter_params", "meta_params"} if name != "first_order_distill" else set()
+    frozen -= {"meta_params"} if "distill" in name else set()
+    for field in ("params", "meta_params", "momentum_params", "frozen", "adapter_params"):
+        if not hasattr(before, field):
+            continue
+        pairs = zip(*(jax.tree.leaves(getattr(s, field)) for s in (before, after)), strict=True)
+        moved = [bool(np.any(a != b)) for a, b in pairs]
+        if field in frozen:
+            assert not any(moved), field
+        else:
+            # A softmax is blind to the attention's key bias: its gradient is rounding noise.
+            assert np.mean(moved) > 0.9, field
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "distill"])
+def test_the_loss_falls_on_learnable_data(name):
+    make_step, init, batch = STAGES[name]()
+    step, state, history = jax.jit(make_step()), init(), []
+    for seed in range(60):
+        state, metrics = step(state, batch(seed % 4), RNG)
+        history.append(float(metrics["accuracy"]))
+    assert np.mean(history[-8:]) > np.mean(history[:8]) + 0.2
+
+
+@pytest.fixture(scope="module")
+def meta_gradient():
+    """(order, pilot rate, T' parameters) -> (gradient of Eq. 9, its value), in float64.
+
+    T' takes a step of plain unit-rate descent; how far it moves is its gradient.
+    """
+    plain, steps = optax.sgd(1.0), {}
+    with jax.enable_x64(True):
+        state = distill_init().replace(meta_opt_state=plain.init({}))
+        state = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def run(order, rate, meta_params=state.meta_params):
+        if (order, rate) not in steps:
+            meta = {"order": order, "pilot_learning_rate": rate}
+            config = ConfigDict({**CONFIG, "meta": meta})
+            step = distill.make_step(STUDENT, ADAPTER, CLASSIFIER, OPTIMIZER, plain, config)
+            steps[order, rate] = jax.jit(step)
+        with jax.enable_x64(True):
+            before = state.replace(meta_params=meta_params)
+            after, metrics = steps[order, rate](before, make_pair(0), RNG)
+            gradient = jax.tree.map(jnp.subtract, meta_params, after.meta_params)
+        return ravel_pytree(gradient)[0], float(metrics["meta_loss"])
+
+    return state.meta_params, run
+
+
+def test_the_meta_gradient_is_the_slope_of_equation_9_through_the_pilot_step(meta_gradient):
+    meta_params, run = meta_gradient
+    flat, unflatten = ravel_pytree(meta_params)
+    direction = np.random.default_rng(0).normal(size=flat.shape)
+    epsilon = 1e-5
+    plus, minus = (
+        run("second_order", 5.0, unflatten(flat + sign * epsilon * direction))[1]
+        for sign in (1, -1)
+    )
+    slope = (plus - minus) / (2 * epsilon)
+    second = run("second_order", 5.0)[0] @ direction
+    first = run("first_order", 5.0)[0] @ direction
+    assert second == pytest.approx(slope, rel=1e-4)
+    assert abs(first - slope) > 0.01 * abs(slope)  # the part through the pilot step is there
+
+
+def test_at_pilot_rate_zero_first_and_second_order_agree(meta_gradient):
+    _, run = meta_gradient
+    np.testing.assert_allclose(run("second_order", 0.0)[0], run("first_order", 0.0)[0], atol=1e-9)
+
+
+def test_difficulty_tiers_are_equal_parts_from_easy_to_hard():
+    probability = np.random.default_rng(0).random(103)
+    config = ConfigDict({"task_by": "difficulty", "num_tasks": 4})
+    tier = curriculum.assign_tasks(probability, np.zeros(103, int), config)
+    assert np.bincount(tier).tolist() == [26, 26, 26, 25]
+    assert all(probability[tier == k].min() > probability[tier == k + 1].max() for k in range(3))
+
+
+def test_tasks_by_class_start_with_the_class_that_the_teacher_knows_best():
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    probability = np.array([0.5, 0.5, 0.9, 0.9, 0.1, 0.1])
+    config = ConfigDict({"task_by": "class"})
+    assert curriculum.assign_tasks(probability, labels, config).tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_the_policy_favours_easy_tasks_before_any_reward():
+    observation = jnp.ones(5)
+    policy = Policy(4, easy_bias=2.0)
+    logits = policy.apply(policy.init(RNG, observation), observation)
+    np.testing.assert_allclose(logits, np.linspace(1, -1, 4), atol=1e-6)
