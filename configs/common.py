@@ -63,6 +63,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "dropout": 0.1,  # ours
             "variate_embedding": False,
             "use_norm": False,
+            "time_pooling": 1,
             "learning_rate": 1e-4,
             "epochs": 30 if iemocap else 100,
         }
@@ -121,7 +122,7 @@ def logmel(config: ConfigDict) -> ConfigDict:
 
     The sizes suit corpora of some hundred to some thousand utterances and a CPU.
     """
-    config.frontend = ConfigDict({"name": "logmel", "num_mels": 80})
+    config.frontend = ConfigDict({"name": "logmel", "num_mels": 64})
     config.teacher = ConfigDict(
         {
             "input": "features",
@@ -132,9 +133,9 @@ def logmel(config: ConfigDict) -> ConfigDict:
             "num_layers": 4,
             "num_heads": 4,
             "dropout": 0.1,
-            "max_frequency_mask": 16,
-            "max_time_mask": 16,
-            "learning_rate": 5e-4,
+            "max_frequency_mask": 8,
+            "max_time_mask": 8,
+            "learning_rate": 1e-3,
             "epochs": 40,
         }
     )
@@ -144,14 +145,17 @@ def logmel(config: ConfigDict) -> ConfigDict:
             "mlp_dim": 256,
             "num_heads": 4,
             "projection_dim": 64,
+            "dropout": 0.3,
+            "time_pooling": 4,
             "learning_rate": 1e-3,
-            "epochs": 60,
+            "epochs": 30,
         }
     )
     config.contrastive.update({"max_frequency_mask": 8, "queue_size": 256})
-    config.distill.update({"learning_rate": 1e-3, "epochs": 60})
-    config.meta.pilot_learning_rate = 1e-3
-    config.optimizer.update({"schedule": "cosine", "warmup": 0.1})
+    config.distill.update({"learning_rate": 1e-3, "epochs": 40})
+    config.meta.update({"learning_rate": 1e-4, "pilot_learning_rate": 1e-3})
+    config.curriculum.update({"learning_rate": 5e-4, "epochs": 20})
+    config.optimizer.update({"weight_decay": 0.1, "schedule": "cosine", "warmup": 0.1})
     return config
 
 

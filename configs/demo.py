@@ -15,9 +15,11 @@ def get_config(preset: str = "") -> ConfigDict:
         raise ValueError(f"the demo has no presets, not {preset!r}")
     config.corpus = "synthetic"
     config.max_frames = 100
-    config.protocol.groups_per_fold = 4
-    config.teacher.epochs = 10
-    config.student.epochs = 10
-    config.distill.epochs = 10
-    config.curriculum.epochs = 5
+    config.protocol.update({"groups_per_fold": 4, "validation": 0.15, "quiz": 0.15})
+    config.frontend.num_mels = 40
+    config.student.update({"width": 64, "mlp_dim": 128, "num_layers": 3})
+    config.teacher.epochs = 25
+    config.student.epochs = 25
+    config.distill.epochs = 25
+    config.curriculum.epochs = 15
     return config

@@ -17,6 +17,6 @@ def get_config(preset: str = "") -> ConfigDict:
     """The recipe."""
     config = common.paper("iemocap")
     config.corpus = "emodb"
-    config.max_frames = 150  # 3 s
+    config.max_frames = 100  # 2 s
     config.protocol.groups_per_fold = 2
     return common.with_preset(config, preset)

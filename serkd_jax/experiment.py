@@ -125,12 +125,11 @@ class Experiment:
 
     def train_teacher(self, fold: Fold) -> tuple[teacher.TeacherState, Any]:
         """Fine-tunes the teacher; its (hidden, logits) of every utterance are computed once."""
+        params, frozen = self.teacher_parameters, self.teacher_frozen
         stage = self._stage(
             fold,
             "teacher",
-            init=lambda: teacher.init_state(
-                self.teacher_parameters, self.teacher_optimizer, self.teacher_frozen
-            ),
+            init=lambda: teacher.init_state(params, self.teacher_optimizer, frozen),
             step=self.teacher_step,
             batch_at=lambda step, _: self._teacher_batch(
                 self._stream(fold, "teacher", "train", step)

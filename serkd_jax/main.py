@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from serkd_jax.errors import UserError
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> None:
     """Does what is left to do in the workdir and prints the results table."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file that it writes
     from serkd_jax.experiment import Experiment  # slow to import, so after the flags are parsed
 
     try:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from serkd_jax.errors import UserError
+
 AXIS = "devices"
 
 
@@ -25,14 +27,14 @@ def choose_devices(num_devices: int, batch_size: int) -> list[jax.Device]:
     """The first ``num_devices`` local devices, or all of them for 0.
 
     Raises:
-        ValueError: there are fewer devices, or they do not divide the batch.
+        UserError: there are fewer devices, or they do not divide the batch.
     """
     devices = jax.local_devices()
     if num_devices > len(devices):
-        raise ValueError(f"num_devices is {num_devices}, but JAX sees {len(devices)} devices")
+        raise UserError(f"num_devices is {num_devices}, but JAX sees {len(devices)} devices")
     devices = devices[: num_devices or None]
     if batch_size % len(devices):
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} is not divisible by the {len(devices)} devices: "
             "choose another --config.batch_size, or fewer with --config.num_devices"
         )

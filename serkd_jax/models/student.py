@@ -35,6 +35,8 @@ class Student(nn.Module):
         variate_embedding: adds a learned vector per variate to its token. Without it the model
             cannot tell one variate from another but by its course in time.
         use_norm: iTransformer's standardisation of every series over its valid frames.
+        time_pooling: frames averaged to one time point before the embedding; 1 is the paper's.
+            More leaves the embedding fewer weights to learn from a small corpus.
     """
 
     num_classes: int
@@ -48,6 +50,7 @@ class Student(nn.Module):
     inverted: bool = True
     variate_embedding: bool = False
     use_norm: bool = False
+    time_pooling: int = 1
 
     @nn.compact
     def __call__(
@@ -63,6 +66,10 @@ class Student(nn.Module):
         valid = jnp.arange(features.shape[1]) < num_frames[:, None]
         if self.use_norm:
             features = standardize_series(features, valid)
+        if self.time_pooling > 1:
+            window = (self.time_pooling,)
+            features = nn.avg_pool(features, window, strides=window)
+            valid = valid[:, : features.shape[1] * self.time_pooling : self.time_pooling]
         if self.inverted:
             tokens, mask = nn.Dense(self.width, name="embed")(features.swapaxes(1, 2)), None
             if self.variate_embedding:

@@ -60,8 +60,8 @@ class Teacher(nn.Module):
         width = self.config.hidden_size
         if self.patch_frames:
             patch = (self.patch_frames,)
+            frames = nn.LayerNorm(name="input_norm")(frames)
             frames = nn.Conv(width, patch, strides=patch, name="patches")(frames)
-            frames = nn.LayerNorm(name="patch_norm")(frames)
             frames += sinusoidal_positions(frames.shape[1], width)
             frame_mask = frame_mask[:, :: self.patch_frames]
         elif frames.shape[-1] != width:

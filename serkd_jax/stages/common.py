@@ -78,11 +78,9 @@ def make_optimizer(
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-        if (config.clip_norm)
-        else adamw
-    )
+    if not config.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

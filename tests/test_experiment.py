@@ -1,0 +1,215 @@
+"""The pipeline through its public entry points, on tiny synthetic and manifest corpora."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import soundfile
+from tiny_config import get_config
+from transformers import HubertConfig, HubertModel
+
+from serkd_jax import experiment
+from serkd_jax.errors import UserError
+from serkd_jax.experiment import Experiment
+from serkd_jax.report import ROWS
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("teacher", "student", "distill", "curriculum")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A workdir in which a tiny experiment has run to its end, and the report."""
+    workdir = tmp_path_factory.mktemp("finished")
+    report = Experiment(get_config(), workdir).run()
+    return workdir, report
+
+
+def test_every_fold_gives_the_five_rows_over_its_test_utterances(finished):
+    workdir, report = finished
+    results = json.loads((workdir / "results.json").read_text())
+    assert list(results["folds"]) == ["1", "2"]
+    for scores in [results["overall"], *results["folds"].values()]:
+        assert tuple(scores) == ROWS
+    assert results["overall"]["student"]["n"] == 96
+    for row in ROWS:
+        confusions = [np.array(results["folds"][k][row]["confusion"]) for k in "12"]
+        total = np.array(results["overall"][row]["confusion"])
+        assert np.array_equal(sum(confusions), total)
+        assert results["overall"][row]["wa"] == pytest.approx(np.trace(total) / 96)
+        recalls = np.diag(total) / total.sum(1)
+        assert results["overall"][row]["ua"] == pytest.approx(recalls.mean())
+    assert results["corpus"] == "synthetic"
+    assert results["params"]["student"] > 0
+    assert report == (workdir / "results.md").read_text()
+    assert all(f"| {row.replace('_', ' ')} |" in report for row in ROWS)
+
+
+def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished):
+    workdir, _ = finished
+    for stage in STAGES:
+        folder = workdir / "fold_1" / stage
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2]
+        assert {"train/loss", "validation/ua", "validation/loss"} <= set(rows[0])
+        assert list(folder.glob("events.out.tfevents.*"))
+        kept = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+        assert 1 <= len(kept) <= 2
+
+
+def test_a_second_start_reuses_everything(finished, monkeypatch):
+    workdir, report = finished
+    monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("trained again"))
+    assert Experiment(get_config(), workdir).run() == report
+
+
+def test_another_config_in_the_same_workdir_is_refused_and_named(finished):
+    config = get_config()
+    config.student.width = 32
+    with pytest.raises(UserError, match=r"student\.width: 16 -> 32"):
+        Experiment(config, finished[0])
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "fold_1" / "predictions.npz").unlink()
+    (checkpoints,) = (workdir / "fold_1").glob("student/checkpoints")
+    for path in checkpoints.rglob("d/*"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"student.*Delete .*checkpoints"):
+        Experiment(get_config(), workdir).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_with_the_remedy(tmp_path):
+    config = get_config()
+    config.teacher.learning_rate = 1e30
+    config.optimizer.clip_norm = 0.0
+    config.optimizer.warmup = 0.0
+    with pytest.raises(UserError, match=r"not finite.*learning rate"):
+        Experiment(config, tmp_path).run()
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
+    config = get_config()
+    config.num_devices, config.batch_size = 3, 16
+    with pytest.raises(UserError, match="batch_size 16 is not divisible by the 3 devices"):
+        Experiment(config, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def hubert_folder(tmp_path_factory):
+    """A small random HuBERT in Hugging Face's own format."""
+    folder = tmp_path_factory.mktemp("hubert")
+    config = HubertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    HubertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher_input", ["waveform", "features"])
+def test_hubert_features_and_teacher_on_a_folder_of_recordings(
+    teacher_input, hubert_folder, tmp_path
+):
+    """CSV manifest, 8 and 22.05 kHz files, two bad ones; eight devices for the waveform teacher."""
+    rng = np.random.default_rng(0)
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    with (tmp_path / "corpus.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "speaker"])
+        for i in range(48):
+            rate = (8000, 22050)[i % 2]
+            pitch = (150, 300)[i // 2 % 2]
+            t = np.arange(rate // 2) / rate
+            wave = 0.3 * np.sin(2 * np.pi * pitch * t) + 0.01 * rng.normal(size=t.size)
+            soundfile.write(audio / f"{i}.wav", wave, rate)
+            rows.writerow([f"audio/{i}.wav", ("calm", "glad")[i // 2 % 2], f"s{i // 12}"])
+        soundfile.write(audio / "silent.wav", np.zeros(8000), 8000)
+        rows.writerow(["audio/silent.wav", "calm", "s0"])
+        rows.writerow(["audio/missing.wav", "glad", "s0"])
+    config = get_config()
+    config.corpus = "manifest"
+    config.manifest = str(tmp_path / "corpus.csv")
+    del config.synthetic
+    config.frontend = {"name": "hubert", "model": hubert_folder}
+    config.teacher.update({"input": teacher_input, "model": hubert_folder, "patch_frames": 0})
+    config.num_devices = 8 if teacher_input == "waveform" else 1
+    for stage in STAGES:
+        config[stage].epochs = 1
+    report = Experiment(config, tmp_path / "run").run()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["overall"]["teacher"]["n"] == 48
+    assert "2 files were skipped" in report
+    assert "silent.wav" in report
+    assert "missing.wav" in report
+    with ocp.CheckpointManager((tmp_path / "run/fold_1/teacher/checkpoints").absolute()) as saved:
+        params = saved.restore(1, args=ocp.args.StandardRestore())
+    assert ("feature_extractor" in params["frozen"]) == (teacher_input == "waveform")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/emodb.py:logmel", "--config.data_dir=/no/such"], "/no/such"),
+        (["--config=configs/manifest.py:logmel"], "manifest"),
+        (["--config=tests/tiny_config.py", "--config.protocol.groups_per_fold=4"], "has only 4"),
+        (["--config=tests/tiny_config.py", "--config.corpus=imaginary"], "imaginary"),
+    ],
+)
+def test_the_command_line_tells_what_is_wrong_in_one_line(flags, message, tmp_path):
+    command = [sys.executable, "-m", "serkd_jax.main", f"--workdir={tmp_path}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error:" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_paper_sizes_are_those_of_table_7():
+    """Parameter counts without the memory: shapes alone."""
+    from configs import common
+    from transformers import HubertConfig
+
+    from serkd_jax.models.student import Student
+    from serkd_jax.models.teacher import Teacher
+
+    def count(model, *inputs):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+        return sum(x.size for x in jax.tree.leaves(shapes))
+
+    for table3, classes, expected in (("iemocap", 4, 11_924_868), ("meld", 7, 11_873_031)):
+        config = common.paper(table3)
+        sizes = {
+            k: v for k, v in config.student.items() if k not in ("learning_rate", "epochs")
+        }
+        features = np.zeros((1, config.max_frames, 1024), np.float32)
+        assert count(Student(classes, **sizes), features, np.ones(1, np.int32)) == expected
+    large = HubertConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+    )
+    frames = np.zeros((1, 9, 1024), np.float32)
+    assert count(Teacher(large, 4), frames, np.ones((1, 9), bool)) == 302_451_140

@@ -1,0 +1,175 @@
+"""The student and the shared encoder layer against torch; padding; what the options change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from serkd_jax import parallel
+from serkd_jax.metrics import classification_metrics
+from serkd_jax.models.student import Student
+from serkd_jax.models.transformer import EncoderLayer
+
+B, T, N, D = 3, 10, 6, 8
+SIZES = {
+    "width": D,
+    "mlp_dim": 12,
+    "num_heads": 2,
+    "num_layers": 1,
+    "classifier_dim": 5,
+    "projection_dim": 4,
+}
+
+
+def random_params(model, *inputs):
+    """Parameters without zeros or ones, so that a bias or a norm that is left out shows."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes)
+
+
+def as_torch(x):
+    return torch.tensor(np.array(x))
+
+
+def torch_layer(params, pre_norm):
+    layer = torch.nn.TransformerEncoderLayer(
+        D, 2, 12, 0.0, "gelu", batch_first=True, norm_first=pre_norm
+    )
+    attention = params["attention"]
+    weights = {
+        "self_attn.in_proj_weight": np.concatenate(
+            [attention[n]["kernel"].T for n in ("q_proj", "k_proj", "v_proj")]
+        ),
+        "self_attn.in_proj_bias": np.concatenate(
+            [attention[n]["bias"] for n in ("q_proj", "k_proj", "v_proj")]
+        ),
+        "self_attn.out_proj.weight": attention["out_proj"]["kernel"].T,
+        "self_attn.out_proj.bias": attention["out_proj"]["bias"],
+    }
+    for ours, theirs in (("intermediate_dense", "linear1"), ("output_dense", "linear2")):
+        weights[f"{theirs}.weight"] = params[ours]["kernel"].T
+        weights[f"{theirs}.bias"] = params[ours]["bias"]
+    for ours, theirs in (("layer_norm", "norm1"), ("final_layer_norm", "norm2")):
+        weights[f"{theirs}.weight"] = params[ours]["scale"]
+        weights[f"{theirs}.bias"] = params[ours]["bias"]
+    layer.load_state_dict({name: as_torch(w) for name, w in weights.items()})
+    return layer
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_the_encoder_layer_equals_torch_with_and_without_a_mask(pre_norm):
+    tokens = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
+    mask = np.arange(T) < np.array([10, 4, 7])[:, None]
+    layer = EncoderLayer(2, 12, pre_norm=pre_norm)
+    params = random_params(layer, tokens)
+    oracle = torch_layer(params, pre_norm).train()  # eval takes another path for masked tokens
+    for m in (None, mask):
+        ours = layer.apply({"params": params}, tokens, m)
+        padding = None if m is None else torch.tensor(~m)
+        theirs = oracle(torch.tensor(tokens), src_key_padding_mask=padding).detach().numpy()
+        valid = np.ones((B, T), bool) if m is None else m
+        np.testing.assert_allclose(np.asarray(ours)[valid], theirs[valid], atol=1e-5)
+
+
+def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
+    tokens = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
+    mask = np.arange(T) < np.array([10, 4, 7])[:, None]
+    layer = EncoderLayer(2, 12, attention_dropout=1e-7)  # takes the unfused path, drops nothing
+    params = random_params(layer, tokens)
+    exact = layer.apply({"params": params}, tokens, mask)
+    rngs = {"dropout": jax.random.key(0)}
+    unfused = layer.apply({"params": params}, tokens, mask, deterministic=False, rngs=rngs)
+    np.testing.assert_allclose(np.asarray(unfused)[mask], np.asarray(exact)[mask], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return np.random.default_rng(2).normal(size=(B, T, N)).astype(np.float32)
+
+
+def test_the_inverted_student_equals_a_torch_model_of_variate_tokens(features):
+    student = Student(3, **SIZES)
+    lengths = np.full(B, T)
+    params = random_params(student, features, lengths)
+    out = student.apply({"params": params}, features, lengths)
+
+    def dense(name, x):
+        return x @ as_torch(params[name]["kernel"]) + as_torch(params[name]["bias"])
+
+    tokens = dense("embed", torch.tensor(features).permute(0, 2, 1))
+    hidden = torch_layer(params["layers_0"], False)(tokens).mean(1)
+    logits = dense("classifier_1", torch.relu(dense("classifier_0", hidden)))
+    projection = torch.nn.functional.normalize(dense("projection", hidden))
+    for ours, theirs in zip(out, (hidden, logits, projection), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"inverted": False}, {"inverted": False, "use_norm": True}])
+def test_the_time_token_student_does_not_see_padding(features, options):
+    student = Student(3, **SIZES, **options)
+    lengths = np.array([10, 4, 7])
+    clean = features * (np.arange(T) < lengths[:, None])[..., None]
+    params = random_params(student, features, lengths)
+    alone = [
+        student.apply({"params": params}, clean[i : i + 1, :n], np.array([n])).logits[0]
+        for i, n in enumerate(lengths)
+    ]
+    batched = student.apply({"params": params}, clean, lengths).logits
+    np.testing.assert_allclose(batched, alone, atol=1e-5)
+
+
+def test_use_norm_makes_the_student_blind_to_loudness(features):
+    lengths = np.full(B, T)
+    for use_norm in (False, True):
+        student = Student(3, **SIZES, use_norm=use_norm)
+        params = random_params(student, features, lengths)
+        logits = [
+            student.apply({"params": params}, gain * features, lengths).logits for gain in (1, 30)
+        ]
+        assert np.allclose(*logits, atol=1e-3) == use_norm
+
+
+def test_only_a_variate_embedding_tells_the_variates_apart(features):
+    lengths = np.full(B, T)
+    for variate_embedding in (False, True):
+        student = Student(3, **SIZES, variate_embedding=variate_embedding)
+        params = random_params(student, features, lengths)
+        logits = [
+            student.apply({"params": params}, x, lengths).logits
+            for x in (features, features[..., ::-1])
+        ]
+        assert np.allclose(*logits, atol=1e-4) != variate_embedding
+
+
+def test_time_pooling_averages_neighbouring_frames(features):
+    pooled = features.reshape(B, T // 2, 2, N).mean(2)
+    student = Student(3, **SIZES)
+    params = random_params(student, pooled, np.full(B, T // 2))
+    expected = student.apply({"params": params}, pooled, np.full(B, T // 2)).logits
+    pooling = Student(3, **SIZES, time_pooling=2)
+    actual = pooling.apply({"params": params}, features, np.full(B, T)).logits
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("count", [1, 16, 21])
+def test_predictions_of_any_number_of_examples_come_back_in_order(num_devices, count):
+    predict = parallel.compile_predict(
+        lambda scale, batch: {"y": scale * batch["x"]}, 16, jax.devices()[:num_devices]
+    )
+    x = np.arange(count, dtype=np.float32)
+    np.testing.assert_array_equal(predict(jnp.float32(3), {"x": x})["y"], 3 * x)
+
+
+def test_metrics_equal_the_definitions_of_the_paper():
+    labels, predictions = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
+    scores = classification_metrics(labels, predictions, 4)  # class 3 does not occur
+    assert scores["ua"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert scores["wa"] == pytest.approx(4 / 6)
+    f1 = [0.8, 0.5, 2 / 3]
+    assert scores["wf1"] == pytest.approx((3 * f1[0] + 2 * f1[1] + f1[2]) / 6)
+    assert scores["confusion"] == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="empty"):
+        classification_metrics(labels[:0], predictions[:0], 4)

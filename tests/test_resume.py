@@ -1,0 +1,86 @@
+"""A run that is killed in every stage ends with the same parameters, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("teacher", "student", "distill", "curriculum")
+EPOCHS = 12
+
+
+def start(workdir, cache):
+    """The tiny experiment in a process of its own, on one device."""
+    command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py"]
+    command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
+    command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES]
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    output = (Path(cache) / "output.log").open("a")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def saved_epochs(stage_dir):
+    folder = stage_dir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def kill_in(stage_dir, process, seed):
+    """SIGKILL at a random moment after the stage's first checkpoints."""
+    deadline = time.monotonic() + 300
+    while not any(epoch >= 2 for epoch in saved_epochs(stage_dir)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 0.6))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def final_arrays(workdir):
+    """Every array of every stage's last checkpoint, and the test predictions."""
+    arrays = {}
+    for fold in ("fold_1", "fold_2"):
+        for stage in STAGES:
+            folder = workdir / fold / stage
+            with ocp.CheckpointManager((folder / "checkpoints").absolute()) as checkpoints:
+                state = checkpoints.restore(EPOCHS, args=ocp.args.StandardRestore())
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+                arrays[f"{fold}/{stage}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            losses = [[row["train/loss"], row["validation/loss"]] for row in rows]
+            arrays[f"{fold}/{stage}/metrics"] = np.array(losses)
+        with np.load(workdir / fold / "predictions.npz") as saved:
+            arrays |= {f"{fold}/{name}": saved[name] for name in saved.files}
+    return arrays
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_one_left_alone(tmp_path):
+    alone = start(tmp_path / "alone", tmp_path)
+    assert alone.wait() == 0, (tmp_path / "output.log").read_text()[-3000:]
+    killed_at = {}
+    for number, stage in enumerate(STAGES):
+        stage_dir = tmp_path / "killed" / "fold_1" / stage
+        kill_in(stage_dir, start(tmp_path / "killed", tmp_path), number)
+        killed_at[stage] = saved_epochs(stage_dir)[-1]
+    assert all(epoch < EPOCHS for epoch in killed_at.values()), killed_at  # all killed midway
+    assert start(tmp_path / "killed", tmp_path).wait() == 0
+    expected, actual = final_arrays(tmp_path / "alone"), final_arrays(tmp_path / "killed")
+    assert expected.keys() == actual.keys()
+    different = [k for k in expected if not np.array_equal(expected[k], actual[k])]
+    assert not different
