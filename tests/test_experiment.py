@@ -6,18 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import soundfile
-from tiny_config import get_config
 from transformers import HubertConfig, HubertModel
 
 from serkd_jax import experiment
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
 from serkd_jax.report import ROWS
+from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("teacher", "student", "distill", "curriculum")
@@ -182,34 +181,3 @@ def test_the_command_line_tells_what_is_wrong_in_one_line(flags, message, tmp_pa
     assert "error:" in done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_paper_sizes_are_those_of_table_7():
-    """Parameter counts without the memory: shapes alone."""
-    from configs import common
-    from transformers import HubertConfig
-
-    from serkd_jax.models.student import Student
-    from serkd_jax.models.teacher import Teacher
-
-    def count(model, *inputs):
-        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-        return sum(x.size for x in jax.tree.leaves(shapes))
-
-    for table3, classes, expected in (("iemocap", 4, 11_924_868), ("meld", 7, 11_873_031)):
-        config = common.paper(table3)
-        sizes = {
-            k: v for k, v in config.student.items() if k not in ("learning_rate", "epochs")
-        }
-        features = np.zeros((1, config.max_frames, 1024), np.float32)
-        assert count(Student(classes, **sizes), features, np.ones(1, np.int32)) == expected
-    large = HubertConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        do_stable_layer_norm=True,
-        feat_extract_norm="layer",
-    )
-    frames = np.zeros((1, 9, 1024), np.float32)
-    assert count(Teacher(large, 4), frames, np.ones((1, 9), bool)) == 302_451_140

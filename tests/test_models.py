@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import HubertConfig
 
+from configs import common
 from serkd_jax import parallel
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
+from serkd_jax.models.teacher import Teacher
 from serkd_jax.models.transformer import EncoderLayer
 
 B, T, N, D = 3, 10, 6, 8
@@ -173,3 +176,27 @@ def test_metrics_equal_the_definitions_of_the_paper():
     assert scores["confusion"] == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="empty"):
         classification_metrics(labels[:0], predictions[:0], 4)
+
+
+def test_the_paper_sizes_are_those_of_table_7():
+    """Parameter counts without the memory: shapes alone."""
+
+    def count(model, *inputs):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+        return sum(x.size for x in jax.tree.leaves(shapes))
+
+    for table3, classes, expected in (("iemocap", 4, 11_924_868), ("meld", 7, 11_873_031)):
+        config = common.paper(table3)
+        sizes = {k: v for k, v in config.student.items() if k not in ("learning_rate", "epochs")}
+        features = np.zeros((1, config.max_frames, 1024), np.float32)
+        assert count(Student(classes, **sizes), features, np.ones(1, np.int32)) == expected
+    large = HubertConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+    )
+    frames = np.zeros((1, 9, 1024), np.float32)
+    assert count(Teacher(large, 4), frames, np.ones((1, 9), bool)) == 302_451_140

@@ -1,7 +1,8 @@
 """A recipe for the tests: the whole pipeline in seconds of compute."""
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config() -> ConfigDict:
