@@ -122,21 +122,21 @@ def logmel(config: ConfigDict) -> ConfigDict:
 
     The sizes suit corpora of some hundred to some thousand utterances and a CPU.
     """
-    config.frontend = ConfigDict({"name": "logmel", "num_mels": 64})
+    config.frontend = ConfigDict({"name": "logmel", "num_mels": 40})
     config.teacher = ConfigDict(
         {
             "input": "features",
             "model": "",  # empty: from scratch, with the sizes below
-            "patch_frames": 4,
+            "patch_frames": 4,  # 80 ms
             "width": 192,
             "mlp_dim": 384,
             "num_layers": 4,
             "num_heads": 4,
-            "dropout": 0.1,
-            "max_frequency_mask": 8,
-            "max_time_mask": 8,
+            "dropout": 0.2,
+            "max_frequency_mask": 0,
+            "max_time_mask": 0,
             "learning_rate": 1e-3,
-            "epochs": 40,
+            "epochs": 25,
         }
     )
     config.student.update(
@@ -144,15 +144,19 @@ def logmel(config: ConfigDict) -> ConfigDict:
             "width": 128,
             "mlp_dim": 256,
             "num_heads": 4,
+            "num_layers": 2,
             "projection_dim": 64,
-            "dropout": 0.3,
-            "time_pooling": 4,
+            "dropout": 0.2,
+            # On some hundred clips the paper's student learns every band's course by heart. Fewer
+            # time points, and tokens that know their band, gave 45 % instead of 38 % UA on EMO-DB.
+            "time_pooling": 10,  # 200 ms
+            "variate_embedding": True,
             "learning_rate": 1e-3,
-            "epochs": 30,
+            "epochs": 50,
         }
     )
-    config.contrastive.update({"max_frequency_mask": 8, "queue_size": 256})
-    config.distill.update({"learning_rate": 1e-3, "epochs": 40})
+    config.contrastive.update({"max_frequency_mask": 5, "queue_size": 256})
+    config.distill.update({"alpha": 0.5, "learning_rate": 1e-3, "epochs": 60})
     config.meta.update({"learning_rate": 1e-4, "pilot_learning_rate": 1e-3})
     config.curriculum.update({"learning_rate": 5e-4, "epochs": 20})
     config.optimizer.update({"weight_decay": 0.1, "schedule": "cosine", "warmup": 0.1})

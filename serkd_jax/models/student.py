@@ -74,7 +74,7 @@ class Student(nn.Module):
             tokens, mask = nn.Dense(self.width, name="embed")(features.swapaxes(1, 2)), None
             if self.variate_embedding:
                 shape = (features.shape[2], self.width)
-                tokens += self.param("variate_embedding", nn.initializers.normal(0.02), shape)
+                tokens += self.param("variate_embedding", nn.initializers.normal(0.5), shape)
         else:
             tokens, mask = nn.Dense(self.width, name="embed")(features), valid
             tokens += sinusoidal_positions(features.shape[1], self.width)
