@@ -23,8 +23,8 @@ def spec_augment(
 ) -> jax.Array:
     """Zeroes one block of features and one block of frames of every example.
 
-    Widths are U{0..max}; starts are uniform over the places where the block fits (in time, among
-    the valid frames).
+    Widths are U{0..max}, but at most half of what there is; starts are uniform over the places
+    where the block fits (in time, among the valid frames).
 
     Args:
         keys: (B,) keys, one per example.
@@ -37,8 +37,8 @@ def spec_augment(
 
     def outside_block(key: jax.Array, length: int, limit: jax.Array, max_width: int) -> jax.Array:
         width_key, start_key = jax.random.split(key)
-        width = jax.random.randint(width_key, (), 0, max_width + 1)
-        start = jax.random.randint(start_key, (), 0, jnp.maximum(limit - width, 0) + 1)
+        width = jnp.minimum(jax.random.randint(width_key, (), 0, max_width + 1), limit // 2)
+        start = jax.random.randint(start_key, (), 0, limit - width + 1)
         position = jnp.arange(length)
         return (position < start) | (position >= start + width)
 

@@ -70,13 +70,14 @@ def compile_step(
 
 def compile_predict(
     predict: Callable[[Any, Any], Any], batch_size: int, devices: list[jax.Device]
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[Any, np.ndarray, Callable[[np.ndarray], Any]], Any]:
     """Compiles ``predict(params, batch) -> outputs`` for a set of any size.
 
     Returns:
-        A function of (params, examples), the examples a tree of (n, ...) NumPy arrays, that
-        returns a tree of (n, ...) NumPy arrays. It runs in batches of ``batch_size``, the last
-        one filled up with copies of its first example, so that it is compiled once.
+        A function of (params, rows, batch_of), where ``batch_of`` makes a batch of some row
+        numbers. It returns a tree of (len(rows), ...) NumPy arrays. It runs in batches of
+        ``batch_size``, the last one filled up with copies of its first row, so that it is
+        compiled once.
     """
     if len(devices) == 1:
         compiled = jax.jit(predict)
@@ -87,16 +88,16 @@ def compile_predict(
             outputs = mapped(params, _split(batch, len(devices)))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
-    def predict_all(params: Any, examples: Any) -> Any:
-        count = len(jax.tree.leaves(examples)[0])
+    def predict_rows(params: Any, rows: np.ndarray, batch_of: Callable[[np.ndarray], Any]) -> Any:
         outputs = []
-        for start in range(0, count, batch_size):
-            index = np.arange(start, start + batch_size)
-            index[index >= count] = start
-            outputs.append(compiled(params, jax.tree.map(lambda x, i=index: x[i], examples)))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *map(_to_host, outputs))
+        for start in range(0, len(rows), batch_size):
+            batch_rows = np.full(batch_size, rows[start])
+            taken = rows[start : start + batch_size]
+            batch_rows[: len(taken)] = taken
+            outputs.append(_to_host(compiled(params, batch_of(batch_rows))))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
 
-    return predict_all
+    return predict_rows
 
 
 def _to_host(tree: Any) -> Any:

@@ -12,15 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    BestN,
-    LatestN,
-)
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from serkd_jax.errors import UserError
+from serkd_jax.report import write_atomically
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Stage:
         step: (state, batch, rng) -> (state, metrics).
         batch_at: (step number, state) -> batch.
         validate: state -> validation metrics.
-        selection_metric: the validation metric whose best epoch is the stage's result.
+        selection_metric: the validation metric whose best epoch is the stage's result, or
+            ``last`` for the last epoch.
         rng: the stage's key; the step folds in the step number.
     """
 
@@ -61,7 +59,7 @@ def train(stage: Stage, directory: Path) -> Any:
         UserError: a loss is not finite, or a checkpoint cannot be read.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _checkpoint_manager(directory, stage.selection_metric) as checkpoints:
+    with _checkpoint_manager(directory) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done < stage.epochs:
             # A copy: the step donates its state, and what made this one may be used again.
@@ -76,6 +74,7 @@ def _train_epochs(
 ) -> None:
     log = directory / "metrics.jsonl"
     _truncate_log(log, done)
+    by_last = stage.selection_metric == "last"
     first_step = done * stage.steps_per_epoch
     with (
         SummaryWriter(str(directory), purge_step=first_step + 1) as board,
@@ -93,19 +92,27 @@ def _train_epochs(
             state, metrics = _train_epoch(stage, state, epoch, bar)
             row = {f"train/{name}": value for name, value in metrics.items()}
             row |= {f"validation/{k}": v for k, v in stage.validate(state).items()}
+            _check_finite(stage, epoch, row)
             row["seconds"] = time.monotonic() - start
             step = epoch * stage.steps_per_epoch
             for name, value in row.items():
                 board.add_scalar(name, value, step)
             log_file.write(json.dumps({"epoch": epoch, "step": step, **row}) + "\n")
             log_file.flush()
-            selection = row[f"validation/{stage.selection_metric}"]
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", val=f"{selection:.3f}")
+            score = epoch if by_last else row[f"validation/{stage.selection_metric}"]
             checkpoints.save(
-                epoch,
-                args=ocp.args.StandardSave(state),
-                metrics={stage.selection_metric: selection},
+                epoch, args=ocp.args.StandardSave(state), metrics={"score": float(score)}
             )
+
+
+def _check_finite(stage: Stage, epoch: int, row: dict[str, float]) -> None:
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{stage.title}: {', '.join(bad)} is not finite in epoch {epoch}; the checkpoint of "
+            f"epoch {epoch - 1} is kept. Lower the stage's learning rate, or set "
+            "optimizer.clip_norm, and start in a new workdir"
+        )
 
 
 def _train_epoch(stage: Stage, state: Any, epoch: int, bar: tqdm) -> tuple[Any, dict[str, float]]:
@@ -115,31 +122,21 @@ def _train_epoch(stage: Stage, state: Any, epoch: int, bar: tqdm) -> tuple[Any, 
         state, metrics = stage.step(state, stage.batch_at(step, state), stage.rng)
         history.append(metrics)
         bar.update()
-    means = {
-        name: float(np.mean([float(metrics[name]) for metrics in history])) for name in history[0]
-    }
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"{stage.title}: {', '.join(bad)} is not finite in epoch {epoch}; the checkpoint of "
-            f"epoch {epoch - 1} is kept. Lower the stage's learning rate, or set "
-            "optimizer.clip_norm, and start in a new workdir"
-        )
-    return state, means
+        if step % 10 == 0:
+            bar.set_postfix(epoch=epoch, loss=f"{float(metrics['loss']):.3f}")
+    names = history[0]
+    return state, {n: float(np.mean([float(metrics[n]) for metrics in history])) for n in names}
 
 
-def _checkpoint_manager(directory: Path, metric: str) -> ocp.CheckpointManager:
-    def selection(metrics: dict[str, float]) -> float:
-        return metrics[metric]
+def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
+    """Keeps the latest epoch, to go on from, and the one of the best score."""
 
+    def score(metrics: dict[str, float]) -> float:
+        return metrics["score"]
+
+    best = BestN(n=1, get_metric_fn=score, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
-        best_fn=selection,
-        preservation_policy=AnyPreservationPolicy(
-            [
-                LatestN(1),
-                BestN(n=1, get_metric_fn=selection, keep_checkpoints_without_metrics=False),
-            ]
-        ),
+        best_fn=score, preservation_policy=AnyPreservationPolicy([LatestN(1), best])
     )
     return ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
 
@@ -156,8 +153,8 @@ def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, epoch: int) -> An
     except Exception as error:  # orbax raises many kinds for a damaged file
         raise UserError(
             f"{stage.title}: cannot read the checkpoint {checkpoints.directory / str(epoch)} "
-            f"({str(error).splitlines()[0]}). Delete {checkpoints.directory} to train the stage "
-            "again"
+            f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "
+            "the fold again"
         ) from error
 
 
@@ -177,4 +174,4 @@ def _truncate_log(log: Path, done: int) -> None:
             break
         if row["epoch"] <= done:
             kept.append(line + "\n")
-    log.write_text("".join(kept))
+    write_atomically(log, "".join(kept))

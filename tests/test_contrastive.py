@@ -63,6 +63,12 @@ def test_masks_are_single_blocks_and_time_masks_lie_in_the_valid_frames(masked):
     assert masked[:, 15:].sum(2).all()
 
 
+def test_a_mask_wider_than_the_clip_leaves_half_of_it():
+    keys = example_keys(jax.random.key(0), jnp.arange(200))
+    masked = spec_augment(keys, jnp.ones((200, 4, 6)), jnp.full(200, 4), 50, 8)
+    assert masked.sum((1, 2)).min() == 2 * 3
+
+
 def test_a_mask_depends_on_the_example_and_not_on_the_batch():
     rng, features = jax.random.key(1), jnp.ones((3, 20, 30))
 

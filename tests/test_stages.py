@@ -272,12 +272,16 @@ def test_at_pilot_rate_zero_first_and_second_order_agree(meta_gradient):
     np.testing.assert_allclose(run("second_order", 0.0)[0], run("first_order", 0.0)[0], atol=1e-9)
 
 
-def test_difficulty_tiers_are_equal_parts_from_easy_to_hard():
-    probability = np.random.default_rng(0).random(103)
+def test_difficulty_tiers_are_equal_parts_of_every_class_from_easy_to_hard():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1], [103, 20]))
+    probability = rng.random(123) * np.where(labels == 0, 1.0, 0.1)
     config = ConfigDict({"task_by": "difficulty", "num_tasks": 4})
-    tier = curriculum.assign_tasks(probability, np.zeros(103, int), config)
-    assert np.bincount(tier).tolist() == [26, 26, 26, 25]
-    assert all(probability[tier == k].min() > probability[tier == k + 1].max() for k in range(3))
+    tier = curriculum.assign_tasks(probability, labels, config)
+    for label, sizes in ((0, [26, 26, 26, 25]), (1, [5, 5, 5, 5])):
+        assert np.bincount(tier[labels == label]).tolist() == sizes
+        p, t = probability[labels == label], tier[labels == label]
+        assert all(p[t == k].min() > p[t == k + 1].max() for k in range(3))
 
 
 def test_tasks_by_class_start_with_the_class_that_the_teacher_knows_best():

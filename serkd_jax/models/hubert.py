@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from serkd_jax.models.transformer import EncoderLayer, exact_gelu
+from serkd_jax.models.transformer import EncoderLayer, LayerNorm, exact_gelu
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import HubertConfig
@@ -35,9 +35,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 CONV_NORM_EPSILON = 1e-5  # torch's default: config.layer_norm_eps is not meant for these
 
-# The variance as mean((x - mean)²), like torch; Flax's faster E[x²] - mean² cancels in float32.
-LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
-GroupNorm = functools.partial(nn.GroupNorm, use_fast_variance=False)
+GroupNorm = functools.partial(nn.GroupNorm, use_fast_variance=False)  # as LayerNorm
 
 
 class HubertOutput(NamedTuple):

@@ -9,6 +9,7 @@ from transformers import HubertConfig
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertLayers
 from serkd_jax.models.student import masked_mean, sinusoidal_positions
+from serkd_jax.models.transformer import LayerNorm
 
 
 class TeacherOutput(NamedTuple):
@@ -60,7 +61,7 @@ class Teacher(nn.Module):
         width = self.config.hidden_size
         if self.patch_frames:
             patch = (self.patch_frames,)
-            frames = nn.LayerNorm(name="input_norm")(frames)
+            frames = LayerNorm(name="input_norm")(frames)
             frames = nn.Conv(width, patch, strides=patch, name="patches")(frames)
             frames += sinusoidal_positions(frames.shape[1], width)
             frame_mask = frame_mask[:, :: self.patch_frames]

@@ -1,10 +1,14 @@
 """The transformer encoder layer that HuBERT, the teacher and the student share."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# The variance as mean((x - mean)²), like torch; Flax's faster E[x²] - mean² cancels in float32.
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
@@ -87,8 +91,8 @@ class EncoderLayer(nn.Module):
         self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True
     ) -> jax.Array:
         """Maps (B, L, D) tokens to (B, L, D); ``mask`` (B, L) is True at valid tokens."""
-        norm1 = nn.LayerNorm(epsilon=self.epsilon, name="layer_norm")
-        norm2 = nn.LayerNorm(epsilon=self.epsilon, name="final_layer_norm")
+        norm1 = LayerNorm(epsilon=self.epsilon, name="layer_norm")
+        norm2 = LayerNorm(epsilon=self.epsilon, name="final_layer_norm")
         drop = nn.Dropout(self.dropout)
 
         def attend(h: jax.Array) -> jax.Array:

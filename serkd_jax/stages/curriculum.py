@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys
 from serkd_jax.contrastive import Queue, enqueue, momentum_update
+from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier
@@ -91,19 +92,24 @@ def assign_tasks(
     Args:
         true_class_probability: (n,) p_T'(y | h_T) of the meta-teacher.
         labels: (n,) int.
-        config: the config's ``curriculum`` part. ``task_by='difficulty'`` cuts the examples,
-            ranked by the meta-teacher's probability, into ``num_tasks`` tiers of equal size;
-            ``'class'`` makes every class a task, ranked by its mean probability.
+        config: the config's ``curriculum`` part. ``task_by='difficulty'`` cuts the examples of
+            each class, ranked by the meta-teacher's probability, into ``num_tasks`` tiers of
+            equal size, so that no tier favours a class; ``'class'`` makes every class a task,
+            ranked by its mean probability.
     """
     if config.task_by == "difficulty":
-        rank = np.argsort(np.argsort(-true_class_probability, kind="stable"), kind="stable")
-        return (rank * config.num_tasks // len(rank)).astype(np.int32)
+        task = np.empty(len(labels), np.int32)
+        for label in np.unique(labels):
+            rows = np.flatnonzero(labels == label)
+            easiest_first = rows[np.argsort(-true_class_probability[rows], kind="stable")]
+            task[easiest_first] = np.arange(len(rows)) * config.num_tasks // len(rows)
+        return task
     if config.task_by == "class":
         classes = np.unique(labels)
         means = np.array([true_class_probability[labels == c].mean() for c in classes])
         easiest_first = classes[np.argsort(-means, kind="stable")]
         return np.argmax(labels[:, None] == easiest_first, axis=1).astype(np.int32)
-    raise ValueError(f"curriculum.task_by must be difficulty or class: {config.task_by!r}")
+    raise UserError(f"curriculum.task_by must be difficulty or class: {config.task_by!r}")
 
 
 def init_state(

@@ -1,0 +1,278 @@
+"""The models, optimisers and compiled steps of a config, which all folds share."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+from transformers import HubertConfig
+
+from serkd_jax import parallel
+from serkd_jax.errors import UserError
+from serkd_jax.models.hubert import HubertEmbed
+from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
+from serkd_jax.models.policy import Policy
+from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.teacher import Classifier, Teacher
+from serkd_jax.stages import curriculum, distill, student, teacher
+from serkd_jax.stages.common import make_optimizer
+
+
+class Programs:
+    """Everything that is made once from a config and compiled at its first use.
+
+    Attributes:
+        config: the whole config.
+        num_classes: C.
+        feature_shape: (T, N) of the stored features.
+        steps_per_epoch: of every stage.
+        devices: where the steps run.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        num_classes: int,
+        feature_shape: tuple[int, int],
+        steps_per_epoch: int,
+        devices: list[jax.Device],
+    ):
+        if config.teacher.input not in ("waveform", "features"):
+            raise UserError(f"teacher.input must be waveform or features: {config.teacher.input!r}")
+        if config.teacher.input == "waveform" and not config.teacher.model:
+            raise UserError("teacher.input=waveform needs a HuBERT checkpoint in teacher.model")
+        self.config, self.num_classes, self.feature_shape = config, num_classes, feature_shape
+        self.steps_per_epoch, self.devices = steps_per_epoch, devices
+
+    # Teacher (Section 3.1) ---------------------------------------------------------------------
+
+    @cached_property
+    def checkpoint(self) -> HubertCheckpoint:
+        """The pretrained HuBERT that the teacher starts from."""
+        return load_hubert(self.config.teacher.model)
+
+    @cached_property
+    def teacher_model(self) -> Teacher:
+        """The trained part of the teacher."""
+        config = self.config.teacher
+        if config.model:
+            sizes = self.checkpoint.config.to_dict()
+        else:
+            sizes = {
+                "hidden_size": config.width,
+                "intermediate_size": config.mlp_dim,
+                "num_hidden_layers": config.num_layers,
+                "num_attention_heads": config.num_heads,
+                "do_stable_layer_norm": True,
+            }
+        dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout")
+        sizes |= dict.fromkeys(dropouts, config.dropout)
+        return Teacher(HubertConfig(**sizes), self.num_classes, config.patch_frames)
+
+    @cached_property
+    def embed(self) -> HubertEmbed | None:
+        """The frozen convolutional front, for waveform input."""
+        return HubertEmbed(self.checkpoint.config) if self._reads_waveforms else None
+
+    @property
+    def _reads_waveforms(self) -> bool:
+        return self.config.teacher.input == "waveform"
+
+    def init_teacher(self) -> teacher.TeacherState:
+        """State before fine-tuning: pretrained layers where a checkpoint is named."""
+        rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        width = (
+            self.teacher_model.config.hidden_size
+            if self._reads_waveforms
+            else self.feature_shape[1]
+        )
+        inputs = jnp.zeros((1, 8, width)), jnp.ones((1, 8), bool)
+        params = jax.jit(self.teacher_model.init)(rng, *inputs)["params"]
+        if self.config.teacher.model:
+            params = {**params, "encoder": self.checkpoint.params["encoder"]}
+        frozen = self.checkpoint.params["embed"] if self._reads_waveforms else {}
+        return teacher.init_state(params, self.teacher_optimizer, frozen)
+
+    @cached_property
+    def _to_frames(self) -> Callable:
+        normalize = self._reads_waveforms and self.checkpoint.do_normalize
+        return teacher.make_frames(self.embed, normalize)
+
+    @cached_property
+    def teacher_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the teacher."""
+        return self._optimizer(self.config.teacher.learning_rate, self.config.teacher.epochs)
+
+    @cached_property
+    def teacher_step(self) -> Callable:
+        """Eq. 1."""
+        optimizer, config = self.teacher_optimizer, self.config.teacher
+        return self._compile(
+            teacher.make_step, self.teacher_model, self._to_frames, optimizer, config
+        )
+
+    @cached_property
+    def teacher_predict(self) -> Callable:
+        """(state, rows, batch_of) -> hidden vectors and logits."""
+        return self._compile_predict(teacher.make_predict(self.teacher_model, self._to_frames))
+
+    # Student (Section 3.2.1) -------------------------------------------------------------------
+
+    @cached_property
+    def student_model(self) -> Student:
+        """S, and S' of the curriculum."""
+        config = self.config.student
+        sizes = {k: v for k, v in config.items() if k not in ("learning_rate", "epochs")}
+        return Student(self.num_classes, **sizes)
+
+    def init_student_params(self, rng: jax.Array) -> Any:
+        """New parameters of S."""
+        inputs = jnp.zeros((1, *self.feature_shape)), jnp.ones(1, jnp.int32)
+        return jax.jit(self.student_model.init)(rng, *inputs)["params"]
+
+    def init_student(self, rng: jax.Array) -> student.StudentState:
+        """State before the undistilled student's training."""
+        return student.init_state(
+            self.init_student_params(rng),
+            self.student_optimizer,
+            self.config.contrastive,
+            self.config.student.projection_dim,
+        )
+
+    @cached_property
+    def student_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the undistilled student."""
+        return self._optimizer(self.config.student.learning_rate, self.config.student.epochs)
+
+    @cached_property
+    def student_step(self) -> Callable:
+        """Eqs. 2-3."""
+        optimizer, config = self.student_optimizer, self.config.contrastive
+        return self._compile(student.make_step, self.student_model, optimizer, config)
+
+    @cached_property
+    def student_predict(self) -> Callable:
+        """(student parameters, rows, batch_of) -> hidden vectors, logits and projections."""
+        return self._compile_predict(student.make_predict(self.student_model))
+
+    # Distillation and meta-teacher (Sections 3.2.2 and 3.3) ------------------------------------
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """Maps the student's hidden vector to the teacher's width."""
+        return Adapter(self.teacher_model.config.hidden_size)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """T', the meta-teacher."""
+        return Classifier(self.num_classes)
+
+    @cached_property
+    def classify(self) -> Callable[[Any, Any], jax.Array]:
+        """(T' parameters, (n, H) hidden vectors) -> (n, C) logits."""
+        return jax.jit(lambda params, hidden: self.classifier.apply({"params": params}, hidden))
+
+    def init_distill(self, rng: jax.Array, teacher_classifier: Any) -> distill.DistillState:
+        """State before distillation: a new student, and T' cloned from the teacher."""
+        student_rng, adapter_rng = jax.random.split(rng)
+        hidden = jnp.zeros((1, self.config.student.width))
+        return distill.init_state(
+            {
+                "student": self.init_student_params(student_rng),
+                "adapter": self.adapter.init(adapter_rng, hidden)["params"],
+            },
+            teacher_classifier,
+            self.distill_optimizer,
+            self.meta_optimizer,
+            self.config.contrastive,
+            self.config.student.projection_dim,
+        )
+
+    @cached_property
+    def distill_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the distilled student."""
+        return self._optimizer(self.config.distill.learning_rate, self.config.distill.epochs)
+
+    @cached_property
+    def meta_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the meta-teacher, which learns as long as the distilled student."""
+        return self._optimizer(self.config.meta.learning_rate, self.config.distill.epochs)
+
+    @cached_property
+    def distill_step(self) -> Callable:
+        """Eqs. 4-9."""
+        return self._compile(
+            distill.make_step,
+            self.student_model,
+            self.adapter,
+            self.classifier,
+            self.distill_optimizer,
+            self.meta_optimizer,
+            self.config,
+        )
+
+    # Curriculum (Section 3.4) ------------------------------------------------------------------
+
+    @cached_property
+    def policy(self) -> Policy:
+        """Picks the next task."""
+        config = self.config.curriculum
+        num_tasks = self.num_classes if config.task_by == "class" else config.num_tasks
+        return Policy(num_tasks, config.policy_width, config.easy_bias)
+
+    def init_curriculum(
+        self, rng: jax.Array, distilled: distill.DistillState
+    ) -> curriculum.CurriculumState:
+        """State before the curriculum: S' cloned from the distilled student."""
+        return curriculum.init_state(
+            distilled,
+            self.curriculum_optimizer,
+            self.policy,
+            self.policy_optimizer,
+            self.config.curriculum,
+            self.config.student.width,
+            rng,
+        )
+
+    @cached_property
+    def curriculum_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the updated student."""
+        return self._optimizer(self.config.curriculum.learning_rate, self.config.curriculum.epochs)
+
+    @cached_property
+    def policy_optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the policy, at a constant rate: it takes one step an episode."""
+        optimizer = self.config.optimizer
+        return optax.adamw(
+            self.config.curriculum.policy_learning_rate, weight_decay=optimizer.weight_decay
+        )
+
+    @cached_property
+    def curriculum_step(self) -> Callable:
+        """Eqs. 10-13."""
+        return self._compile(
+            curriculum.make_step,
+            self.student_model,
+            self.adapter,
+            self.classifier,
+            self.policy,
+            self.curriculum_optimizer,
+            self.policy_optimizer,
+            self.config,
+            self.config.curriculum.epochs * self.steps_per_epoch,
+        )
+
+    # What they share ---------------------------------------------------------------------------
+
+    def _optimizer(self, learning_rate: float, epochs: int) -> optax.GradientTransformation:
+        total_steps = epochs * self.steps_per_epoch
+        return make_optimizer(self.config.optimizer, learning_rate, total_steps)
+
+    def _compile(self, make_step: Callable, *parts: Any) -> Callable:
+        return parallel.compile_step(partial(make_step, *parts), self.devices)
+
+    def _compile_predict(self, predict: Callable) -> Callable:
+        return parallel.compile_predict(predict, self.config.batch_size, self.devices)
