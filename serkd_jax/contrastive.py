@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from serkd_jax.errors import UserError
+
 
 class Queue(struct.PyTreeNode):
     """A first-in, first-out dictionary of keys.
@@ -30,7 +32,7 @@ def enqueue(queue: Queue, keys: jax.Array, labels: jax.Array) -> Queue:
     """Overwrites the oldest slots by (B, P) keys and (B,) labels; B must not exceed Q."""
     size, batch = queue.labels.shape[0], labels.shape[0]
     if batch > size:
-        raise ValueError(f"a batch of {batch} keys does not fit a queue of {size}")
+        raise UserError(f"a batch of {batch} keys does not fit a queue of {size}")
     slots = (queue.position + jnp.arange(batch)) % size
     return Queue(
         queue.keys.at[slots].set(keys),

@@ -18,7 +18,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.frontends import make_frontend, num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
-from serkd_jax.programs import Programs
+from serkd_jax.programs import Programs, check_config
 from serkd_jax.splits import Fold, make_folds
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.curriculum import CurriculumBatch, CurriculumState, assign_tasks
@@ -41,48 +41,63 @@ class Experiment:
         Raises:
             UserError: bad data or configuration, or a workdir that holds another run.
         """
-        self.config, self.workdir = config, Path(workdir)
-        devices = parallel.choose_devices(config.num_devices, config.batch_size)
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._prepare_data()
-        columns = {
-            "speaker": self.table.speakers,
-            "session": self.table.sessions,
-            "fold": self.table.folds,
-            "split": self.table.splits,
-        }
-        self.folds = make_folds(self.table.labels, columns, config.protocol, config.seed)
-        # Enough batches for the largest fold's training part, so that all folds share programs.
-        largest = max(len(fold.train) for fold in self.folds)
-        self.steps_per_epoch = -(-largest // config.batch_size)
-        self.programs = Programs(
-            config,
-            len(self.table.class_names),
-            self.features.shape[1:],
-            self.steps_per_epoch,
-            devices,
-        )
-
-    def _prepare_data(self) -> None:
-        """Audio records and features, made or found, then held in memory as NumPy arrays."""
         # Here and not above: only this needs TensorFlow.
         from serkd_jax.data import corpora, features, records
 
-        config = self.config
-        corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
-        self._claim_workdir(corpus.fingerprint)
+        check_config(config)
+        self.config, self.workdir = config, Path(workdir)
+        devices = parallel.choose_devices(config.num_devices, config.batch_size)
         cache = Path(config.cache_dir or self.workdir / "data")
+        max_frames = config.max_frames
+
+        corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
         records_dir = records.prepare_records(corpus, cache)
         self.table = records.load_table(records_dir)
-        frontend, max_frames = make_frontend(config.frontend), config.max_frames
+        self.folds = self._make_folds()
+        # Enough batches for the largest fold's training part, so that all folds share programs.
+        largest = max(len(fold.train) for fold in self.folds)
+        self.steps_per_epoch = -(-largest // config.batch_size)
+
+        frontend = make_frontend(config.frontend)
+        self.programs = Programs(
+            config,
+            len(self.table.class_names),
+            (max_frames, frontend.width),
+            self.steps_per_epoch,
+            devices,
+        )
+        self._claim_workdir(
+            {
+                "the corpus": corpus.fingerprint,
+                "the front-end": frontend.fingerprint,
+                "the teacher's weights": self.programs.weights_hash,
+            }
+        )
         features_dir = features.prepare_features(
             records_dir, frontend, max_frames, cache, corpus.fingerprint
         )
-        _, self.features, self.num_frames = features.load_features(features_dir, max_frames)
+        ids, self.features, self.num_frames = features.load_features(features_dir, max_frames)
+        self._check_rows(ids, features_dir)
         if config.teacher.input == "waveform":
-            _, self.waveforms, self.num_samples = records.load_waveforms(
+            ids, self.waveforms, self.num_samples = records.load_waveforms(
                 records_dir, num_samples(max_frames)
             )
+            self._check_rows(ids, records_dir)
+
+    def _make_folds(self) -> list[Fold]:
+        table, config = self.table, self.config
+        columns = {
+            "speaker": table.speakers,
+            "session": table.sessions,
+            "fold": table.folds,
+            "split": table.splits,
+        }
+        return make_folds(table.labels, columns, config.protocol, config.seed)
+
+    def _check_rows(self, ids: np.ndarray, place: Path) -> None:
+        """Everything is indexed by row: the rows must be the table's."""
+        if not np.array_equal(ids, self.table.ids):
+            raise UserError(f"{place} does not hold the utterances of the records: delete it")
 
     def run(self) -> str:
         """Does what is left to do and returns the Markdown report."""
@@ -288,6 +303,10 @@ class Experiment:
     def _notes(self) -> list[str]:
         """What a reader of the results must know of the data."""
         notes = []
+        sizes = np.bincount(self.table.labels, minlength=len(self.table.class_names))
+        empty = [n for n, size in zip(self.table.class_names, sizes, strict=True) if size == 0]
+        if empty:
+            notes.append(f"No utterance could be used of: {', '.join(empty)}.")
         limit = num_samples(self.config.max_frames)
         cut = int((self.table.num_samples > limit).sum())
         if cut:
@@ -300,22 +319,22 @@ class Experiment:
             notes.append(f"{len(reasons)} files were skipped: {'; '.join(reasons)}.")
         return notes
 
-    def _claim_workdir(self, fingerprint: str) -> None:
-        """Writes what this run is, or refuses a workdir in which another run was begun."""
+    def _claim_workdir(self, sources: dict[str, str]) -> None:
+        """Writes what this run is, or refuses a workdir in which another one has trained."""
         path = self.workdir / "run.json"
-        mine = {"corpus_fingerprint": fingerprint, **_flatten(self.config.to_dict())}
-        mine = {k: v for k, v in mine.items() if k not in PLACE_KEYS}
-        if not path.exists():
-            report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
-            return
-        theirs = json.loads(path.read_text())
-        differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
-        if differ:
-            changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
-            raise UserError(
-                f"{self.workdir} holds checkpoints of another run ({changes}"
-                f"{', ...' if len(differ) > 5 else ''}). Use another --workdir, or delete this one"
-            )
+        config = {k: v for k, v in _flatten(self.config.to_dict()).items() if k not in PLACE_KEYS}
+        mine = sources | config
+        if any(self.workdir.glob("fold_*")) and path.exists():
+            theirs = json.loads(path.read_text())
+            differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
+            if differ:
+                changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
+                more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+                raise UserError(
+                    f"{self.workdir} holds checkpoints of another run ({changes}{more}). Use "
+                    "another --workdir, or delete this one"
+                )
+        report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
 
 
 def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:

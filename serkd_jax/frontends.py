@@ -18,6 +18,7 @@ from transformers import audio_utils
 from serkd_jax.audio import SAMPLE_RATE
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertModel, normalize_waveform
+from serkd_jax.models.hubert import num_frames as hubert_frames
 from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
 
 WINDOW = 400  # samples, 25 ms
@@ -127,7 +128,10 @@ class Hubert:
     @cached_property
     def checkpoint(self) -> HubertCheckpoint:
         """Architecture and weights."""
-        return load_hubert(self.model, self.revision)
+        checkpoint = load_hubert(self.model, self.revision)
+        if hubert_frames(checkpoint.config, num_samples(326)) != 326:
+            raise UserError(f"{self.model} does not give one frame every {HOP} samples, as HuBERT")
+        return checkpoint
 
     @property
     def width(self) -> int:
@@ -155,15 +159,16 @@ class Hubert:
     def __call__(self, waveforms: Sequence[np.ndarray], max_frames: int) -> list[np.ndarray]:
         """Features of float32 (num_samples,) waveforms, each float16 (<= max_frames, width).
 
-        The clips are padded to whole seconds, so that few shapes are compiled.
+        Every clip is encoded whole, then cut. The batch is padded to whole seconds, so that few
+        shapes are compiled.
         """
-        lengths = np.array([min(len(w), num_samples(max_frames)) for w in waveforms])
+        lengths = np.array([len(waveform) for waveform in waveforms])
         padded = np.zeros((len(waveforms), -(-lengths.max() // SAMPLE_RATE) * SAMPLE_RATE), "f4")
         for row, (waveform, length) in enumerate(zip(waveforms, lengths, strict=True)):
-            padded[row, :length] = waveform[:length]
+            padded[row, :length] = waveform
         hidden = np.asarray(self._encode(padded, lengths))
         return [
-            x[: num_frames(length)].astype(np.float16)
+            x[: min(num_frames(length), max_frames)].astype(np.float16)
             for x, length in zip(hidden, lengths, strict=True)
         ]
 
@@ -175,4 +180,7 @@ def make_frontend(config: ConfigDict) -> Frontend:
     name = settings.pop("name")
     if name not in frontends:
         raise UserError(f"frontend.name is {name!r}: use one of {', '.join(frontends)}")
-    return frontends[name](**settings)
+    try:
+        return frontends[name](**settings)
+    except TypeError as error:
+        raise UserError(f"frontend {name}: {error}; use the {name} part of a recipe") from error

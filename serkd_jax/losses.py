@@ -7,6 +7,8 @@ loss is a mean over its batch, so that its weight does not depend on the batch s
 import jax
 import jax.numpy as jnp
 
+from serkd_jax.errors import UserError
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy, Eq. 1 and the second term of Eqs. 2 and 11.
@@ -82,7 +84,7 @@ def soft_label_divergence(
     elif direction == "student_teacher":
         divergence = (jnp.exp(log_s) * (log_s - log_t)).sum(-1)
     else:
-        raise ValueError(f"direction must be teacher_student or student_teacher, not {direction!r}")
+        raise UserError(f"direction must be teacher_student or student_teacher, not {direction!r}")
     return temperature**2 * divergence.mean()
 
 

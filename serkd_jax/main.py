@@ -19,11 +19,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file that it writes
     from serkd_jax.experiment import Experiment  # slow to import, so after the flags are parsed
 
+    workdir = Path(_WORKDIR.value)
     try:
-        report = Experiment(_CONFIG.value, Path(_WORKDIR.value)).run()
-    except UserError as error:
+        workdir.mkdir(parents=True, exist_ok=True)
+        report = Experiment(_CONFIG.value, workdir).run()
+    except (UserError, FileExistsError, PermissionError) as error:
         sys.exit(f"error: {error}")
-    print(f"\n{report}\nWritten to {_WORKDIR.value}/results.json and results.md")
+    print(f"\n{report}\nWritten to {workdir}/results.json and results.md")
 
 
 if __name__ == "__main__":

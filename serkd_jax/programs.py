@@ -1,5 +1,6 @@
 """The models, optimisers and compiled steps of a config, which all folds share."""
 
+import functools
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +20,41 @@ from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
 from serkd_jax.stages.common import make_optimizer
+
+CHOICES = {
+    "selection_metric": ("ua", "wa", "wf1", "last"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "teacher.input": ("waveform", "features"),
+    "distill.direction": ("teacher_student", "student_teacher"),
+    "meta.order": ("second_order", "first_order"),
+    "curriculum.task_by": ("difficulty", "class"),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses, before anything is computed, what no stage could run.
+
+    Raises:
+        UserError: names the key and what it may be.
+    """
+    for key, choices in CHOICES.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        if value not in choices:
+            raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
+    if config.teacher.input == "waveform" and not config.teacher.model:
+        raise UserError("teacher.input=waveform needs a HuBERT checkpoint in teacher.model")
+    if config.contrastive.queue_size < config.batch_size:
+        raise UserError(
+            f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "
+            f"batch_size {config.batch_size}"
+        )
+    for model in ("student", "teacher"):
+        width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
+        if width % heads:
+            raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
+    for stage in ("teacher", "student", "distill", "curriculum"):
+        if config[stage].epochs < 1:
+            raise UserError(f"{stage}.epochs must be at least 1")
 
 
 class Programs:
@@ -40,10 +76,6 @@ class Programs:
         steps_per_epoch: int,
         devices: list[jax.Device],
     ):
-        if config.teacher.input not in ("waveform", "features"):
-            raise UserError(f"teacher.input must be waveform or features: {config.teacher.input!r}")
-        if config.teacher.input == "waveform" and not config.teacher.model:
-            raise UserError("teacher.input=waveform needs a HuBERT checkpoint in teacher.model")
         self.config, self.num_classes, self.feature_shape = config, num_classes, feature_shape
         self.steps_per_epoch, self.devices = steps_per_epoch, devices
 
@@ -53,6 +85,11 @@ class Programs:
     def checkpoint(self) -> HubertCheckpoint:
         """The pretrained HuBERT that the teacher starts from."""
         return load_hubert(self.config.teacher.model)
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the checkpoint that the teacher starts from; empty if it starts from scratch."""
+        return self.checkpoint.sha256 if self.config.teacher.model else ""
 
     @cached_property
     def teacher_model(self) -> Teacher:

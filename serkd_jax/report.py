@@ -87,6 +87,7 @@ def _markdown(results: dict[str, Any], notes: list[str]) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     with temporary.open("wb") as file:

@@ -49,6 +49,10 @@ def make_folds(
     Raises:
         UserError: a column is missing or has one value, or a part would be empty.
     """
+    if len(np.unique(labels)) < 2:
+        raise UserError("all utterances are of one class: there is nothing to tell apart")
+    if config.groups_per_fold < 1 or config.num_folds < 2:
+        raise UserError("protocol.groups_per_fold must be at least 1 and num_folds at least 2")
     rng = np.random.default_rng([seed, 1])
     if config.split_by == "split":
         parts = [_official_split(columns["split"])]

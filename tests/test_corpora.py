@@ -143,9 +143,17 @@ def test_csv_and_jsonl_of_the_same_rows_are_the_same_corpus(tmp_path, audio_fold
 
 
 def test_paths_are_relative_to_the_manifest_without_data_dir_and_may_be_absolute(tmp_path):
-    wav = write_wav(tmp_path / "sub" / "a.wav")
-    (tmp_path / "m.csv").write_text(f"path,label,id\nsub/a.wav,x,1\n{wav},y,2\n")
-    assert {u.path for u in Manifest(str(tmp_path / "m.csv")).utterances} == {str(wav)}
+    first, second = (write_wav(tmp_path / "sub" / name) for name in ("a.wav", "b.wav"))
+    (tmp_path / "m.csv").write_text(f"path,label,id\nsub/a.wav,x,1\n{second},y,2\n")
+    paths = [u.path for u in Manifest(str(tmp_path / "m.csv")).utterances]
+    assert paths == [str(first), str(second)]
+
+
+def test_two_rows_that_find_the_same_file_are_refused(tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "m.csv").write_text("path,label\ns1/a.wav,x\ns2/a.wav,y\n")
+    with pytest.raises(CorpusError, match=r"line 3: file .*a\.wav is also at .*line 2"):
+        _ = Manifest(str(tmp_path / "m.csv")).utterances
 
 
 def test_label_map_merges_labels_and_forgives_case(tmp_path, audio_folder):

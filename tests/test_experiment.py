@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import soundfile
+import torch
 from transformers import HubertConfig, HubertModel
 
 from serkd_jax import experiment
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
+from serkd_jax.frontends import Hubert
 from serkd_jax.report import ROWS
 from tiny_config import get_config
 
@@ -75,16 +78,42 @@ def test_another_config_in_the_same_workdir_is_refused_and_named(finished):
         Experiment(config, finished[0])
 
 
-def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
-    import shutil
+def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
+    config = get_config()
+    config.protocol.groups_per_fold = 4
+    with pytest.raises(UserError, match="has only 4"):
+        Experiment(config, tmp_path)
+    assert len(Experiment(get_config(), tmp_path).folds) == 2
 
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("meta.order", "third_order", "second_order or first_order"),
+        ("optimizer.schedule", "linear", "constant or cosine"),
+        ("contrastive.queue_size", 8, "at least the batch_size 16"),
+        ("teacher.input", "waveform", "needs a HuBERT checkpoint"),
+        ("student.num_heads", 3, "not divisible"),
+        ("frontend.name", "mfcc", "logmel, hubert"),
+        ("teacher.model", "/no/such/model", "/no/such/model"),
+    ],
+)
+def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, message, tmp_path):
+    config = get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        Experiment(config, tmp_path)
+    assert not list((tmp_path).rglob("features"))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished[0], workdir)
     (workdir / "fold_1" / "predictions.npz").unlink()
     (checkpoints,) = (workdir / "fold_1").glob("student/checkpoints")
     for path in checkpoints.rglob("d/*"):
         path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"student.*Delete .*checkpoints"):
+    with pytest.raises(UserError, match=r"student.*Delete .*fold_1"):
         Experiment(get_config(), workdir).run()
 
 
@@ -121,6 +150,20 @@ def hubert_folder(tmp_path_factory):
     )
     HubertModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def test_hubert_features_are_those_of_torch_on_the_whole_clip_cut_afterwards(hubert_folder):
+    rng = np.random.default_rng(0)
+    clips = [rng.normal(0, 0.1, n).astype(np.float32) for n in (30_000, 9_000)]
+    clips[0][15_000:] *= 5  # what is cut off changes the normalisation and the attention
+    oracle = HubertModel.from_pretrained(hubert_folder).eval()
+    features = Hubert(hubert_folder)(clips, 20)
+    assert [x.shape for x in features] == [(20, 16), (20, 16)]
+    for clip, actual in zip(clips, features, strict=True):
+        normalised = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
+        with torch.no_grad():
+            expected = oracle(torch.tensor(normalised)[None]).last_hidden_state[0, :20].numpy()
+        np.testing.assert_allclose(actual.astype(np.float32), expected, atol=5e-3)  # float16
 
 
 @pytest.mark.slow

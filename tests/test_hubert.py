@@ -13,6 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
+from serkd_jax.errors import UserError
 from serkd_jax.models import hubert_weights
 from serkd_jax.models.hubert import (
     HubertEmbed,
@@ -298,7 +299,7 @@ def test_load_shards(saved, tmp_path):
     assert_same(load_hubert(tmp_path).params, saved[1])
     shard = min(tmp_path.glob("model-*.safetensors"))
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=shard.name):
+    with pytest.raises(UserError, match=shard.name):
         load_hubert(tmp_path)
 
 
@@ -320,7 +321,7 @@ def test_load_torch_file_with_old_names(saved, folder):
     (folder / "model.safetensors").unlink()
     assert_same(load_hubert(folder).params, saved[1])
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 no zip file")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin .*download it again"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin .*download it again"):
         load_hubert(folder)
 
 
@@ -329,7 +330,7 @@ def test_torch_file_without_torch(folder, monkeypatch):
     config = tiny_config("large")
     monkeypatch.setattr(hubert_weights, "_read_config", lambda file: config)  # may import torch
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"serkd-jax\[torch\]"):
+    with pytest.raises(UserError, match=r"serkd-jax\[torch\]"):
         load_hubert(folder)
 
 
@@ -353,7 +354,7 @@ def test_wrong_tensors_are_listed_by_name(folder):
     tensors["encoder.layers.2.layer_norm.weight"] = np.zeros(32, np.float32)
     tensors["feature_projection.projection.weight"] = np.zeros((32, 17), np.float32)
     safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match="missing") as caught:
+    with pytest.raises(UserError, match="missing") as caught:
         load_hubert(folder)
     for words in (
         str(folder),
@@ -368,13 +369,13 @@ def test_wrong_tensors_are_listed_by_name(folder):
 def test_truncated_file(folder, kept):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors .*download it again"):
+    with pytest.raises(UserError, match=r"model\.safetensors .*download it again"):
         load_hubert(folder)
 
 
 def test_missing_and_unreadable_files(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         load_hubert(folder)
     config = folder / "config.json"
     content = json.loads(config.read_text())
@@ -386,10 +387,10 @@ def test_missing_and_unreadable_files(folder):
         (json.dumps(content | {"conv_pos_batch_norm": True}), "conv_pos_batch_norm"),
     ):
         config.write_text(broken)
-        with pytest.raises(ValueError, match=rf"config\.json.*{words}"):
+        with pytest.raises(UserError, match=rf"config\.json.*{words}"):
             load_hubert(folder)
     config.unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         load_hubert(folder)
 
 
@@ -403,7 +404,7 @@ def offline_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["someone/not-cached", "./no/such/folder", "no folder"])
 def test_missing_folder_and_offline_hub(name, offline_cache):
-    with pytest.raises(FileNotFoundError, match="neither a local folder nor a model") as caught:
+    with pytest.raises(UserError, match="neither a local folder nor a model") as caught:
         load_hubert(name)
     assert name in str(caught.value)
 

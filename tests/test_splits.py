@@ -82,11 +82,17 @@ def test_the_same_seed_gives_the_same_folds():
         ({"split": ["trian"] * N}, {"split_by": "split"}, "trian"),
         ({}, {"quiz": 0.0}, "quiz part is empty"),
         ({}, {"split_by": "gender"}, "gender"),
+        ({}, {"groups_per_fold": 0}, "at least 1"),
     ],
 )
 def test_a_protocol_that_the_corpus_cannot_serve_is_refused(columns, changes, message):
     with pytest.raises(UserError, match=message):
         folds(columns=COLUMNS | columns, **changes)
+
+
+def test_a_corpus_of_one_class_is_refused():
+    with pytest.raises(UserError, match="one class"):
+        folds(labels=np.zeros(N, int))
 
 
 def test_a_class_that_only_the_test_part_has_is_refused():

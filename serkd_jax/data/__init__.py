@@ -1,1 +1,1 @@
-"""Corpora, audio and feature records, splits: the only part that imports TensorFlow."""
+"""Corpora, audio records and feature records; only records and features need TensorFlow."""

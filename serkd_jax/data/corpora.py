@@ -184,12 +184,13 @@ class Manifest(SpeechCorpus):
         utterances, places = [], {}
         for where, row in _read_rows(self.manifest):
             utterance = self._utterance(where, row, classes, folds)
-            if utterance.id in places:
-                raise CorpusError(
-                    f"{where}: id {utterance.id!r} is also at {places[utterance.id]}; "
-                    "ids must be unique"
-                )
-            places[utterance.id] = where
+            for what in (f"id {utterance.id!r}", f"file {utterance.path}"):
+                if what in places:
+                    raise CorpusError(
+                        f"{where}: {what} is also at {places[what]}; each row must be a recording "
+                        "of its own"
+                    )
+                places[what] = where
             utterances.append(utterance)
         if not utterances:
             raise CorpusError(f"{self.manifest} lists no utterances; it needs rows of path, label")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertModel, check_config
 
 if TYPE_CHECKING:
@@ -61,10 +62,9 @@ def load_hubert(name_or_path: str | Path, revision: str | None = None) -> Hubert
         revision: branch, tag or commit on the hub; None means its main branch.
 
     Raises:
-        FileNotFoundError: the folder, the model or one of its files is not there.
-        ValueError: a file is damaged, the architecture is not supported, or the tensors are not
-            those of the architecture.
-        ImportError: there is only a `pytorch_model.bin` and torch is not installed.
+        UserError: the folder, the model or one of its files is not there or damaged, the
+            architecture is not supported, the tensors are not those of the architecture, or there
+            is only a `pytorch_model.bin` and torch is not installed.
     """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
@@ -78,9 +78,7 @@ def load_hubert(name_or_path: str | Path, revision: str | None = None) -> Hubert
     try:
         params = convert_params(config, tensors)
     except ValueError as error:
-        raise ValueError(
-            f"{folder} is not the model that its {CONFIG} describes: {error}"
-        ) from None
+        raise UserError(f"{folder} is not the model that its {CONFIG} describes: {error}") from None
     return HubertCheckpoint(
         config=config,
         params=params,
@@ -126,7 +124,7 @@ def convert_params(config: HubertConfig, tensors: Mapping[str, np.ndarray]) -> d
         if have != want:
             problems.append(f"{name} has shape {have} instead of {want}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     return traverse_util.unflatten_dict(
         {
             path: np.ascontiguousarray(tensors[name].T, dtype=np.float32)
@@ -174,7 +172,7 @@ def _download(name: str, revision: str | None) -> Path:
                 break
     except (OSError, ValueError) as error:  # not found, gated, offline, not a valid name ...
         at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(
+        raise UserError(
             f"{name!r} is neither a local folder nor a model{at} that could be fetched from the "
             f"Hugging Face hub. Check the spelling; without network access, pass the path of a "
             f"folder with {CONFIG} and {SAFETENSORS}. The hub's answer: {error}"
@@ -192,12 +190,12 @@ def _weight_files(folder: Path) -> list[Path]:
             shards = [folder / shard for shard in sorted(set(weight_map.values()))]
             missing = [shard.name for shard in shards if not shard.exists()]
             if missing or not shards:
-                raise FileNotFoundError(
+                raise UserError(
                     f"{index} names {', '.join(missing) or 'no files'}"
                     f"{', missing in that folder' if missing else ''}: download the model again"
                 )
             return shards
-    raise FileNotFoundError(f"{folder} has neither {SAFETENSORS} nor {TORCH}: no weights to load")
+    raise UserError(f"{folder} has neither {SAFETENSORS} nor {TORCH}: no weights to load")
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
@@ -215,7 +213,7 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"{file} is in torch's own format and there is no {SAFETENSORS} beside it. Reading "
             'it needs torch: pip install "serkd-jax[torch]"'
         ) from error
@@ -231,7 +229,7 @@ def _damage_explained(file: Path, errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise ValueError(
+        raise UserError(
             f"{file} ({file.stat().st_size:,} bytes) cannot be read; it is truncated, damaged or "
             f"a git-lfs pointer: delete it and download it again. The reader's words: {error}"
         ) from error
@@ -243,12 +241,12 @@ def _read_config(file: Path) -> HubertConfig:
 
     content = _read_json(file)
     if (model_type := content.get("model_type")) != "hubert":
-        raise ValueError(f"{file} describes a model of type {model_type!r}, not 'hubert'")
+        raise UserError(f"{file} describes a model of type {model_type!r}, not 'hubert'")
     try:
         config = HubertConfig.from_dict(content)
         check_config(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not an architecture that is supported: {error}") from error
+        raise UserError(f"{file} is not an architecture that is supported: {error}") from error
     return config
 
 
@@ -266,13 +264,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise UserError(
             f"{file} is missing: a model's folder holds {CONFIG} and {SAFETENSORS}"
         ) from None
     except ValueError as error:  # not UTF-8 or not JSON
-        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+        raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object: download it again")
+        raise UserError(f"{file} holds no JSON object: download it again")
     return content
 
 

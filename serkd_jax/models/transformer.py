@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from serkd_jax.errors import UserError
+
 # The variance as mean((x - mean)²), like torch; Flax's faster E[x²] - mean² cancels in float32.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
@@ -43,7 +45,7 @@ class SelfAttention(nn.Module):
         """
         batch, length, width = x.shape
         if width % self.num_heads:
-            raise ValueError(f"width {width} is not divisible by num_heads {self.num_heads}")
+            raise UserError(f"width {width} is not divisible by num_heads {self.num_heads}")
         heads = (batch, length, self.num_heads, width // self.num_heads)
         query, key, value = (
             nn.Dense(width, name=name)(x).reshape(heads) for name in ("q_proj", "k_proj", "v_proj")

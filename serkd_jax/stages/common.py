@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from serkd_jax.errors import UserError
+
 
 class Batch(TypedDict):
     """Examples of one step; B is the global batch, or a device's share of it.
@@ -74,7 +76,7 @@ def make_optimizer(
     elif config.schedule == "constant":
         after = optax.constant_schedule(learning_rate)
     else:
-        raise ValueError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
+        raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [warmup_steps])
     adamw = optax.adamw(schedule, weight_decay=config.weight_decay)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys
 from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
+from serkd_jax.errors import UserError
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.common import Batch, forward
@@ -105,7 +106,7 @@ def make_step(
         axis: name of the device axis under pmap.
     """
     if config.meta.order not in ("second_order", "first_order"):
-        raise ValueError(f"meta.order must be second_order or first_order: {config.meta.order!r}")
+        raise UserError(f"meta.order must be second_order or first_order: {config.meta.order!r}")
 
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
