@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs an experiment on the devices of this machine, and again where it stopped if it is killed.
+# To be called in the repository's folder, in an environment with serkd-jax installed.
 #
 #   launch/local.sh [--cpu-devices N] [--tries N] --config=configs/X.py --workdir=W [...]
 #
@@ -19,10 +20,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ $# -eq 0 ]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-cd "$(dirname "$0")/.." || exit 2
 for try in $(seq "$tries"); do
   python -m serkd_jax.main "$@"
   status=$?
