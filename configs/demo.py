@@ -1,6 +1,8 @@
 """The whole pipeline on an embedded synthetic corpus: no download, minutes on two CPU cores.
 
-python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
+
+Expect under four minutes on two CPU cores, and a UA of 60 to 67 in every row (chance is 25).
 """
 
 from ml_collections import ConfigDict
