@@ -103,7 +103,7 @@ class Experiment:
         """Does what is left to do and returns the Markdown report."""
         predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
         teacher_params = jax.eval_shape(self.programs.init_teacher).params
-        student_params = jax.eval_shape(self.programs.init_student_params, jax.random.key(0))
+        student_params = jax.eval_shape(self.programs.new_student_params, jax.random.key(0))
         return report.write_results(
             self.workdir,
             self.config.corpus,

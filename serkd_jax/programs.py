@@ -118,16 +118,20 @@ class Programs:
     def _reads_waveforms(self) -> bool:
         return self.config.teacher.input == "waveform"
 
+    @cached_property
+    def _new_teacher_params(self) -> Callable[[jax.Array], Any]:
+        hidden_size, stored_width = self.teacher_model.config.hidden_size, self.feature_shape[1]
+        shape = (1, 8, hidden_size if self._reads_waveforms else stored_width)
+
+        def init(rng: jax.Array) -> Any:
+            mask = jnp.ones(shape[:2], bool)
+            return self.teacher_model.init(rng, jnp.zeros(shape), mask)["params"]
+
+        return jax.jit(init)
+
     def init_teacher(self) -> teacher.TeacherState:
         """State before fine-tuning: pretrained layers where a checkpoint is named."""
-        rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        width = (
-            self.teacher_model.config.hidden_size
-            if self._reads_waveforms
-            else self.feature_shape[1]
-        )
-        inputs = jnp.zeros((1, 8, width)), jnp.ones((1, 8), bool)
-        params = jax.jit(self.teacher_model.init)(rng, *inputs)["params"]
+        params = self._new_teacher_params(jax.random.fold_in(jax.random.key(self.config.seed), 0))
         if self.config.teacher.model:
             params = {**params, "encoder": self.checkpoint.params["encoder"]}
         frozen = self.checkpoint.params["embed"] if self._reads_waveforms else {}
@@ -165,15 +169,20 @@ class Programs:
         sizes = {k: v for k, v in config.items() if k not in ("learning_rate", "epochs")}
         return Student(self.num_classes, **sizes)
 
-    def init_student_params(self, rng: jax.Array) -> Any:
-        """New parameters of S."""
-        inputs = jnp.zeros((1, *self.feature_shape)), jnp.ones(1, jnp.int32)
-        return jax.jit(self.student_model.init)(rng, *inputs)["params"]
+    @cached_property
+    def new_student_params(self) -> Callable[[jax.Array], Any]:
+        """Key -> new parameters of S."""
+        shape = (1, *self.feature_shape)
+
+        def init(rng: jax.Array) -> Any:
+            return self.student_model.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))["params"]
+
+        return jax.jit(init)
 
     def init_student(self, rng: jax.Array) -> student.StudentState:
         """State before the undistilled student's training."""
         return student.init_state(
-            self.init_student_params(rng),
+            self.new_student_params(rng),
             self.student_optimizer,
             self.config.contrastive,
             self.config.student.projection_dim,
@@ -218,7 +227,7 @@ class Programs:
         hidden = jnp.zeros((1, self.config.student.width))
         return distill.init_state(
             {
-                "student": self.init_student_params(student_rng),
+                "student": self.new_student_params(student_rng),
                 "adapter": self.adapter.init(adapter_rng, hidden)["params"],
             },
             teacher_classifier,
