@@ -1,8 +1,7 @@
 """The models, optimisers and compiled steps of a config, which all folds share."""
 
-import functools
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ def check_config(config: ConfigDict) -> None:
         UserError: names the key and what it may be.
     """
     for key, choices in CHOICES.items():
-        value = functools.reduce(getattr, key.split("."), config)
+        value = reduce(getattr, key.split("."), config)
         if value not in choices:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
     if config.teacher.input == "waveform" and not config.teacher.model:

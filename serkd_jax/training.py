@@ -49,7 +49,7 @@ class Stage:
 
 
 def train(stage: Stage, directory: Path) -> Any:
-    """Trains what is left of a stage and returns the state of its best epoch.
+    """Trains what is left of a stage and returns the state of its selected epoch.
 
     Writes ``checkpoints/`` (the latest epoch and the best one), ``metrics.jsonl`` (a line an
     epoch) and TensorBoard events to ``directory``. Stopped at any moment and called again, it
