@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from serkd_jax.models.transformer import EncoderLayer, LayerNorm, exact_gelu
 
@@ -60,7 +61,6 @@ def check_config(config: HubertConfig) -> None:
         "hidden_act": config.hidden_act in ACTIVATIONS,
         "num_attention_heads": config.hidden_size % config.num_attention_heads == 0,
         "num_conv_pos_embedding_groups": config.hidden_size % groups == 0,
-        "conv_pos_batch_norm": not config.conv_pos_batch_norm,
         "adapter_attn_dim": getattr(config, "adapter_attn_dim", None) is None,
         "add_adapter": not getattr(config, "add_adapter", False),
     }
@@ -90,53 +90,52 @@ def normalize_waveform(waveform: jax.Array, num_samples: jax.Array) -> jax.Array
 class PositionalConv(nn.Module):
     """Relative positions from a wide grouped convolution over time.
 
-    The kernel is stored whole: the weight normalisation of the torch model is folded into it.
+    The kernel is stored whole: the weight normalisation of the torch model is folded into it. So
+    is the batch norm of `conv_pos_batch_norm`, with the statistics of pre-training, into a scale
+    and a bias for each channel.
 
     Attributes:
-        width: H, the frames' width.
-        kernel_size: frames that a position sees.
-        groups: groups of channels; must divide H.
-        activation: of the output.
+        config: the architecture.
+        dtype: of the computation; None means that of inputs and parameters.
     """
 
-    width: int
-    kernel_size: int = 128
-    groups: int = 16
-    activation: Callable[[jax.Array], jax.Array] = exact_gelu
+    config: HubertConfig
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, frame_mask: jax.Array) -> jax.Array:
         """Makes the (B, T, H) positional term to be added to the (B, T, H) frames.
 
-        Padded frames of `x` must be 0, which is what lies beyond the end of a clip alone.
+        Frames where the (B, T) `frame_mask` is False count as 0, as beyond the end of a clip alone.
         """
+        kernel_size, width = self.config.num_conv_pos_embeddings, x.shape[-1]
+        if self.config.conv_pos_batch_norm:
+            x = x * self.param("batch_norm_scale", nn.initializers.ones, (width,)).astype(x.dtype)
+            x = x + self.param("batch_norm_bias", nn.initializers.zeros, (width,)).astype(x.dtype)
         x = nn.Conv(
-            self.width,
-            (self.kernel_size,),
+            width,
+            (kernel_size,),
             # torch pads kernel_size // 2 on both sides, then drops a last frame too many.
-            padding=[(self.kernel_size // 2, (self.kernel_size - 1) // 2)],
-            feature_group_count=self.groups,
+            padding=[(kernel_size // 2, (kernel_size - 1) // 2)],
+            feature_group_count=self.config.num_conv_pos_embedding_groups,
+            dtype=self.dtype,
             name="conv",
-        )(x)
-        return self.activation(x)
+        )(jnp.where(frame_mask[..., None], x, 0))
+        return ACTIVATIONS[self.config.feat_extract_activation](x)
 
 
 class HubertEmbed(nn.Module):
     """Waveform to the input of the transformer layers: convolutions, projection, positions."""
 
     config: HubertConfig
+    dtype: DTypeLike | None = None
 
     def setup(self):
         """Makes the submodules."""
         check_config(self.config)
-        self.feature_extractor = _FeatureExtractor(self.config)
-        self.feature_projection = _FeatureProjection(self.config)
-        self.pos_conv_embed = PositionalConv(
-            self.config.hidden_size,
-            self.config.num_conv_pos_embeddings,
-            self.config.num_conv_pos_embedding_groups,
-            ACTIVATIONS[self.config.feat_extract_activation],
-        )
+        self.feature_extractor = _FeatureExtractor(self.config, self.dtype)
+        self.feature_projection = _FeatureProjection(self.config, self.dtype)
+        self.pos_conv_embed = PositionalConv(self.config, self.dtype)
 
     def __call__(
         self,
@@ -163,20 +162,20 @@ class HubertEmbed(nn.Module):
         hidden = self.feature_extractor(waveform, num_samples)
         hidden = self.feature_projection(hidden, deterministic)
         frame_mask = jnp.arange(frames) < num_frames(self.config, num_samples)[:, None]
-        hidden = jnp.where(frame_mask[..., None], hidden, 0)
-        return hidden + self.pos_conv_embed(hidden), frame_mask
+        return hidden + self.pos_conv_embed(hidden, frame_mask), frame_mask
 
 
 class HubertLayers(nn.Module):
     """The transformer layers and their norm, which base applies first and large last."""
 
     config: HubertConfig
+    dtype: DTypeLike | None = None
 
     def setup(self):
         """Makes the submodules."""
         check_config(self.config)
         config = self.config
-        self.layer_norm = LayerNorm(epsilon=config.layer_norm_eps)
+        self.layer_norm = LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = [
             EncoderLayer(
@@ -188,6 +187,7 @@ class HubertLayers(nn.Module):
                 activation_dropout=config.activation_dropout,
                 activation=ACTIVATIONS[config.hidden_act],
                 epsilon=config.layer_norm_eps,
+                dtype=self.dtype,
             )
             for _ in range(config.num_hidden_layers)
         ]
@@ -223,11 +223,12 @@ class HubertModel(nn.Module):
     """`HubertEmbed` followed by `HubertLayers`, as `embed` and `encoder`."""
 
     config: HubertConfig
+    dtype: DTypeLike | None = None
 
     def setup(self):
         """Makes the submodules."""
-        self.embed = HubertEmbed(self.config)
-        self.encoder = HubertLayers(self.config)
+        self.embed = HubertEmbed(self.config, self.dtype)
+        self.encoder = HubertLayers(self.config, self.dtype)
 
     def __call__(
         self,
@@ -251,6 +252,7 @@ class _FeatureExtractor(nn.Module):
     """The strided convolutions: (B, samples) to (B, T, conv_dim[-1])."""
 
     config: HubertConfig
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, waveform: jax.Array, num_samples: jax.Array) -> jax.Array:
@@ -268,6 +270,7 @@ class _FeatureExtractor(nn.Module):
                 use_bias=config.conv_bias,
                 norm="layer" if not group else "group" if i == 0 else None,
                 activation=ACTIVATIONS[config.feat_extract_activation],
+                dtype=self.dtype,
                 name=f"conv_layers_{i}",
             )(x, num_valid)
         return x
@@ -285,6 +288,7 @@ class _ConvLayer(nn.Module):
     use_bias: bool
     norm: str | None
     activation: Callable[[jax.Array], jax.Array]
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: jax.Array, num_valid: jax.Array) -> jax.Array:
@@ -294,14 +298,17 @@ class _ConvLayer(nn.Module):
             self.stride,
             padding="VALID",
             use_bias=self.use_bias,
+            dtype=self.dtype,
             name="conv",
         )(x)
         if self.norm == "layer":
-            x = LayerNorm(epsilon=CONV_NORM_EPSILON, name="layer_norm")(x)
+            x = LayerNorm(epsilon=CONV_NORM_EPSILON, dtype=self.dtype, name="layer_norm")(x)
         elif self.norm == "group":
             # One frame at least, so that an empty clip in a batch does not become NaN.
             valid = jnp.arange(x.shape[1]) < jnp.maximum(num_valid, 1)[:, None]
-            norm = GroupNorm(self.width, epsilon=CONV_NORM_EPSILON, name="layer_norm")
+            norm = GroupNorm(
+                self.width, epsilon=CONV_NORM_EPSILON, dtype=self.dtype, name="layer_norm"
+            )
             x = norm(x, mask=jnp.broadcast_to(valid[..., None], x.shape))
         return self.activation(x)
 
@@ -310,12 +317,14 @@ class _FeatureProjection(nn.Module):
     """(B, T, conv_dim[-1]) to (B, T, H)."""
 
     config: HubertConfig
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         if self.config.feat_proj_layer_norm:
-            x = LayerNorm(epsilon=self.config.layer_norm_eps, name="layer_norm")(x)
-        x = nn.Dense(self.config.hidden_size, name="projection")(x)
+            epsilon = self.config.layer_norm_eps
+            x = LayerNorm(epsilon=epsilon, dtype=self.dtype, name="layer_norm")(x)
+        x = nn.Dense(self.config.hidden_size, dtype=self.dtype, name="projection")(x)
         return nn.Dropout(self.config.feat_proj_dropout)(x, deterministic=deterministic)
 
 

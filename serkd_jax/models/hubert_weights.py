@@ -1,4 +1,4 @@
-"""HuBERT checkpoints in Hugging Face format, from a folder or the hub, to Flax parameters."""
+"""HuBERT checkpoints in Hugging Face format: from a folder or the hub to Flax, and back."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 
 # Parts of fine-tuned checkpoints that HuBERT itself does not need.
-HEADS = re.compile(r"(lm_head|projector|classifier)\.|(masked_spec_embed|layer_weights)$")
+MASKED = "masked_spec_embed"  # what takes the place of masked frames in training
+HEADS = re.compile(rf"(lm_head|projector|classifier)\.|({MASKED}|layer_weights)$")
+POSITIONS = "encoder.pos_conv_embed."
 # The two spellings of torch's weight normalisation: magnitude and direction of a weight.
 WEIGHT_NORM = (
     ("weight_g", "weight_v"),
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
 )
+
+RUNNING = ("running_mean", "running_var")  # of a batch norm
+BATCH_NORM_EPSILON = 1e-5  # torch's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +51,15 @@ class HubertCheckpoint:
             Put them on the device once (`jax.device_put`), not with every call.
         do_normalize: whether the model wants each clip with zero mean and unit variance.
         sha256: of the files that were read, to tell what features were made with.
+        masked_spec_embed: (H,) what torch's model puts in place of masked frames. `HubertModel`
+            has no use for it; `save_hubert` passes it on.
     """
 
     config: HubertConfig
     params: dict[str, Any]
     do_normalize: bool
     sha256: str
+    masked_spec_embed: np.ndarray | None = None
 
 
 def load_hubert(name_or_path: str | Path, revision: str | None = None) -> HubertCheckpoint:
@@ -75,6 +83,7 @@ def load_hubert(name_or_path: str | Path, revision: str | None = None) -> Hubert
     tensors: dict[str, np.ndarray] = {}
     for file in weights:
         tensors |= _read_torch(file) if file.suffix == ".bin" else _read_safetensors(file)
+    masked = tensors.get(MASKED, tensors.get(f"hubert.{MASKED}"))
     try:
         params = convert_params(config, tensors)
     except ValueError as error:
@@ -84,7 +93,37 @@ def load_hubert(name_or_path: str | Path, revision: str | None = None) -> Hubert
         params=params,
         do_normalize=_read_do_normalize(preprocessors),
         sha256=_sha256([folder / CONFIG, *preprocessors, *weights]),
+        masked_spec_embed=None if masked is None else masked.astype(np.float32),
     )
+
+
+def save_hubert(checkpoint: HubertCheckpoint, folder: str | Path) -> None:
+    """Writes a folder that `transformers.HubertModel.from_pretrained` and `load_hubert` read.
+
+    To save a fine-tuned encoder, put its parameters in place of those it started from:
+    `save_hubert(dataclasses.replace(checkpoint, params=params), folder)`. Files of the same names
+    in the folder are replaced. Without `masked_spec_embed`, transformers initialises that vector
+    anew if the configuration asks for one; only its training reads it.
+
+    Raises:
+        UserError: the parameters are not those of the architecture, or not finite.
+    """
+    from safetensors.numpy import save_file
+    from transformers import HubertConfig, Wav2Vec2FeatureExtractor
+
+    tensors = _torch_tensors(checkpoint.config, checkpoint.params)
+    if checkpoint.masked_spec_embed is not None:
+        tensors[MASKED] = checkpoint.masked_spec_embed
+    if broken := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
+        raise UserError(f"not saved: NaN or infinity in {', '.join(broken)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.config.to_dict() | {"architectures": ["HubertModel"], "dtype": "float32"}
+    HubertConfig.from_dict(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=checkpoint.do_normalize).save_pretrained(folder)
+    partial = folder / f"{SAFETENSORS}.tmp"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / SAFETENSORS)
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -99,7 +138,7 @@ def torch_name(path: tuple[str, ...]) -> str:
     name = re.sub(r"^pos_conv_embed\.", "encoder.pos_conv_embed.", name)
     name = re.sub(r"\b(conv_layers|layers)_(\d+)\.", r"\1.\2.", name)
     name = re.sub(r"\b(intermediate|output)_dense\.", r"feed_forward.\g<0>", name)
-    return re.sub(r"(kernel|scale)$", "weight", name)
+    return re.sub(r"\b(kernel|scale)$", "weight", name)
 
 
 def convert_params(config: HubertConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -114,17 +153,12 @@ def convert_params(config: HubertConfig, tensors: Mapping[str, np.ndarray]) -> d
     """
     tensors = {name.removeprefix("hubert."): value for name, value in tensors.items()}
     tensors = {name: value for name, value in tensors.items() if not HEADS.match(name)}
-    tensors = _fold_weight_norm(tensors)
+    tensors = _fold_batch_norm(_fold_weight_norm(tensors))
     expected = {torch_name(path): (path, shape) for path, shape in _param_shapes(config).items()}
-
-    problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
-    for name in sorted(expected.keys() & tensors.keys()):
-        have, want = tensors[name].shape, expected[name][1][::-1]
-        if have != want:
-            problems.append(f"{name} has shape {have} instead of {want}")
-    if problems:
-        raise UserError("; ".join(problems))
+    _check_shapes(
+        {name: value.shape for name, value in tensors.items()},
+        {name: shape[::-1] for name, (_, shape) in expected.items()},
+    )
     return traverse_util.unflatten_dict(
         {
             path: np.ascontiguousarray(tensors[name].T, dtype=np.float32)
@@ -138,6 +172,64 @@ def _param_shapes(config: HubertConfig) -> dict[tuple[str, ...], tuple[int, ...]
     waveform = jax.ShapeDtypeStruct((1, 16_000), jnp.float32)
     variables = jax.eval_shape(HubertModel(config).init, jax.random.key(0), waveform)
     return {k: v.shape for k, v in traverse_util.flatten_dict(variables["params"]).items()}
+
+
+def _check_shapes(have: dict[str, tuple], want: dict[str, tuple]) -> None:
+    """Raises a UserError that lists all that is missing, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in sorted(want.keys() - have.keys())]
+    problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]
+    problems += [
+        f"{name} has shape {have[name]} instead of {want[name]}"
+        for name in sorted(want.keys() & have.keys())
+        if have[name] != want[name]
+    ]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _torch_tensors(config: HubertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `convert_params`, with the names that torch writes today."""
+    paths = traverse_util.flatten_dict(params)
+    _check_shapes(
+        {torch_name(path): np.shape(value)[::-1] for path, value in paths.items()},
+        {torch_name(path): shape[::-1] for path, shape in _param_shapes(config).items()},
+    )
+    tensors = {
+        torch_name(path): np.ascontiguousarray(np.asarray(value, np.float32).T)
+        for path, value in paths.items()
+    }
+    if config.conv_pos_batch_norm:
+        norm = f"{POSITIONS}batch_norm."
+        scale = tensors.pop(f"{POSITIONS}batch_norm_scale")
+        tensors[f"{norm}weight"] = scale
+        tensors[f"{norm}bias"] = tensors.pop(f"{POSITIONS}batch_norm_bias")
+        tensors[f"{norm}running_mean"] = np.zeros_like(scale)
+        tensors[f"{norm}running_var"] = np.full_like(scale, 1 - BATCH_NORM_EPSILON)
+        tensors[f"{norm}num_batches_tracked"] = np.array(0)
+    else:
+        magnitude, direction = WEIGHT_NORM[-1]
+        weight = tensors.pop(f"{POSITIONS}conv.weight")
+        norm = np.sqrt(np.square(weight).sum((0, 1), keepdims=True))
+        tensors[f"{POSITIONS}conv.{magnitude}"] = norm
+        tensors[f"{POSITIONS}conv.{direction}"] = weight
+    return tensors
+
+
+def _fold_batch_norm(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replaces the batch norm before the positional convolution by a scale and a bias."""
+    prefix = f"{POSITIONS}batch_norm."
+    if not all(prefix + name in tensors for name in ("weight", "bias", *RUNNING)):
+        return tensors  # there is none, or what is missing will be reported
+    tensors = dict(tensors)
+    weight, bias, mean, variance = (
+        tensors.pop(prefix + name).astype(np.float32) for name in ("weight", "bias", *RUNNING)
+    )
+    tensors.pop(f"{prefix}num_batches_tracked", None)
+    scale = weight / np.sqrt(variance + BATCH_NORM_EPSILON)
+    return tensors | {
+        f"{POSITIONS}batch_norm_scale": scale,
+        f"{POSITIONS}batch_norm_bias": bias - mean * scale,
+    }
 
 
 def _fold_weight_norm(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
