@@ -23,10 +23,14 @@ class AudioError(UserError):
     """An audio file that cannot be used; the message names it, the problem and the remedy."""
 
 
-def read_audio(path: str | os.PathLike) -> np.ndarray:
+def read_audio(path: str | os.PathLike, max_samples: int | None = None) -> np.ndarray:
     """Reads a file in any format, rate and channel count that libsndfile knows.
 
     Channels are averaged; other rates are resampled by soxr.
+
+    Args:
+      path: of the file.
+      max_samples: of the audio returned; of a longer file, no more than the beginning is decoded.
 
     Returns:
       float32 (num_samples,), 16 kHz mono, full scale is 1.
@@ -43,7 +47,9 @@ def read_audio(path: str | os.PathLike) -> np.ndarray:
     try:
         with soundfile.SoundFile(path) as file:
             log, rate = file.extra_info, file.samplerate
-            audio = file.read(dtype="float32", always_2d=True)
+            # A tenth of a second more: the resampler looks ahead.
+            frames = -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.1) * rate)
+            audio = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise AudioError(
             f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
@@ -56,7 +62,8 @@ def read_audio(path: str | os.PathLike) -> np.ndarray:
             f"{path}: truncated, {match[2]} of {match[1]} bytes of audio are there; "
             "copy it from the corpus again"
         )
-    return check_audio(soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ"), path)
+    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
+    return check_audio(audio[:max_samples], path)
 
 
 def check_audio(audio: np.ndarray, name: object) -> np.ndarray:

@@ -58,7 +58,7 @@ class Experiment:
         largest = max(len(fold.train) for fold in self.folds)
         self.steps_per_epoch = -(-largest // config.batch_size)
 
-        frontend = make_frontend(config.frontend)
+        frontend = make_frontend(config.frontend, devices)
         self.programs = Programs(
             config,
             len(self.table.class_names),

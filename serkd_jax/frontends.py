@@ -1,20 +1,22 @@
 """Front-ends: 16 kHz waveforms to feature sequences at 50 frames a second.
 
-A front-end has `name`, `width` (N, the number of feature variates), `fingerprint` (everything
-that its output depends on) and is called with waveforms. All share HuBERT's frame grid: n samples
-give (n - 400) // 320 + 1 frames.
+A front-end is called with waveforms; `Frontend` says what else it has. All share HuBERT's frame
+grid: n samples give (n - 400) // 320 + 1 frames.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import audio_utils
 
+from serkd_jax import parallel
 from serkd_jax.audio import SAMPLE_RATE
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertModel, normalize_waveform
@@ -29,11 +31,25 @@ class Frontend(Protocol):
     """What feature extraction needs of a front-end."""
 
     name: str
-    width: int
-    fingerprint: str
+    width: int  # N, the number of feature variates
+    settings: dict[str, Any]  # for people, in JSON types
+    fingerprint: str  # changes with everything that the output depends on
+    num_devices: int  # how many it computes on
 
-    def __call__(self, waveforms: Sequence[np.ndarray], max_frames: int) -> list[np.ndarray]:
-        """Features of float32 (num_samples,) waveforms, each float16 (<= max_frames, width)."""
+    def __call__(
+        self,
+        waveforms: Sequence[np.ndarray],
+        max_frames: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (i, features of waveform i), float16 (<= max_frames, width), in any order.
+
+        Args:
+            waveforms: float32 (num_samples,), 16 kHz; what is beyond max_frames is not looked at.
+            max_frames: at 50 frames a second.
+            groups: of the waveforms; features do not depend, to the last bit, on what is in other
+                groups, nor on the number of devices. None means one group.
+        """
 
 
 def num_frames(num_samples: int | np.ndarray) -> int | np.ndarray:
@@ -69,6 +85,13 @@ class LogMel:
         """Number of mel bands."""
         return self.num_mels
 
+    num_devices: ClassVar[int] = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name and number of mel bands."""
+        return {"name": self.name, "num_mels": self.num_mels}
+
     @property
     def fingerprint(self) -> str:
         """All settings that the features depend on."""
@@ -89,9 +112,15 @@ class LogMel:
             mel_scale="slaney",
         )
 
-    def __call__(self, waveforms: Sequence[np.ndarray], max_frames: int) -> list[np.ndarray]:
-        """Features of float32 (num_samples,) waveforms, each float16 (<= max_frames, num_mels)."""
-        return [self._features(waveform[: num_samples(max_frames)]) for waveform in waveforms]
+    def __call__(
+        self,
+        waveforms: Sequence[np.ndarray],
+        max_frames: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """See `Frontend`; each waveform is computed by itself."""
+        for i, waveform in enumerate(waveforms):
+            yield i, self._features(waveform[: num_samples(max_frames)])
 
     def _features(self, waveform: np.ndarray) -> np.ndarray:
         log_mel = audio_utils.spectrogram(
@@ -110,27 +139,84 @@ class LogMel:
         return ((log_mel.T - self.LOG_FLOOR) / self.LOG_SCALE).astype(np.float16)
 
 
+class Batch(NamedTuple):
+    """Clips that go through HuBERT together."""
+
+    clips: np.ndarray  # (n,) int, which ones
+    frames: int  # that each is padded to
+    size: int  # rows of the program, at least n
+
+
+def bucket_lengths(max_frames: int) -> list[int]:
+    """The lengths that clips are padded to, ascending: `max_frames` and 0.8 of the one above.
+
+    So no clip of a second or more grows by over a quarter, and there is one program for each of
+    some ten lengths.
+    """
+    lengths = [max_frames]
+    while (shorter := math.ceil(0.8 * lengths[0])) >= 50:
+        lengths.insert(0, shorter)
+    return lengths
+
+
+def plan_batches(num_frames: Sequence[int], max_frames: int, batch_frames: int) -> list[Batch]:
+    """Batches of clips of similar length; which is a function of the arguments alone.
+
+    Args:
+        num_frames: of each clip, at most `max_frames`.
+        max_frames: the longest length.
+        batch_frames: of a batch, padding included; a longer clip is a batch of its own.
+    """
+    buckets = bucket_lengths(max_frames)
+    longest_first = np.argsort(-np.asarray(num_frames), kind="stable")
+    batches, start = [], 0
+    while start < len(longest_first):
+        frames = buckets[np.searchsorted(buckets, num_frames[longest_first[start]])]
+        size = max(1, batch_frames // frames)
+        batches.append(Batch(longest_first[start : start + size], frames, size))
+        start += size
+    return batches
+
+
 @dataclasses.dataclass(frozen=True)
 class Hubert:
-    """The last hidden state of a HuBERT checkpoint (Section 4.3), run on each clip's true length.
+    """Hidden states of a HuBERT checkpoint (Section 4.3: the last), on all given devices.
 
     Attributes:
         model: a local folder in the Hugging Face format, or a name on the hub.
         revision: of the name on the hub.
+        layer: -1 for the last hidden state, with the final norm that the large variant has; else
+            an index into `HubertOutput.hidden_states`, k for the output of layer k without it.
+        dtype: of the computation, float32 or bfloat16.
+        batch_frames: of one device's batch; 0 means 512 on CPU, which gains nothing by more, and
+            8,192 elsewhere.
+        devices: none means all local ones.
     """
 
     model: str
     revision: str | None = None
+    layer: int = -1
+    dtype: str = "float32"
+    batch_frames: int = 0
+    devices: tuple[jax.Device, ...] = ()
     name: ClassVar[str] = "hubert"
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     @cached_property
     def checkpoint(self) -> HubertCheckpoint:
         """Architecture and weights."""
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"the dtype of HuBERT is {self.dtype!r}: use float32 or bfloat16")
         checkpoint = load_hubert(self.model, self.revision)
         if hubert_frames(checkpoint.config, num_samples(326)) != 326:
             raise UserError(f"{self.model} does not give one frame every {HOP} samples, as HuBERT")
+        layers = checkpoint.config.num_hidden_layers
+        if not -layers - 1 <= self.layer <= layers:
+            raise UserError(
+                f"{self.model} has {layers} layers: layer {self.layer} is not in "
+                f"{-layers - 1} to {layers}"
+            )
         return checkpoint
 
     @property
@@ -139,47 +225,113 @@ class Hubert:
         return self.checkpoint.config.hidden_size
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Which model, weights, layer and type."""
+        shown = {key: getattr(self, key) for key in ("name", "model", "revision", "layer", "dtype")}
+        return shown | {"weights_sha256": self.checkpoint.sha256}
+
+    @property
     def fingerprint(self) -> str:
         """The weights' hash: a folder and a hub name with the same files give the same features."""
-        return f"hubert-v{self.VERSION}-{self.checkpoint.sha256}"
+        return f"hubert-v{self.VERSION}-{self.checkpoint.sha256}-{self.layer}-{self.dtype}"
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices compute."""
+        return len(self._devices)
+
+    @cached_property
+    def _devices(self) -> list[jax.Device]:
+        return list(self.devices or jax.local_devices())
 
     @cached_property
     def _encode(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        model = HubertModel(self.checkpoint.config)
-        params = jax.device_put(self.checkpoint.params)
+        model = HubertModel(self.checkpoint.config, self.dtype)
 
-        @jax.jit
-        def encode(params: Any, waveform: jax.Array, num_samples: jax.Array) -> jax.Array:
+        def encode(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+            waveform, num_samples = batch
             if self.checkpoint.do_normalize:
                 waveform = normalize_waveform(waveform, num_samples)
-            return model.apply({"params": params}, waveform, num_samples).last_hidden_state
+            output = model.apply({"params": params}, waveform, num_samples)
+            last = self.layer == -1
+            hidden = output.last_hidden_state if last else output.hidden_states[self.layer]
+            return hidden.astype(jnp.float16)
 
-        return partial(encode, params)
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(self.dtype)), self.checkpoint.params)
+        params = parallel.replicate(params, self._devices)
+        compiled = parallel.compile_map(encode, self._devices)
+        return lambda waveforms, lengths: compiled(params, (waveforms, lengths))
 
-    def __call__(self, waveforms: Sequence[np.ndarray], max_frames: int) -> list[np.ndarray]:
-        """Features of float32 (num_samples,) waveforms, each float16 (<= max_frames, width).
+    def __call__(
+        self,
+        waveforms: Sequence[np.ndarray],
+        max_frames: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """See `Frontend`; batches are made within groups, and the devices share them out."""
+        waveforms = [waveform[: num_samples(max_frames)] for waveform in waveforms]
+        frames = np.array([num_frames(len(waveform)) for waveform in waveforms])
+        running = None  # the devices work on these batches while the host takes the last results
+        for batches in self._rounds(frames, max_frames, groups):
+            started = batches, self._encode(*_stack(batches, waveforms, self.num_devices))
+            if running:
+                yield from _unstack(*running, frames)
+            running = started
+        if running:
+            yield from _unstack(*running, frames)
 
-        Every clip is encoded whole, then cut. The batch is padded to whole seconds, so that few
-        shapes are compiled.
-        """
-        lengths = np.array([len(waveform) for waveform in waveforms])
-        padded = np.zeros((len(waveforms), -(-lengths.max() // SAMPLE_RATE) * SAMPLE_RATE), "f4")
-        for row, (waveform, length) in enumerate(zip(waveforms, lengths, strict=True)):
-            padded[row, :length] = waveform
-        hidden = np.asarray(self._encode(padded, lengths))
-        return [
-            x[: min(num_frames(length), max_frames)].astype(np.float16)
-            for x, length in zip(hidden, lengths, strict=True)
-        ]
+    def _rounds(
+        self, frames: np.ndarray, max_frames: int, groups: Sequence[int] | None
+    ) -> Iterator[list[Batch]]:
+        """Batches of one shape, as many at once as there are devices."""
+        groups = np.zeros(len(frames), int) if groups is None else np.asarray(groups)
+        batch_frames = self.batch_frames or (512 if jax.default_backend() == "cpu" else 8192)
+        by_length: dict[int, list[Batch]] = {}
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            for batch in plan_batches(frames[members], max_frames, batch_frames):
+                batch = batch._replace(clips=members[batch.clips])
+                by_length.setdefault(batch.frames, []).append(batch)
+        for batches in by_length.values():
+            for start in range(0, len(batches), self.num_devices):
+                yield batches[start : start + self.num_devices]
 
 
-def make_frontend(config: ConfigDict) -> Frontend:
+def _stack(
+    batches: list[Batch], waveforms: Sequence[np.ndarray], num_devices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(devices, size, samples) float32 and (devices, size) int32, the samples of each clip."""
+    _, frames, size = batches[0]
+    # All samples that a clip of so many frames can have: those behind the last frame count in
+    # the normalisation.
+    padded = np.zeros((num_devices, size, num_samples(frames + 1) - 1), np.float32)
+    lengths = np.zeros((num_devices, size), np.int32)
+    for k, batch in enumerate(batches):
+        for row, clip in enumerate(batch.clips):
+            lengths[k, row] = len(waveforms[clip])
+            padded[k, row, : lengths[k, row]] = waveforms[clip]
+    return padded, lengths
+
+
+def _unstack(
+    batches: list[Batch], hidden: jax.Array, num_frames: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The valid frames of each clip."""
+    hidden = np.asarray(hidden)
+    for k, batch in enumerate(batches):
+        for row, clip in enumerate(batch.clips):
+            yield int(clip), hidden[k, row, : num_frames[clip]]
+
+
+def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> Frontend:
     """Makes the front-end of a config's ``frontend`` part: its ``name`` and that one's settings."""
     frontends = {"logmel": LogMel, "hubert": Hubert}
     settings = config.to_dict()
     name = settings.pop("name")
     if name not in frontends:
         raise UserError(f"frontend.name is {name!r}: use one of {', '.join(frontends)}")
+    if name == "hubert":
+        settings["devices"] = tuple(devices)
     try:
         return frontends[name](**settings)
     except TypeError as error:

@@ -1,14 +1,42 @@
-"""One device or many: jit or pmap, and the collectives that a step needs under pmap."""
+"""One device or many: jit or pmap, and the collectives that a step needs under pmap.
+
+Also several processes, each with devices of its own.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from serkd_jax.errors import UserError
 
 AXIS = "devices"
+
+
+def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0) -> None:
+    """Makes this process one of several that run the same program. Call it before using JAX.
+
+    Args:
+        coordinator: HOST:PORT of process 0; or "auto", where JAX can tell all three by itself:
+            on TPU pods, Slurm, Open MPI and Kubernetes.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+    """
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def wait_for_processes(name: str) -> None:
+    """Returns when all processes have come here; ``name`` is of this place, and used once."""
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))
+        # A week: the time between the first and the last is that of the work they share.
+        multihost.sync_global_processes(name, timeout=7 * 24 * 3600, processes=everyone)
 
 
 def device_mean(tree: Any, axis: str | None) -> Any:
@@ -68,6 +96,29 @@ def compile_step(
     return lambda state, batch, rng: mapped(state, _split(batch, len(devices)), rng)
 
 
+def compile_map(function: Callable[[Any, Any], Any], devices: list[jax.Device]) -> Callable:
+    """Compiles ``function(params, batch)`` for as many batches at once as there are devices.
+
+    Returns:
+        A function of (params, batches), which have a leading axis for the devices, as have the
+        outputs. Put params on the devices once, by `replicate`.
+    """
+    if len(devices) > 1:
+        return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
+
+    def only(params: Any, batches: Any) -> Any:
+        output = function(params, jax.tree.map(lambda x: x[0], batches))
+        return jax.tree.map(lambda x: x[None], output)
+
+    return jax.jit(only)
+
+
+def replicate(tree: Any, devices: list[jax.Device]) -> Any:
+    """Puts a copy of every array on each device; those that are there are not sent again."""
+    everywhere = NamedSharding(Mesh(np.array(devices), AXIS), PartitionSpec())
+    return jax.device_put(tree, everywhere)
+
+
 def compile_predict(
     predict: Callable[[Any, Any], Any], batch_size: int, devices: list[jax.Device]
 ) -> Callable[[Any, np.ndarray, Callable[[np.ndarray], Any]], Any]:
@@ -79,29 +130,20 @@ def compile_predict(
         ``batch_size``, the last one filled up with copies of its first row, so that it is
         compiled once.
     """
-    if len(devices) == 1:
-        compiled = jax.jit(predict)
-    else:
-        mapped = jax.pmap(predict, AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
-
-        def compiled(params: Any, batch: Any) -> Any:
-            outputs = mapped(params, _split(batch, len(devices)))
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    mapped = compile_map(predict, devices)
 
     def predict_rows(params: Any, rows: np.ndarray, batch_of: Callable[[np.ndarray], Any]) -> Any:
+        params = replicate(params, devices)
         outputs = []
         for start in range(0, len(rows), batch_size):
             batch_rows = np.full(batch_size, rows[start])
             taken = rows[start : start + batch_size]
             batch_rows[: len(taken)] = taken
-            outputs.append(_to_host(compiled(params, batch_of(batch_rows))))
+            batch = mapped(params, _split(batch_of(batch_rows), len(devices)))
+            outputs.append(jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), batch))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
 
     return predict_rows
-
-
-def _to_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
 
 
 def _split(batch: Any, num_devices: int) -> Any:

@@ -8,3 +8,45 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched at run time
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def hubert_folder(tmp_path_factory):
+    """A small random HuBERT in Hugging Face's own format."""
+    from transformers import HubertConfig, HubertModel
+
+    folder = tmp_path_factory.mktemp("hubert")
+    config = HubertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    HubertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def hubert_oracle(hubert_folder):
+    """Torch's features of a clip from that model: (waveform, layer) -> (frames, 16) float32."""
+    import torch
+    from transformers import HubertModel
+
+    model = HubertModel.from_pretrained(hubert_folder).eval()
+
+    def features(waveform, layer=-1):
+        normalised = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+        with torch.no_grad():
+            output = model(torch.tensor(normalised)[None], output_hidden_states=True)
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        return hidden[0].numpy()
+
+    return features

@@ -16,6 +16,11 @@ def sine(hz, seconds, rate=16_000, amplitude=0.5):
     return amplitude * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)
 
 
+def logmel(waveform, max_frames):
+    ((_, features),) = frontends.LogMel()([waveform], max_frames)
+    return features
+
+
 def peak_hz(waveform, rate=16_000):
     return np.abs(np.fft.rfft(waveform)).argmax() * rate / len(waveform)
 
@@ -50,6 +55,30 @@ def test_16_bit_audio_passes_through_unchanged(tmp_path):
     waveform = read_audio(tmp_path / "a.wav")
     np.testing.assert_array_equal(audio.to_int16(waveform), samples)
     np.testing.assert_array_equal(audio.to_float(samples), waveform)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+@pytest.mark.parametrize("max_samples", [400, 3_217, 50_000])
+def test_the_beginning_of_a_file_is_that_of_the_whole(tmp_path, rate, max_samples):
+    noise = np.random.default_rng(0).normal(0, 0.1, 2 * rate)
+    soundfile.write(tmp_path / "a.wav", noise, rate)
+    whole, beginning = read_audio(tmp_path / "a.wav"), read_audio(tmp_path / "a.wav", max_samples)
+    assert len(beginning) == min(max_samples, len(whole))
+    np.testing.assert_allclose(beginning, whole[:max_samples], atol=1e-5)
+
+
+def test_of_a_long_file_no_more_than_the_beginning_is_decoded(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", sine(300, 20), 16_000)
+    decoded = []
+    read = soundfile.SoundFile.read
+
+    def count(file, *args, **kwargs):
+        decoded.append(len(audio := read(file, *args, **kwargs)))
+        return audio
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", count)
+    assert len(read_audio(tmp_path / "a.wav", 16_000)) == 16_000
+    assert decoded == [17_600]
 
 
 def test_loud_float_audio_is_clipped_not_wrapped():
@@ -124,14 +153,14 @@ def log_mel_by_definition(waveform):
 @pytest.mark.parametrize("num_samples", [400, 719, 720, 16_000, 17_123])
 def test_log_mel_equals_its_definition(num_samples):
     waveform = np.random.default_rng(1).normal(0, 0.1, num_samples).astype(np.float32)
-    (features,) = frontends.LogMel()([waveform], max_frames=1000)
+    features = logmel(waveform, 1000)
     assert features.dtype == np.float16
     assert features.shape == (frontends.num_frames(num_samples), 80)
     np.testing.assert_allclose(features, log_mel_by_definition(waveform), atol=1e-3)
 
 
 def test_log_mel_band_follows_the_tone():
-    low, high = (f.mean(0).argmax() for f in frontends.LogMel()([sine(300, 1), sine(3000, 1)], 50))
+    low, high = (logmel(sine(hz, 1), 50).mean(0).argmax() for hz in (300, 3000))
     centres = audio_utils.mel_to_hertz(
         np.linspace(*audio_utils.hertz_to_mel(np.array([20.0, 8000.0]), "slaney"), 82), "slaney"
     )[1:-1]
@@ -140,7 +169,7 @@ def test_log_mel_band_follows_the_tone():
 
 
 def test_log_mel_of_digital_silence_is_zero_and_of_speech_level_about_one():
-    silence, loud = frontends.LogMel()([np.zeros(16_000, np.float32), sine(200, 1)], 50)
+    silence, loud = logmel(np.zeros(16_000, np.float32), 50), logmel(sine(200, 1), 50)
     assert not silence.any()
     assert 1 < loud.max() < 2.5
 
@@ -149,9 +178,7 @@ def test_log_mel_sees_no_more_than_max_frames():
     waveform = np.random.default_rng(2).normal(0, 0.1, 16_000).astype(np.float32)
     changed = waveform.copy()
     changed[frontends.num_samples(10) :] = 0
-    full, first, other = (
-        frontends.LogMel()([w], n)[0] for w, n in [(waveform, 99), (waveform, 10), (changed, 10)]
-    )
+    full, first, other = (logmel(w, n) for w, n in [(waveform, 99), (waveform, 10), (changed, 10)])
     np.testing.assert_array_equal(first, full[:10])
     np.testing.assert_array_equal(first, other)
 

@@ -163,7 +163,6 @@ class Manifest(SpeechCorpus):
     """
 
     name = "manifest"
-    ALIASES: ClassVar[dict[str, str]] = {"wav": "path", "emo": "label", "key": "id"}
 
     def __init__(self, manifest: str = "", data_dir: str = "", label_map: str = ""):
         super().__init__()
@@ -182,8 +181,8 @@ class Manifest(SpeechCorpus):
             raise CorpusError(f"data_dir {self.data_dir} is no folder; it must hold the audio")
         classes, folds = self._read_label_map(), self._read_folds()
         utterances, places = [], {}
-        for where, row in _read_rows(self.manifest):
-            utterance = self._utterance(where, row, classes, folds)
+        for where, values in read_manifest(self.manifest):
+            utterance = self._utterance(where, values, classes, folds)
             for what in (f"id {utterance.id!r}", f"file {utterance.path}"):
                 if what in places:
                     raise CorpusError(
@@ -197,34 +196,28 @@ class Manifest(SpeechCorpus):
         return utterances
 
     def _utterance(
-        self, where: str, row: dict, classes: dict[str, str] | None, folds: dict[str, str]
+        self,
+        where: str,
+        values: dict[str, str],
+        classes: dict[str, str] | None,
+        folds: dict[str, str],
     ) -> Utterance:
-        values = {
-            self.ALIASES.get(column, column): "" if value is None else str(value)
-            for column, value in row.items()
-        }
         for column in ("path", "label"):
             if not values.get(column):
                 raise CorpusError(
                     f"{where}: no {column}; each row needs path and label, "
-                    f"this one has {', '.join(map(str, row))}"
+                    f"this one has {', '.join(values)}"
                 )
         name = values.get("id") or values["path"]
         return Utterance(
             id=name,
             label=self._class_of(values["label"], classes, where),
-            path=str(self._find(values["path"])),
+            path=str(find_file(values["path"], self.data_dir)),
             speaker=values.get("speaker", ""),
             session=values.get("session", ""),
             split=values.get("split", ""),
             fold=values.get("fold") or folds.get(name, ""),
         )
-
-    def _find(self, path: str) -> Path:
-        """Looks for a path, then for its trailing parts, below `data_dir`."""
-        parts = Path(path).parts
-        candidates = [self.data_dir.joinpath(*parts[start:]) for start in range(len(parts))]
-        return next((found for found in candidates if found.is_file()), candidates[0])
 
     def _class_of(self, label: str, classes: dict[str, str] | None, where: str) -> str:
         if classes is None:
@@ -261,6 +254,25 @@ class Manifest(SpeechCorpus):
                     raise CorpusError(f"{where}: {key!r} is also tested by fold {folds[key]}")
                 folds[key] = fold
         return folds
+
+
+def find_file(path: str, folder: Path) -> Path:
+    """Looks for a path, then for its trailing parts, below a folder."""
+    parts = Path(path).parts
+    candidates = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((found for found in candidates if found.is_file()), candidates[0])
+
+
+def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file; EmoBox columns are renamed.
+
+    Raises:
+      CorpusError: the file cannot be read or a line makes no sense.
+    """
+    aliases = {"wav": "path", "emo": "label", "key": "id"}
+    for where, row in _read_rows(path):
+        values = {aliases.get(column, column): value for column, value in row.items()}
+        yield where, {str(k): "" if value is None else str(value) for k, value in values.items()}
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, dict]]:

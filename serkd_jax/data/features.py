@@ -1,22 +1,40 @@
-"""Feature records: a front-end run over the audio records once, with resume.
+"""Feature records: a front-end run over any number of utterances once, with resume.
 
-Shards hold fixed sets of utterances, in the order of the ids. They are written one by one into
-`incomplete.NAME`, and the folder is renamed to `NAME` when all are there and described. So a
-folder without the prefix is whole, and a run that was killed loses one shard at most.
+Utterances, in the order of their ids, fall into shards of a fixed size; a shard is what is read,
+batched, written and resumed. While one is computed, the next is decoded and the last is written,
+so memory depends on the size of a shard and not on that of the corpus. Shards are written into
+`incomplete.NAME`, which is renamed to `NAME` when all are there and described: a folder without
+the prefix is whole, and a process that was killed loses the shards that it was working on.
+
+Several processes (`parallel.join_processes`) each take every so manyth shard. What is in a shard
+depends neither on them, nor on the number of devices, nor on where an earlier run was stopped.
 """
 
+import dataclasses
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from serkd_jax.audio import to_float
+import serkd_jax
+from serkd_jax import parallel
+from serkd_jax.audio import SAMPLE_RATE
 from serkd_jax.data import records
-from serkd_jax.data.records import SPLIT, RecordsError, Table, tf, tfds
-from serkd_jax.frontends import Frontend
+from serkd_jax.data.records import SPLIT, RecordsError, tf, tfds
+from serkd_jax.data.sources import Clip, RecordsSource, Source
+from serkd_jax.frontends import Frontend, num_frames, num_samples
+
+SHARD_FRAMES = 100_000  # 200 MB of HuBERT-large
+PACKAGES = ("jax", "flax", "transformers", "numpy", "soxr", "tensorflow-datasets")
 
 
 def prepare_features(
@@ -26,13 +44,9 @@ def prepare_features(
     cache_dir: str | os.PathLike,
     corpus_fingerprint: str,
     *,
-    shard_size: int = 64,
-    batch_size: int = 16,
+    shard_size: int = 0,
 ) -> Path:
-    """Writes the features of all utterances, unless they are there, and returns their folder.
-
-    Features are float16 (num_frames, frontend.width), cut at `max_frames`, not padded. Shards that
-    an interrupted run finished are kept. One process at a time may prepare the same features.
+    """Writes the features of all utterances of a corpus, unless they are there.
 
     Args:
       records_dir: audio records, from `records.prepare_records`.
@@ -40,43 +54,81 @@ def prepare_features(
       max_frames: T, at 50 frames a second.
       cache_dir: the folder is made in `cache_dir/features/`.
       corpus_fingerprint: of the corpus in `records_dir`.
-      shard_size: utterances per file.
-      batch_size: utterances per call of the front-end, of similar lengths.
+      shard_size: see `extract_features`.
+
+    Returns:
+      Their folder.
 
     Raises:
       RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
     """
-    info = records.load_info(records_dir)
-    skipped = sorted(skip["id"] for skip in info.metadata.get("skipped", []))
-    settings = [corpus_fingerprint, skipped, frontend.fingerprint, max_frames, shard_size]
+    source = RecordsSource(records_dir, corpus_fingerprint)
+    settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / "features" / f"{info.name}-{frontend.name}-{digest}"
-    if folder.exists():
-        return folder
-
-    work = folder.with_name(f"incomplete.{folder.name}")
-    work.mkdir(parents=True, exist_ok=True)
-    table = records.load_table(records_dir)
-    schema = _schema(table.class_names, frontend.width)
-    shards = np.split(np.arange(len(table)), range(shard_size, len(table), shard_size))
-    paths = _shard_paths(work, f"{info.name}_{frontend.name}", len(shards))
-    todo = [(rows, path) for rows, path in zip(shards, paths, strict=True) if not path.exists()]
-    audio = records.iterate_audio(records_dir, [table.ids[row] for rows, _ in todo for row in rows])
-    num_done = len(table) - sum(len(rows) for rows, _ in todo)
-    title = f"{info.name}: {frontend.name}"
-    with tqdm(total=len(table), initial=num_done, desc=title, unit="file") as progress:
-        for rows, path in todo:
-            # The shards to do follow the order of the records, so the stream serves them in turn.
-            waveforms = {row: to_float(next(audio)[1]) for row in rows}
-            features = {}
-            for batch in _batches(waveforms, batch_size):
-                features |= _extract(frontend, batch, max_frames, table)
-                progress.update(len(batch))
-            _write_shard(path, schema, (_example(table, row, features[row]) for row in rows))
-    metadata = {"frontend": frontend.fingerprint, "max_frames": max_frames}
-    _describe(work, schema, [len(rows) for rows in shards], paths, metadata)
-    work.rename(folder)
+    folder = Path(cache_dir) / "features" / f"{source.name}-{frontend.name}-{digest}"
+    extract_features(source, frontend, max_frames, folder, shard_size=shard_size)
     return folder
+
+
+def extract_features(
+    source: Source,
+    frontend: Frontend,
+    max_frames: int,
+    folder: Path,
+    *,
+    shard_size: int = 0,
+    skip_bad: bool = False,
+) -> None:
+    """Writes the features of all utterances of a source into a folder, unless they are there.
+
+    Features are float16 (num_frames, frontend.width), cut at `max_frames`, not padded. A record
+    holds them with `num_frames` and what the source says of the utterance. `metadata.json` says
+    what they were made with and which utterances were skipped, with the reasons.
+
+    Args:
+      source: the utterances.
+      frontend: see `serkd_jax.frontends`.
+      max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
+      folder: must not be there, or be what an earlier call with the same arguments has made.
+      shard_size: utterances in a file; 0 means as many as make up 100,000 frames, at most 256.
+      skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
+
+    Raises:
+      RecordsError: the folder holds something else, no utterance can be used, or there are bad
+        features and they are not to be skipped.
+    """
+    shard_size = shard_size or int(np.clip(SHARD_FRAMES // max_frames, 1, 256))
+    settings = {
+        "source": source.fingerprint,
+        "frontend": frontend.fingerprint,
+        "max_frames": max_frames,
+        "shard_size": shard_size,
+    }
+    if _is_done(folder, settings):
+        return
+    work = folder.with_name(f"incomplete.{folder.name}")
+    _claim(work, settings)
+    schema = tfds.features.FeaturesDict(
+        {
+            **source.schema,
+            # Without encoding="bytes", TFDS writes 12 examples a second.
+            "features": tfds.features.Tensor(
+                shape=(None, frontend.width), dtype=np.float16, encoding="bytes"
+            ),
+            "num_frames": tfds.features.Scalar(np.int32),
+        }
+    )
+    shards = _make_shards(work, f"{source.name}_{frontend.name}", len(source), shard_size)
+    job = _Job(source, frontend, max_frames, schema, skip_bad)
+    job.run(shards[jax.process_index() :: jax.process_count()])
+
+    parallel.wait_for_processes(f"features written: {folder}")
+    if jax.process_index() == 0:
+        _describe(work, schema, shards, settings | {"frontend_settings": frontend.settings})
+        work.rename(folder)
+        for leftover in (*folder.glob("*.tfrecord-*.json"), folder / "settings.json"):
+            leftover.unlink()
+    parallel.wait_for_processes(f"features described: {folder}")
 
 
 def load_features(
@@ -102,92 +154,246 @@ def load_features(
     return np.array(ids, str), features, num_frames
 
 
-def _schema(class_names: tuple[str, ...], width: int) -> tfds.features.FeaturesDict:
-    # Without encoding="bytes", TFDS writes 12 examples a second.
-    features = tfds.features.Tensor(shape=(None, width), dtype=np.float16, encoding="bytes")
-    return tfds.features.FeaturesDict(
-        {
-            **records.utterance_features(class_names),
-            "features": features,
-            "num_frames": tfds.features.Scalar(np.int32),
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A TFRecord file of the utterances `rows`, and until the folder is whole, a report of them."""
+
+    path: Path
+    rows: range
+
+    @property
+    def _report_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def report(self) -> dict:
+        """{"num_examples", "num_samples", "num_cut", "skipped"}."""
+        return json.loads(self._report_path.read_text())
+
+    def write(self, records: Iterable[bytes], report: dict) -> None:
+        """Writes both; the shard is whole once it has its name, and has its report then."""
+        partial = self.path.with_name(f"{self.path.name}.tmp")
+        with tf.io.TFRecordWriter(str(partial)) as writer:
+            for record in records:
+                writer.write(record)
+        self._report_path.write_text(json.dumps(report))
+        _sync(self._report_path)
+        _sync(partial)
+        partial.rename(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is done to each shard."""
+
+    source: Source
+    frontend: Frontend
+    max_frames: int
+    schema: tfds.features.FeaturesDict
+    skip_bad: bool
+
+    def run(self, shards: Sequence[_Shard]) -> None:
+        """Writes those of the shards that are not there."""
+        todo = [shard for shard in shards if not shard.path.exists()]
+        count = self.frontend.num_devices  # shards at once, so that each device has full batches
+        windows = [todo[start : start + count] for start in range(0, len(todo), count)]
+        title = f"{self.source.name}: {self.frontend.name}"
+        with _Progress(title, shards, todo) as progress, ThreadPoolExecutor(1) as writer:
+            writing: list[Future] = []
+            for window, clips in zip(windows, _read_ahead(self._read, windows), strict=True):
+                features = self._extract(clips, progress)
+                for written in writing:  # of the window before: no more than two are in memory
+                    written.result()
+                writing = [
+                    writer.submit(self._write, *shard)
+                    for shard in zip(window, clips, features, strict=True)
+                ]
+            for written in writing:
+                written.result()
+
+    def _read(self, shards: Sequence[_Shard]) -> list[list[Clip]]:
+        """The clips of each shard, with one frame too many where they are longer than allowed."""
+        limit = num_samples(self.max_frames + 1)
+        return [self.source.read(shard.rows, limit) for shard in shards]
+
+    def _extract(
+        self, shards: list[list[Clip]], progress: "_Progress"
+    ) -> list[dict[int, np.ndarray | str]]:
+        """For each shard, the features of each clip, or why there are none."""
+        results: list[dict[int, np.ndarray | str]] = [{} for _ in shards]
+        places = []
+        for k, clips in enumerate(shards):
+            for i, clip in enumerate(clips):
+                if clip.waveform is None:
+                    results[k][i] = clip.problem
+                    progress.count(0, skipped=True)
+                else:
+                    places.append((k, i))
+        waveforms = [shards[k][i].waveform for k, i in places]
+        groups = [k for k, _ in places]
+        for place, features in self.frontend(waveforms, self.max_frames, groups):
+            k, i = places[place]
+            problem = self._problem(features)
+            if problem and not self.skip_bad:
+                name = shards[k][i].values["id"]
+                raise RecordsError(f"{self.frontend.name}, utterance {name}: {problem}")
+            results[k][i] = problem or features
+            progress.count(len(waveforms[place]), skipped=bool(problem))
+        return results
+
+    def _problem(self, features: np.ndarray) -> str:
+        """What is wrong with the features of an utterance; empty if nothing is."""
+        width = self.frontend.width
+        if features.shape[1:] != (width,) or not 0 < len(features) <= self.max_frames:
+            return (
+                f"features of shape {features.shape}, expected (1 to {self.max_frames}, {width}); "
+                "mend the front-end"
+            )
+        if not np.isfinite(features).all():
+            return (
+                "NaN or infinite features; listen to it and remove it from the corpus, or check "
+                "the front-end's weights"
+            )
+        return ""
+
+    def _write(
+        self, shard: _Shard, clips: list[Clip], results: dict[int, np.ndarray | str]
+    ) -> None:
+        good = [i for i in range(len(clips)) if not isinstance(results[i], str)]
+        limit = num_samples(self.max_frames)
+        report = {
+            "num_examples": len(good),
+            "num_samples": sum(min(len(clips[i].waveform), limit) for i in good),
+            "num_cut": sum(num_frames(len(clips[i].waveform)) > self.max_frames for i in good),
+            "skipped": [
+                {"id": clips[i].values["id"], "reason": results[i]}
+                for i in range(len(clips))
+                if isinstance(results[i], str)
+            ],
         }
-    )
+        shard.write((self._serialize(clips[i].values, results[i]) for i in good), report)
+
+    def _serialize(self, values: dict, features: np.ndarray) -> bytes:
+        example = {**values, "features": features, "num_frames": len(features)}
+        # Protobuf orders a map's keys anew in each process unless told not to.
+        proto = tf.train.Example.FromString(self.schema.serialize_example(example))
+        return proto.SerializeToString(deterministic=True)
 
 
-def _shard_paths(folder: Path, dataset: str, count: int) -> list[Path]:
-    return [folder / f"{dataset}-{SPLIT}.tfrecord-{k:05d}-of-{count:05d}" for k in range(count)]
+def _read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yields what is read of each item, while a thread reads the next one."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = None
+        for item in items:
+            before, reading = reading, reader.submit(read, item)
+            if before:
+                yield before.result()
+        if reading:
+            yield reading.result()
 
 
-def _batches(waveforms: dict[int, np.ndarray], size: int) -> Iterator[dict[int, np.ndarray]]:
-    """Groups waveforms of similar lengths, so that a front-end pads little."""
-    by_length = sorted(waveforms, key=lambda row: len(waveforms[row]))
-    for start in range(0, len(by_length), size):
-        yield {row: waveforms[row] for row in by_length[start : start + size]}
+class _Progress:
+    """A bar with files, time left, hours of audio, speed and skipped files of this process."""
+
+    def __init__(self, title: str, shards: Sequence[_Shard], todo: Sequence[_Shard]):
+        total = sum(len(shard.rows) for shard in shards)
+        done = total - sum(len(shard.rows) for shard in todo)
+        if jax.process_count() > 1:
+            title = f"{title} [{jax.process_index()}]"
+        self._bar = tqdm(total=total, initial=done, desc=title, unit="file")
+        self._samples = self._skipped = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def count(self, samples: int, skipped: bool) -> None:
+        """One file more, of so many samples."""
+        self._samples += samples
+        self._skipped += skipped
+        seconds = self._samples / SAMPLE_RATE
+        speed = seconds / max(self._bar.format_dict["elapsed"], 1e-9)
+        text = f"{seconds / 3600:.2f} h of audio, {speed:.1f} s per second"
+        text += f", {self._skipped} skipped" if self._skipped else ""
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
 
 
-def _extract(
-    frontend: Frontend, waveforms: dict[int, np.ndarray], max_frames: int, table: Table
-) -> dict[int, np.ndarray]:
-    features = dict(zip(waveforms, frontend(list(waveforms.values()), max_frames), strict=True))
-    for row, frames in features.items():
-        where = f"{frontend.name}, utterance {table.ids[row]}"
-        if frames.shape[1:] != (frontend.width,) or not 0 < len(frames) <= max_frames:
-            raise RecordsError(
-                f"{where}: features of shape {frames.shape}, "
-                f"expected (1 to {max_frames}, {frontend.width}); mend the front-end"
-            )
-        if not np.isfinite(frames).all():
-            raise RecordsError(
-                f"{where}: NaN or infinite features; listen to it and remove it from the corpus, "
-                "or check the front-end's weights"
-            )
-    return features
+def _is_done(folder: Path, settings: dict) -> bool:
+    """Whether a folder holds these features; refuses one that holds anything else."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not (folder / "metadata.json").exists():
+        raise RecordsError(f"{folder} holds files that are no features: name another folder")
+    theirs = records.load_info(folder).metadata
+    _check_settings(folder, {key: theirs.get(key) for key in settings}, settings)
+    return True
 
 
-def _example(table: Table, row: int, features: np.ndarray) -> dict:
-    return {
-        "id": table.ids[row],
-        "label": int(table.labels[row]),
-        "speaker": table.speakers[row],
-        "session": table.sessions[row],
-        "split": table.splits[row],
-        "fold": table.folds[row],
-        "features": features,
-        "num_frames": len(features),
-    }
+def _claim(work: Path, settings: dict) -> None:
+    """Makes the folder to work in, or finds that of an earlier run with the same settings."""
+    path = work / "settings.json"
+    if jax.process_index() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_settings(work, json.loads(path.read_text()), settings)
+        else:
+            path.write_text(json.dumps(settings))
+    parallel.wait_for_processes(f"features claimed: {work}")
 
 
-def _write_shard(path: Path, schema: tfds.features.FeaturesDict, examples: Iterator[dict]) -> None:
-    """Writes a TFRecord file that is whole once it has its name."""
-    partial = path.with_suffix(".tmp")
-    with tf.io.TFRecordWriter(str(partial)) as writer:
-        for example in examples:
-            # Protobuf orders a map's keys anew in each process unless told not to.
-            proto = tf.train.Example.FromString(schema.serialize_example(example))
-            writer.write(proto.SerializeToString(deterministic=True))
-    _sync(partial)
-    partial.rename(path)
+def _check_settings(folder: Path, theirs: dict, mine: dict) -> None:
+    differ = [
+        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs[key] != mine[key]
+    ]
+    if differ:
+        raise RecordsError(
+            f"{folder} holds features of other files or settings ({'; '.join(differ)}): "
+            "name another folder, or delete this one"
+        )
+
+
+def _make_shards(folder: Path, dataset: str, count: int, size: int) -> list[_Shard]:
+    starts = range(0, count, size)
+    names = [f"{dataset}-{SPLIT}.tfrecord-{k:05d}-of-{len(starts):05d}" for k in range(len(starts))]
+    return [
+        _Shard(folder / name, range(start, min(start + size, count)))
+        for name, start in zip(names, starts, strict=True)
+    ]
 
 
 def _describe(
-    folder: Path,
-    schema: tfds.features.FeaturesDict,
-    lengths: list[int],
-    paths: list[Path],
-    metadata: dict,
+    folder: Path, schema: tfds.features.FeaturesDict, shards: Sequence[_Shard], settings: dict
 ) -> None:
-    """Adds what `tfds.builder_from_directory` needs."""
+    """Adds what `tfds.builder_from_directory` needs, and what a reader wants to know."""
+    reports = [shard.report() for shard in shards]
+    skipped = [skip for report in reports for skip in report["skipped"]]
+    lengths = [report["num_examples"] for report in reports]
+    if not sum(lengths):
+        raise RecordsError(
+            f"none of {len(skipped)} files can be used; the first: {skipped[0]['reason']}"
+        )
+    versions = {"serkd-jax": serkd_jax.__version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in PACKAGES}
     split = tfds.core.SplitInfo(
         name=SPLIT,
         shard_lengths=lengths,
-        num_bytes=sum(path.stat().st_size for path in paths),
+        num_bytes=sum(shard.path.stat().st_size for shard in shards),
     )
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=schema,
         split_infos=[split],
         check_data=False,
-        metadata=tfds.core.MetadataDict(metadata),
+        description="Features of speech, 50 frames a second, written by serkd-jax.",
+        metadata=tfds.core.MetadataDict(
+            settings,
+            hours=sum(report["num_samples"] for report in reports) / SAMPLE_RATE / 3600,
+            num_cut=sum(report["num_cut"] for report in reports),
+            skipped=skipped,
+            versions=versions,
+        ),
         disable_shuffling=True,
     )
     for path in folder.iterdir():

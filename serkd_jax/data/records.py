@@ -167,16 +167,6 @@ def load_table(records_dir: str | os.PathLike) -> Table:
     )
 
 
-def iterate_audio(
-    records_dir: str | os.PathLike, ids: Collection[str] | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Streams (id, int16 (num_samples,) audio) in the order of the ids, of all or the given ids."""
-    wanted = None if ids is None else set(ids)
-    for example in read_examples(records_dir, ("id", "audio")):
-        if wanted is None or example["id"] in wanted:
-            yield example["id"], example["audio"]
-
-
 def load_waveforms(
     records_dir: str | os.PathLike, max_samples: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -189,10 +179,10 @@ def load_waveforms(
     count = load_info(records_dir).splits[SPLIT].num_examples
     ids, audio = [], np.zeros((count, max_samples), np.int16)
     num_samples = np.zeros(count, np.int32)
-    for row, (key, waveform) in enumerate(iterate_audio(records_dir)):
-        ids.append(key)
-        num_samples[row] = min(len(waveform), max_samples)
-        audio[row, : num_samples[row]] = waveform[:max_samples]
+    for row, example in enumerate(read_examples(records_dir, ("id", "audio"))):
+        ids.append(example["id"])
+        num_samples[row] = min(len(example["audio"]), max_samples)
+        audio[row, : num_samples[row]] = example["audio"][:max_samples]
     return np.array(ids, str), audio, num_samples
 
 
@@ -206,8 +196,10 @@ def load_info(folder: str | os.PathLike) -> tfds.core.DatasetInfo:
         return tfds.builder_from_directory(folder).info
 
 
-def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator[dict]:
-    """Streams the named features of each example, in the stored order; text comes as str.
+def read_examples(
+    folder: str | os.PathLike, names: Collection[str], rows: range | None = None
+) -> Iterator[dict]:
+    """Streams the named features of all examples, or of successive `rows`; text comes as str.
 
     Raises:
       RecordsError: the folder is damaged.
@@ -216,16 +208,17 @@ def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
         texts = [name for name in names if isinstance(features[name], tfds.features.Text)]
+        rows = range(builder.info.splits[SPLIT].num_examples) if rows is None else rows
         dataset = builder.as_dataset(
-            split=SPLIT,
+            split=f"{SPLIT}[{rows.start}:{rows.stop}]",
             decoders=tfds.decode.PartialDecoding(dict.fromkeys(names, True)),
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
         )
         count = 0
         for count, example in enumerate(dataset.as_numpy_iterator(), start=1):  # noqa: B007
             yield example | {name: example[name].decode() for name in texts}
-        if count != builder.info.splits[SPLIT].num_examples:
-            raise ValueError(f"{count} of {builder.info.splits[SPLIT].num_examples} examples")
+        if count != len(rows):
+            raise ValueError(f"{count} of {len(rows)} examples")
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def normalize_waveform(waveform: jax.Array, num_samples: jax.Array) -> jax.Array
         num_samples: (B,) int; what follows is set to zero.
     """
     valid = jnp.arange(waveform.shape[1]) < num_samples[:, None]
-    count = num_samples[:, None]
+    count = jnp.maximum(num_samples, 1)[:, None]
     mean = jnp.where(valid, waveform, 0.0).sum(1, keepdims=True) / count
     centred = jnp.where(valid, waveform - mean, 0.0)
     variance = jnp.square(centred).sum(1, keepdims=True) / count

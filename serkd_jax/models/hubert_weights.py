@@ -106,23 +106,31 @@ def save_hubert(checkpoint: HubertCheckpoint, folder: str | Path) -> None:
     anew if the configuration asks for one; only its training reads it.
 
     Raises:
-        UserError: the parameters are not those of the architecture, or not finite.
+        UserError: the parameters are not those of the architecture, or not finite; or the folder
+            has a `processor_config.json`, which transformers would read instead of ours.
     """
     from safetensors.numpy import save_file
     from transformers import HubertConfig, Wav2Vec2FeatureExtractor
 
     tensors = _torch_tensors(checkpoint.config, checkpoint.params)
-    if checkpoint.masked_spec_embed is not None:
+    masks = checkpoint.config.mask_time_prob > 0 or checkpoint.config.mask_feature_prob > 0
+    if masks and checkpoint.masked_spec_embed is not None:
         tensors[MASKED] = checkpoint.masked_spec_embed
     if broken := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
         raise UserError(f"not saved: NaN or infinity in {', '.join(broken)}")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    if (folder / PREPROCESSORS[1]).exists():
+        raise UserError(f"{folder} holds {PREPROCESSORS[1]} of another model: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config = checkpoint.config.to_dict() | {"architectures": ["HubertModel"], "dtype": "float32"}
-    HubertConfig.from_dict(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=checkpoint.do_normalize).save_pretrained(folder)
     partial = folder / f"{SAFETENSORS}.tmp"
     save_file(tensors, partial, metadata={"format": "pt"})
+    config = checkpoint.config.to_dict() | {"architectures": ["HubertModel"], "dtype": "float32"}
+    HubertConfig.from_dict(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(
+        do_normalize=checkpoint.do_normalize,
+        # With group norm, transformers wants padding with zeros and no mask.
+        return_attention_mask=checkpoint.config.feat_extract_norm == "layer",
+    ).save_pretrained(folder)
     partial.replace(folder / SAFETENSORS)
 
 
@@ -211,7 +219,8 @@ def _torch_tensors(config: HubertConfig, params: Mapping[str, Any]) -> dict[str,
         weight = tensors.pop(f"{POSITIONS}conv.weight")
         norm = np.sqrt(np.square(weight).sum((0, 1), keepdims=True))
         tensors[f"{POSITIONS}conv.{magnitude}"] = norm
-        tensors[f"{POSITIONS}conv.{direction}"] = weight
+        # Any direction will do where the magnitude is 0, but 0 / 0 will not.
+        tensors[f"{POSITIONS}conv.{direction}"] = np.where(norm > 0, weight, np.float32(1))
     return tensors
 
 
@@ -343,13 +352,12 @@ def _read_config(file: Path) -> HubertConfig:
 
 
 def _read_do_normalize(files: list[Path]) -> bool:
-    """As transformers: a processor's file may hold the feature extractor; the default is True."""
-    for file in files:
-        content = _read_json(file)
-        content = content.get("feature_extractor", content)
-        if "do_normalize" in content:
-            return bool(content["do_normalize"])
-    return True
+    """As transformers: a feature extractor in a processor's file goes first; default is True."""
+    contents = [_read_json(file) for file in files]
+    nested = [
+        content["feature_extractor"] for content in contents if "feature_extractor" in content
+    ]
+    return bool((nested or contents or [{}])[0].get("do_normalize", True))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""Utterances to extract features from: the audio records of a corpus, or plain audio files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from serkd_jax.audio import AudioError, read_audio, to_float
+from serkd_jax.data import records
+from serkd_jax.data.corpora import CorpusError, find_file, read_manifest
+from serkd_jax.data.records import SPLIT, tfds
+
+# What libsndfile reads; other files in a folder are no audio.
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
+SUFFIXES += (".snd", ".sph", ".w64", ".wv")
+COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
+
+
+class Clip(NamedTuple):
+    """The audio of one utterance."""
+
+    values: dict[str, Any]  # what its record says, features apart; always has "id"
+    waveform: np.ndarray | None  # float32 (num_samples,), 16 kHz; None if it cannot be used
+    problem: str = ""  # why not
+
+
+class Source(Protocol):
+    """A fixed list of utterances."""
+
+    name: str  # of the TFDS dataset: lower case and underscores
+    fingerprint: str  # changes with the utterances
+    schema: dict[str, tfds.features.FeatureConnector]  # of `Clip.values`
+
+    def __len__(self) -> int:
+        """How many there are, unusable ones included."""
+
+    def read(self, rows: range, max_samples: int) -> list[Clip]:
+        """The utterances `rows`, each cut at `max_samples`. Called from one thread."""
+
+
+class RecordsSource:
+    """The audio records that `records.prepare_records` has written."""
+
+    def __init__(self, records_dir: str | os.PathLike, corpus_fingerprint: str):
+        """Raises a RecordsError if the folder is missing or damaged."""
+        info = records.load_info(records_dir)
+        self.records_dir, self.name = records_dir, info.name
+        self.schema = records.utterance_features(info.features["label"].names)
+        self._size = info.splits[SPLIT].num_examples
+        skipped = sorted(skip["id"] for skip in info.metadata.get("skipped", []))
+        self.fingerprint = _digest([corpus_fingerprint, skipped])
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, rows: range, max_samples: int) -> list[Clip]:
+        """See `Source`."""
+        examples = records.read_examples(self.records_dir, [*self.schema, "audio"], rows)
+        return [
+            Clip(example, to_float(audio[:max_samples]))
+            for example in examples
+            for audio in [example.pop("audio")]
+        ]
+
+
+class AudioFiles:
+    """Audio files below a folder, or of a manifest; the id of each is its path as seen from there.
+
+    The columns label, speaker, session, split and fold of a manifest go into the records as text.
+    """
+
+    name = "audio_files"
+
+    def __init__(self, place: str | os.PathLike, data_dir: str | os.PathLike | None = None):
+        """Lists the files; decodes nothing.
+
+        Args:
+          place: a folder, or a CSV or JSONL manifest with a column path.
+          data_dir: where the relative paths of a manifest begin; None means beside it.
+
+        Raises:
+          CorpusError: there is nothing to list, a row has no path, or two have the same.
+        """
+        place = Path(place)
+        if place.is_dir():
+            listed = {path.relative_to(place).as_posix(): (path, {}) for path in _find_audio(place)}
+        elif place.is_file():
+            listed = _list_manifest(place, Path(data_dir or place.parent))
+        else:
+            raise CorpusError(f"{place}: no such folder or manifest")
+        if not listed:
+            what = f"no audio file ({' '.join(SUFFIXES)})" if place.is_dir() else "no rows"
+            raise CorpusError(f"{place} holds {what}")
+        self.ids = sorted(listed)
+        self.paths = [listed[key][0] for key in self.ids]
+        self.columns = [listed[key][1] for key in self.ids]
+        names = [name for name in COLUMNS if any(name in values for values in self.columns)]
+        self.schema = {name: tfds.features.Text() for name in ["id", *names]}
+        self.fingerprint = _digest([self.ids, self.columns, [_size(path) for path in self.paths]])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, rows: range, max_samples: int) -> list[Clip]:
+        """See `Source`; the files are decoded by as many threads as there are cores."""
+
+        def read_one(row: int) -> Clip:
+            values = {name: self.columns[row].get(name, "") for name in self.schema}
+            values["id"] = self.ids[row]
+            try:
+                return Clip(values, read_audio(self.paths[row], max_samples))
+            except AudioError as error:
+                return Clip(values, None, str(error))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(read_one, rows))
+
+
+def _find_audio(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not path.name.startswith("._")  # macOS litter
+        and path.is_file()
+    ]
+
+
+def _list_manifest(manifest: Path, folder: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+    listed, places = {}, {}
+    for where, values in read_manifest(manifest):
+        if not (key := values.get("path")):
+            raise CorpusError(f"{where}: no path; this row has {', '.join(values)}")
+        if key in places:
+            raise CorpusError(f"{where}: {key} is also at {places[key]}; leave one row away")
+        places[key] = where
+        columns = {name: values[name] for name in COLUMNS if values.get(name)}
+        listed[key] = find_file(key, folder), columns
+    return listed
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _digest(described: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

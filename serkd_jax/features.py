@@ -1,0 +1,75 @@
+"""HuBERT features of any audio: ``python -m serkd_jax.features --model=M --input=IN --output=DIR``.
+
+IN is a folder or a manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each
+record has ``id`` (the path relative to the input), ``features`` (frames x width, float16) and
+``num_frames``. Started again after it was killed, it goes on. Several processes share the work:
+start the same command in each, with ``--coordinator``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from serkd_jax import parallel
+from serkd_jax.errors import UserError
+
+_MODEL = flags.DEFINE_string("model", None, "HuBERT: a folder or a name on the hub.")
+_REVISION = flags.DEFINE_string("revision", None, "Of the name on the hub.")
+_INPUT = flags.DEFINE_string(
+    "input", None, "A folder of audio files, or a .csv or .jsonl manifest."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the manifest's paths begin.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+_LAYER = flags.DEFINE_integer(
+    "layer", -1, "-1: last hidden state, final norm included; k: layer k."
+)
+_MAX_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "Of a file; what follows is left out.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many share the work.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which one this is, from 0.")
+
+
+def main(argv: list[str]) -> None:
+    """Extracts what is left to extract and says what was skipped."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    if _COORDINATOR.value:
+        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    # Slow to import, and not before the processes have met.
+    from serkd_jax.audio import SAMPLE_RATE
+    from serkd_jax.data.features import extract_features
+    from serkd_jax.data.sources import AudioFiles
+    from serkd_jax.frontends import Hubert, num_frames
+
+    output = Path(_OUTPUT.value)
+    try:
+        max_frames = num_frames(int(_MAX_SECONDS.value * SAMPLE_RATE))
+        if max_frames < 1:
+            raise UserError(f"max_seconds {_MAX_SECONDS.value:g} is less than one frame of 25 ms")
+        source = AudioFiles(_INPUT.value, _DATA_DIR.value)
+        frontend = Hubert(_MODEL.value, _REVISION.value, _LAYER.value, _DTYPE.value)
+        extract_features(source, frontend, max_frames, output, skip_bad=True)
+    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        sys.exit(f"error: {error}")
+    print(_summary(output))
+
+
+def _summary(folder: Path) -> str:
+    """What was extracted and skipped, for people."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    lines = [f"{metadata['hours']:.2f} h of audio are in {folder}"]
+    if cut := metadata["num_cut"]:
+        lines.append(f"{cut} longer files were cut at {metadata['max_frames'] / 50:.0f} s")
+    if skipped := metadata["skipped"]:
+        lines.append(f"{len(skipped)} files were skipped; all are named in {folder}/metadata.json:")
+        lines += [f"  {skip['reason']}" for skip in skipped[:5]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["model", "input", "output"])
+    app.run(main)

@@ -1,0 +1,129 @@
+"""HuBERT as a front-end: batches, devices, layers; log-mel frames are in test_audio.py."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from serkd_jax.errors import UserError
+from serkd_jax.frontends import Hubert, bucket_lengths, num_frames, plan_batches
+
+MAX_FRAMES = 100
+FLOAT16 = {"atol": 5e-3}  # states are a few units at most
+
+
+def clips(count=24, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(400, 40_000, count)
+    return [rng.normal(0.05, 0.1, n).astype(np.float32) for n in lengths]
+
+
+def extract(frontend, waveforms, groups=None, max_frames=MAX_FRAMES):
+    features = dict(frontend(waveforms, max_frames, groups))
+    return [features[i] for i in range(len(waveforms))]
+
+
+def test_bucket_lengths():
+    assert bucket_lengths(326) == [56, 70, 87, 108, 135, 168, 209, 261, 326]
+    for longest in (1, 49, 50, 100, 326, 1499):
+        lengths = bucket_lengths(longest)
+        assert lengths[-1] == longest
+        assert lengths == sorted(set(lengths))
+        assert len(lengths) <= 17
+        assert all(b / a <= 1.25 for a, b in itertools.pairwise(lengths))
+
+
+@pytest.mark.parametrize("batch_frames", [1, 512, 4096])
+def test_batches_hold_every_clip_once_with_little_padding_and_few_shapes(batch_frames):
+    frames = np.random.default_rng(0).integers(50, 327, 2000)
+    batches = plan_batches(frames, 326, batch_frames)
+    assert sorted(np.concatenate([batch.clips for batch in batches])) == list(range(2000))
+    for batch in batches:
+        assert frames[batch.clips].max() <= batch.frames
+        assert len(batch.clips) <= batch.size == max(1, batch_frames // batch.frames)
+    computed = sum(batch.frames * batch.size for batch in batches)
+    assert computed / frames.sum() < 1.2
+    shapes = {(batch.frames, batch.size) for batch in batches}
+    assert len(shapes) <= len(bucket_lengths(326)) == 9
+
+
+def test_features_are_those_of_torch_on_the_clip_up_to_the_limit(hubert_folder, hubert_oracle):
+    waveforms = clips()
+    assert any(num_frames(len(w)) > MAX_FRAMES for w in waveforms)
+    for waveform, features in zip(
+        waveforms, extract(Hubert(hubert_folder), waveforms), strict=True
+    ):
+        expected = hubert_oracle(waveform[: 99 * 320 + 400])
+        assert features.dtype == np.float16
+        assert features.shape == expected.shape
+        np.testing.assert_allclose(features, expected, **FLOAT16)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, -2, -1])
+def test_any_layer_can_be_had(layer, hubert_folder, hubert_oracle):
+    waveform = clips(1)[0][:20_000]
+    (features,) = extract(Hubert(hubert_folder, layer=layer), [waveform])
+    np.testing.assert_allclose(features, hubert_oracle(waveform, layer), **FLOAT16)
+
+
+@pytest.mark.parametrize("settings", [{"layer": 3}, {"layer": -4}, {"dtype": "float16"}])
+def test_settings_that_the_model_does_not_have_are_refused(settings, hubert_folder):
+    with pytest.raises(UserError, match=r"layer|dtype"):
+        Hubert(hubert_folder, **settings).checkpoint  # noqa: B018
+
+
+def test_fingerprint_tells_layers_types_and_weights_apart(hubert_folder):
+    kinds = [{}, {"layer": 1}, {"dtype": "bfloat16"}]
+    assert len({Hubert(hubert_folder, **kind).fingerprint for kind in kinds}) == 3
+
+
+def test_features_are_the_same_bits_on_any_devices_in_any_order_beside_any_group(hubert_folder):
+    waveforms = clips()
+    groups = np.arange(24) % 3
+    one = Hubert(hubert_folder, devices=tuple(jax.devices()[:1]))
+    expected = extract(one, waveforms, groups)
+
+    eight = Hubert(hubert_folder, devices=tuple(jax.devices()))
+    assert (one.num_devices, eight.num_devices) == (1, 8)
+    backwards = np.arange(24)[::-1]
+    shuffled = extract(eight, [waveforms[i] for i in backwards], groups[backwards])
+    alone = extract(one, [w for w, group in zip(waveforms, groups, strict=True) if group == 1])
+    for ours, theirs in [
+        (extract(eight, waveforms, groups), expected),
+        (shuffled[::-1], expected),
+        (alone, expected[1::3]),
+    ]:
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("batch_frames", [1, 3000])
+def test_features_depend_on_the_size_of_batches_by_rounding_alone(batch_frames, hubert_folder):
+    waveforms = clips()
+    for a, b in zip(
+        extract(Hubert(hubert_folder, batch_frames=batch_frames), waveforms),
+        extract(Hubert(hubert_folder), waveforms),
+        strict=True,
+    ):
+        assert np.abs(a - b).max() <= 2 * np.spacing(np.abs(b).max())
+
+
+def test_bfloat16_is_close(hubert_folder):
+    waveforms = clips(4)
+    for a, b in zip(
+        extract(Hubert(hubert_folder, dtype="bfloat16"), waveforms),
+        extract(Hubert(hubert_folder), waveforms),
+        strict=True,
+    ):
+        assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.05
+
+
+def test_no_more_programs_are_compiled_than_there_are_lengths(hubert_folder):
+    frontend = Hubert(hubert_folder, devices=tuple(jax.devices()[:1]))
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    for seed in range(3):
+        extract(frontend, clips(seed=seed))
+    compiled = sum("backend_compile" in name for name in events)
+    assert 1 < compiled <= len(bucket_lengths(MAX_FRAMES))
