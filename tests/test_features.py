@@ -323,6 +323,13 @@ def test_places_without_audio_are_refused(tmp_path):
         AudioFiles(tmp_path)
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(800), 16_000)
+    os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + b"/\xff.wav")
+    with pytest.raises(CorpusError, match="not UTF-8; rename the file"):
+        AudioFiles(tmp_path)
+
+
 def test_bad_features_of_some_files_are_skipped_and_of_all_refused(audio_folder, tmp_path):
     calls = []
 

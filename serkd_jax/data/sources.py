@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -84,24 +84,28 @@ class AudioFiles:
           data_dir: where the relative paths of a manifest begin; None means beside it.
 
         Raises:
-          CorpusError: there is nothing to list, a row has no path, or two have the same.
+          CorpusError: there is nothing to list, a row has no path, two have the same, or a name
+            is not UTF-8.
         """
         place = Path(place)
         if place.is_dir():
-            listed = {path.relative_to(place).as_posix(): (path, {}) for path in _find_audio(place)}
+            self._folder, self._rows = place, None
+            self.ids = sorted(_find_audio(place))
         elif place.is_file():
-            listed = _list_manifest(place, Path(data_dir or place.parent))
+            self._folder, self._rows = Path(data_dir or place.parent), _read_columns(place)
+            self.ids = sorted(self._rows)
         else:
             raise CorpusError(f"{place}: no such folder or manifest")
-        if not listed:
+        if not self.ids:
             what = f"no audio file ({' '.join(SUFFIXES)})" if place.is_dir() else "no rows"
             raise CorpusError(f"{place} holds {what}")
-        self.ids = sorted(listed)
-        self.paths = [listed[key][0] for key in self.ids]
-        self.columns = [listed[key][1] for key in self.ids]
-        names = [name for name in COLUMNS if any(name in values for values in self.columns)]
-        self.schema = {name: tfds.features.Text() for name in ["id", *names]}
-        self.fingerprint = _digest([self.ids, self.columns, [_size(path) for path in self.paths]])
+        columns = {name for values in (self._rows or {}).values() for name in values}
+        self._columns = [name for name in COLUMNS if name in columns]
+        self.schema = {name: tfds.features.Text() for name in ["id", *self._columns]}
+        try:
+            self.fingerprint = _digest((self._values(key), self._size(key)) for key in self.ids)
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"{error.object!r}: not UTF-8; rename the file") from error
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,46 +114,52 @@ class AudioFiles:
         """See `Source`; the files are decoded by as many threads as there are cores."""
 
         def read_one(row: int) -> Clip:
-            values = {name: self.columns[row].get(name, "") for name in self.schema}
-            values["id"] = self.ids[row]
+            values = self._values(self.ids[row])
             try:
-                return Clip(values, read_audio(self.paths[row], max_samples))
+                return Clip(values, read_audio(self._path(values["id"]), max_samples))
             except AudioError as error:
                 return Clip(values, None, str(error))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(read_one, rows))
 
+    def _values(self, key: str) -> dict[str, str]:
+        row = self._rows[key] if self._rows else {}
+        return {"id": key} | {name: row.get(name, "") for name in self._columns}
 
-def _find_audio(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not path.name.startswith("._")  # macOS litter
-        and path.is_file()
-    ]
+    def _path(self, key: str) -> Path:
+        return find_file(key, self._folder) if self._rows else self._folder / key
+
+    def _size(self, key: str) -> int:
+        try:
+            return self._path(key).stat().st_size
+        except OSError:
+            return -1
 
 
-def _list_manifest(manifest: Path, folder: Path) -> dict[str, tuple[Path, dict[str, str]]]:
-    listed, places = {}, {}
+def _find_audio(folder: Path) -> Iterator[str]:
+    """The paths of all audio files below a folder, relative to it."""
+    for path in folder.rglob("*"):
+        litter = path.name.startswith("._")  # of macOS
+        if path.suffix.lower() in SUFFIXES and not litter and path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:
+    """The columns of each path."""
+    rows, places = {}, {}
     for where, values in read_manifest(manifest):
         if not (key := values.get("path")):
             raise CorpusError(f"{where}: no path; this row has {', '.join(values)}")
         if key in places:
             raise CorpusError(f"{where}: {key} is also at {places[key]}; leave one row away")
         places[key] = where
-        columns = {name: values[name] for name in COLUMNS if values.get(name)}
-        listed[key] = find_file(key, folder), columns
-    return listed
+        rows[key] = {name: values[name] for name in COLUMNS if values.get(name)}
+    return rows
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _digest(described: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+def _digest(described: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for item in described:
+        digest.update(json.dumps(item, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
