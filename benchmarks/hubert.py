@@ -29,7 +29,15 @@ import torch
 import transformers
 from absl import app, flags, logging
 
-from serkd_jax.frontends import Hubert, num_frames, num_samples, plan_batches
+from serkd_jax.frontends import (
+    ACCELERATOR_BATCHING,
+    CPU_BATCHING,
+    Batching,
+    Hubert,
+    num_frames,
+    num_samples,
+    plan_batches,
+)
 
 SIZES = {
     "tiny": {
@@ -65,7 +73,7 @@ class Case(NamedTuple):
 
     clips: list[np.ndarray]
     max_frames: int
-    batch_frames: int
+    batching: Batching
 
 
 Extract = Callable[[], list[np.ndarray]]
@@ -118,19 +126,23 @@ def make_cases(gpu: bool) -> dict[str, Case]:
     def noise(lengths: Sequence[int]) -> list[np.ndarray]:
         return [rng.normal(0, 0.1, length).astype(np.float32) for length in lengths]
 
+    standard = ACCELERATOR_BATCHING if gpu else CPU_BATCHING
     ten, batch = num_samples(499), 32 if gpu else 4
-    lengths = rng.integers(16_000, num_samples(749), 512 if gpu else 16)
+    lengths = rng.integers(16_000, num_samples(749), 512 if gpu else 32)
     return {
-        "10 s, batch 1": Case(noise([ten]), 499, 499),
-        f"10 s, batch {batch}": Case(noise([ten] * batch), 499, 499 * batch),
-        f"{len(lengths)} clips, 1 to 15 s": Case(noise(lengths), 749, 16_384 if gpu else 512),
+        "10 s, batch 1": Case(noise([ten]), 499, standard._replace(frames=499)),
+        f"10 s, batch {batch}": Case(
+            noise([ten] * batch), 499, standard._replace(frames=499 * batch)
+        ),
+        f"{len(lengths)} clips, 1 to 15 s": Case(noise(lengths), 749, standard),
     }
 
 
 def make_ours(folder: str, case: Case, dtype: str) -> Extract:
     """The front-end as the extractor runs it, on one device."""
     device = jax.local_devices()[:1]
-    frontend = Hubert(folder, dtype=dtype, batch_frames=case.batch_frames, devices=tuple(device))
+    frames = case.batching.frames
+    frontend = Hubert(folder, dtype=dtype, batch_frames=frames, devices=tuple(device))
 
     def extract() -> list[np.ndarray]:
         features = dict(frontend(case.clips, case.max_frames))
@@ -148,7 +160,7 @@ def make_theirs(
     @torch.inference_mode()
     def extract() -> list[np.ndarray]:
         features = {}
-        for batch in plan_batches(frames, case.max_frames, case.batch_frames):
+        for batch in plan_batches(frames, case.max_frames, case.batching):
             clips = [case.clips[i] for i in batch.clips]
             size = (batch.size, num_samples(batch.frames + 1) - 1) if few_shapes else None
             waveform, mask = pad(clips, size)

@@ -27,6 +27,9 @@ _LAYER = flags.DEFINE_integer(
 )
 _MAX_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "Of a file; what follows is left out.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+_BATCH_FRAMES = flags.DEFINE_integer(
+    "batch_frames", 0, "Of a device's batch, 50 a second; lower it if memory runs out. 0: default."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many share the work.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which one this is, from 0.")
@@ -51,7 +54,13 @@ def main(argv: list[str]) -> None:
         if max_frames < 1:
             raise UserError(f"max_seconds {_MAX_SECONDS.value:g} is less than one frame of 25 ms")
         source = AudioFiles(_INPUT.value, _DATA_DIR.value)
-        frontend = Hubert(_MODEL.value, _REVISION.value, _LAYER.value, _DTYPE.value)
+        frontend = Hubert(
+            model=_MODEL.value,
+            revision=_REVISION.value,
+            layer=_LAYER.value,
+            dtype=_DTYPE.value,
+            batch_frames=_BATCH_FRAMES.value,
+        )
         extract_features(source, frontend, max_frames, output, skip_bad=True)
     except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
         sys.exit(f"error: {error}")

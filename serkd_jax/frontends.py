@@ -139,6 +139,18 @@ class LogMel:
         return ((log_mel.T - self.LOG_FLOOR) / self.LOG_SCALE).astype(np.float16)
 
 
+class Batching(NamedTuple):
+    """How clips are put together."""
+
+    frames: int  # of a batch, padding included; a longer clip is a batch of its own
+    growth: float  # from one padded length to the next: what padding costs at most
+
+
+# On a CPU, a large batch gains nothing, and a program more costs a few seconds.
+CPU_BATCHING = Batching(512, 1.1)
+ACCELERATOR_BATCHING = Batching(8192, 1.25)
+
+
 class Batch(NamedTuple):
     """Clips that go through HuBERT together."""
 
@@ -147,32 +159,32 @@ class Batch(NamedTuple):
     size: int  # rows of the program, at least n
 
 
-def bucket_lengths(max_frames: int) -> list[int]:
-    """The lengths that clips are padded to, ascending: `max_frames` and 0.8 of the one above.
+def bucket_lengths(max_frames: int, growth: float) -> list[int]:
+    """The lengths that clips are padded to, ascending: one program is compiled for each.
 
-    So no clip of a second or more grows by over a quarter, and there is one program for each of
-    some ten lengths.
+    The last is `max_frames`, each is at most `growth` times the one before, and none is shorter
+    than a second.
     """
     lengths = [max_frames]
-    while (shorter := math.ceil(0.8 * lengths[0])) >= 50:
+    while (shorter := math.ceil(lengths[0] / growth)) >= 50 and shorter < lengths[0]:
         lengths.insert(0, shorter)
     return lengths
 
 
-def plan_batches(num_frames: Sequence[int], max_frames: int, batch_frames: int) -> list[Batch]:
-    """Batches of clips of similar length; which is a function of the arguments alone.
+def plan_batches(num_frames: Sequence[int], max_frames: int, batching: Batching) -> list[Batch]:
+    """Batches of clips of similar length, as a function of the arguments alone.
 
     Args:
         num_frames: of each clip, at most `max_frames`.
         max_frames: the longest length.
-        batch_frames: of a batch, padding included; a longer clip is a batch of its own.
+        batching: how many go together, and how they are padded.
     """
-    buckets = bucket_lengths(max_frames)
+    buckets = bucket_lengths(max_frames, batching.growth)
     longest_first = np.argsort(-np.asarray(num_frames), kind="stable")
     batches, start = [], 0
     while start < len(longest_first):
         frames = buckets[np.searchsorted(buckets, num_frames[longest_first[start]])]
-        size = max(1, batch_frames // frames)
+        size = max(1, batching.frames // frames)
         batches.append(Batch(longest_first[start : start + size], frames, size))
         start += size
     return batches
@@ -188,8 +200,7 @@ class Hubert:
         layer: -1 for the last hidden state, with the final norm that the large variant has; else
             an index into `HubertOutput.hidden_states`, k for the output of layer k without it.
         dtype: of the computation, float32 or bfloat16.
-        batch_frames: of one device's batch; 0 means 512 on CPU, which gains nothing by more, and
-            8,192 elsewhere.
+        batch_frames: of one device's batch; 0 means 512 on CPU and 8,192 elsewhere.
         devices: none means all local ones.
     """
 
@@ -240,6 +251,13 @@ class Hubert:
         """How many devices compute."""
         return len(self._devices)
 
+    @property
+    def batching(self) -> Batching:
+        """How clips are put together on this kind of device."""
+        cpu = self._devices[0].platform == "cpu"
+        default = CPU_BATCHING if cpu else ACCELERATOR_BATCHING
+        return default._replace(frames=self.batch_frames or default.frames)
+
     @cached_property
     def _devices(self) -> list[jax.Device]:
         return list(self.devices or jax.local_devices())
@@ -285,11 +303,10 @@ class Hubert:
     ) -> Iterator[list[Batch]]:
         """Batches of one shape, as many at once as there are devices."""
         groups = np.zeros(len(frames), int) if groups is None else np.asarray(groups)
-        batch_frames = self.batch_frames or (512 if jax.default_backend() == "cpu" else 8192)
         by_length: dict[int, list[Batch]] = {}
         for group in np.unique(groups):
             members = np.flatnonzero(groups == group)
-            for batch in plan_batches(frames[members], max_frames, batch_frames):
+            for batch in plan_batches(frames[members], max_frames, self.batching):
                 batch = batch._replace(clips=members[batch.clips])
                 by_length.setdefault(batch.frames, []).append(batch)
         for batches in by_length.values():

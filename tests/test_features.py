@@ -345,6 +345,29 @@ def test_bad_features_of_some_files_are_skipped_and_of_all_refused(audio_folder,
         extract(source, Recorder(spoil=poison(np.nan)), tmp_path / "all", max_frames=8)
 
 
+def test_a_full_disk_is_told_and_costs_nothing_that_was_written(
+    audio_folder, tmp_path, monkeypatch
+):
+    """Every write of the third shard on fails."""
+    opened = []
+    writer = tf.io.TFRecordWriter
+
+    def full(path):
+        opened.append(path)
+        if len(opened) > 2:
+            raise tf.errors.ResourceExhaustedError(None, None, "no space left on device")
+        return writer(path)
+
+    monkeypatch.setattr(tf.io, "TFRecordWriter", full)
+    source = AudioFiles(audio_folder)
+    with pytest.raises(RecordsError, match=r"no space left on device.*make room and run again"):
+        extract(source, Recorder(), tmp_path / "out", shard_size=4)
+    monkeypatch.undo()
+    again = Recorder()
+    assert len(extract(source, again, tmp_path / "out", shard_size=4)) == 12
+    assert again.waveforms < 12 - 4
+
+
 def test_a_folder_of_other_features_is_not_touched(audio_folder, tmp_path):
     source, folder = AudioFiles(audio_folder), tmp_path / "out"
     extract(source, Recorder(), folder)

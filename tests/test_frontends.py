@@ -1,13 +1,22 @@
 """HuBERT as a front-end: batches, devices, layers; log-mel frames are in test_audio.py."""
 
 import itertools
+import math
 
 import jax
 import numpy as np
 import pytest
 
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Hubert, bucket_lengths, num_frames, plan_batches
+from serkd_jax.frontends import (
+    ACCELERATOR_BATCHING,
+    CPU_BATCHING,
+    Batching,
+    Hubert,
+    bucket_lengths,
+    num_frames,
+    plan_batches,
+)
 
 MAX_FRAMES = 100
 FLOAT16 = {"atol": 5e-3}  # states are a few units at most
@@ -24,28 +33,30 @@ def extract(frontend, waveforms, groups=None, max_frames=MAX_FRAMES):
     return [features[i] for i in range(len(waveforms))]
 
 
-def test_bucket_lengths():
-    assert bucket_lengths(326) == [56, 70, 87, 108, 135, 168, 209, 261, 326]
-    for longest in (1, 49, 50, 100, 326, 1499):
-        lengths = bucket_lengths(longest)
+@pytest.mark.parametrize("growth", [1.1, 1.25])
+def test_bucket_lengths(growth):
+    assert bucket_lengths(326, 1.25) == [56, 70, 87, 108, 135, 168, 209, 261, 326]
+    for longest in (1, 49, 50, 51, 100, 326, 1499):
+        lengths = bucket_lengths(longest, growth)
         assert lengths[-1] == longest
         assert lengths == sorted(set(lengths))
-        assert len(lengths) <= 17
-        assert all(b / a <= 1.25 for a, b in itertools.pairwise(lengths))
+        assert len(lengths) <= 1 + math.log(max(1, longest / 50)) / math.log(growth) * 1.15
+        assert all(b / a <= growth for a, b in itertools.pairwise(lengths))
+        assert len(lengths) == 1 or 50 <= lengths[0] < 50 * growth + 1
 
 
-@pytest.mark.parametrize("batch_frames", [1, 512, 4096])
-def test_batches_hold_every_clip_once_with_little_padding_and_few_shapes(batch_frames):
+@pytest.mark.parametrize("batching", [CPU_BATCHING, ACCELERATOR_BATCHING, Batching(1, 1.25)])
+def test_batches_hold_every_clip_once_with_little_padding_and_few_shapes(batching):
     frames = np.random.default_rng(0).integers(50, 327, 2000)
-    batches = plan_batches(frames, 326, batch_frames)
+    batches = plan_batches(frames, 326, batching)
     assert sorted(np.concatenate([batch.clips for batch in batches])) == list(range(2000))
     for batch in batches:
         assert frames[batch.clips].max() <= batch.frames
-        assert len(batch.clips) <= batch.size == max(1, batch_frames // batch.frames)
+        assert len(batch.clips) <= batch.size == max(1, batching.frames // batch.frames)
     computed = sum(batch.frames * batch.size for batch in batches)
-    assert computed / frames.sum() < 1.2
+    assert computed / frames.sum() < batching.growth
     shapes = {(batch.frames, batch.size) for batch in batches}
-    assert len(shapes) <= len(bucket_lengths(326)) == 9
+    assert len(shapes) <= len(bucket_lengths(326, batching.growth))
 
 
 def test_features_are_those_of_torch_on_the_clip_up_to_the_limit(hubert_folder, hubert_oracle):
@@ -126,4 +137,4 @@ def test_no_more_programs_are_compiled_than_there_are_lengths(hubert_folder):
     for seed in range(3):
         extract(frontend, clips(seed=seed))
     compiled = sum("backend_compile" in name for name in events)
-    assert 1 < compiled <= len(bucket_lengths(MAX_FRAMES))
+    assert 1 < compiled <= len(bucket_lengths(MAX_FRAMES, frontend.batching.growth))

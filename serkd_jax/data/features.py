@@ -172,13 +172,19 @@ class _Shard:
     def write(self, records: Iterable[bytes], report: dict) -> None:
         """Writes both; the shard is whole once it has its name, and has its report then."""
         partial = self.path.with_name(f"{self.path.name}.tmp")
-        with tf.io.TFRecordWriter(str(partial)) as writer:
-            for record in records:
-                writer.write(record)
-        self._report_path.write_text(json.dumps(report))
-        _sync(self._report_path)
-        _sync(partial)
-        partial.rename(self.path)
+        try:
+            with tf.io.TFRecordWriter(str(partial)) as writer:
+                for record in records:
+                    writer.write(record)
+            self._report_path.write_text(json.dumps(report))
+            _sync(self._report_path)
+            _sync(partial)
+            partial.rename(self.path)
+        except (OSError, tf.errors.OpError) as error:
+            raise RecordsError(
+                f"{partial} cannot be written ({error}): make room and run again; the shards "
+                "before it are kept"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
