@@ -40,9 +40,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    if _COORDINATOR.value:
-        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    # Slow to import, and not before the processes have met.
+    # Slow to import, so after the flags are parsed.
     from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data.features import extract_features
     from serkd_jax.data.sources import AudioFiles
@@ -50,6 +48,8 @@ def main(argv: list[str]) -> None:
 
     output = Path(_OUTPUT.value)
     try:
+        if _COORDINATOR.value:
+            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         max_frames = num_frames(int(_MAX_SECONDS.value * SAMPLE_RATE))
         if max_frames < 1:
             raise UserError(f"max_seconds {_MAX_SECONDS.value:g} is less than one frame of 25 ms")

@@ -24,11 +24,19 @@ def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0
             on TPU pods, Slurm, Open MPI and Kubernetes.
         num_processes: how many there are.
         process_id: which one this is, from 0.
+
+    Raises:
+        UserError: there is no such process.
     """
     if coordinator == "auto":
         jax.distributed.initialize()
-    else:
+    elif 0 <= process_id < num_processes:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    else:
+        raise UserError(
+            f"process_id is {process_id} and num_processes {num_processes}: of N processes, give "
+            "each a process_id from 0 to N-1"
+        )
 
 
 def wait_for_processes(name: str) -> None:

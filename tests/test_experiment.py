@@ -1,6 +1,7 @@
 """The pipeline through its public entry points, on tiny synthetic and manifest corpora."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,10 +12,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import soundfile
+import torch
+import transformers
 
 from serkd_jax import experiment
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
+from serkd_jax.models.hubert import HubertModel
+from serkd_jax.models.hubert_weights import load_hubert, save_hubert
 from serkd_jax.report import ROWS
 from tiny_config import get_config
 
@@ -170,6 +175,21 @@ def test_hubert_features_and_teacher_on_a_folder_of_recordings(
     with ocp.CheckpointManager((tmp_path / "run/fold_1/teacher/checkpoints").absolute()) as saved:
         params = saved.restore(1, args=ocp.args.StandardRestore())
     assert ("feature_extractor" in params["frozen"]) == (teacher_input == "waveform")
+    if teacher_input == "waveform":
+        assert_saves_back(params, hubert_folder, tmp_path / "fine-tuned")
+
+
+def assert_saves_back(teacher, hubert_folder, folder):
+    """The teacher's encoder becomes a model for transformers, other than what it started from."""
+    start = load_hubert(hubert_folder)
+    params = {"embed": teacher["frozen"], "encoder": teacher["params"]["encoder"]}
+    save_hubert(dataclasses.replace(start, params=params), folder)
+    waveform = np.random.default_rng(0).normal(size=(1, 8000)).astype(np.float32)
+    ours = HubertModel(start.config).apply({"params": params}, waveform).last_hidden_state
+    theirs = transformers.HubertModel.from_pretrained(folder).eval()(torch.tensor(waveform))
+    np.testing.assert_allclose(theirs.last_hidden_state.detach(), ours, atol=1e-5)
+    before = HubertModel(start.config).apply({"params": start.params}, waveform).last_hidden_state
+    assert np.abs(ours - before).max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,36 @@ def test_bad_features_of_some_files_are_skipped_and_of_all_refused(audio_folder,
         extract(source, Recorder(spoil=poison(np.nan)), tmp_path / "all", max_frames=8)
 
 
+def test_the_next_shard_is_read_and_the_last_one_written_while_one_is_computed(
+    audio_folder, tmp_path
+):
+    """And no more than that: memory does not grow with the corpus."""
+    source, folder = AudioFiles(audio_folder), tmp_path / "out"
+    read, computed, ahead = [], [], []
+    read_shard = source.read
+
+    def watched_read(rows, max_samples):
+        ahead.append(len(read) - len(computed))
+        read.append(rows)
+        return read_shard(rows, max_samples)
+
+    class Waiting(Recorder):
+        def __call__(self, waveforms, max_frames, groups=None):
+            shards = list(tmp_path.glob("incomplete.out/*.tfrecord-*-of-00007"))
+            deadline = time.monotonic() + 60
+            while len(read) < min(7, len(computed) + 2) or len(shards) < len(computed) - 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+                shards = list(tmp_path.glob("incomplete.out/*.tfrecord-*-of-00007"))
+            computed.append(len(waveforms))
+            return super().__call__(waveforms, max_frames, groups)
+
+    source.read = watched_read
+    extract(source, Waiting(), folder, shard_size=2)
+    assert len(read) == len(computed) == 7
+    assert max(ahead) <= 2
+
+
 def test_a_full_disk_is_told_and_costs_nothing_that_was_written(
     audio_folder, tmp_path, monkeypatch
 ):
@@ -488,6 +518,7 @@ def test_two_processes_of_two_devices_share_the_files(
         ({"model": "/no/such"}, "'/no/such' is neither a local folder nor"),
         ({"layer": 9}, "layer 9 is not in -3 to 2"),
         ({"max_seconds": 0.01}, "less than one frame"),
+        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "from 0 to N-1"),
     ],
 )
 def test_the_command_tells_what_is_wrong(flags, message, hubert_folder, audio_folder, tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import soundfile
 import torch
 import transformers
 from flax import traverse_util
@@ -649,3 +651,15 @@ def test_load_from_the_hub_cache_offline(weights, saved, offline_cache):
         (snapshot / "model.safetensors").unlink()
     assert_same(load_hubert("someone/tiny").params, saved[1])
     assert_same(load_hubert("someone/tiny", revision=commit).params, saved[1])
+
+
+def test_the_code_in_the_readme_runs(saved, tmp_path, monkeypatch, capsys):
+    """With a tiny model in place of the published one."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert "facebook/hubert-large-ll60k" in code
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", waveforms()[0] / 10, 16_000)
+    exec(code.replace("facebook/hubert-large-ll60k", str(saved[0])), {})
+    assert capsys.readouterr().out == "(1, 49, 32) 3 (1, 49)\n"
+    assert_same(load_hubert("saved").params, saved[1])
