@@ -50,7 +50,8 @@ def read_audio(path: str | os.PathLike, max_samples: int | None = None) -> np.nd
             # A tenth of a second more: the resampler looks ahead.
             frames = -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.1) * rate)
             audio = file.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        resampled = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError) as error:
         raise AudioError(
             f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
             "copy it from the corpus again or convert it to WAV"
@@ -62,8 +63,7 @@ def read_audio(path: str | os.PathLike, max_samples: int | None = None) -> np.nd
             f"{path}: truncated, {match[2]} of {match[1]} bytes of audio are there; "
             "copy it from the corpus again"
         )
-    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
-    return check_audio(audio[:max_samples], path)
+    return check_audio(resampled[:max_samples], path)
 
 
 def check_audio(audio: np.ndarray, name: object) -> np.ndarray:

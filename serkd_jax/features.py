@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from serkd_jax import parallel
@@ -44,27 +45,36 @@ def main(argv: list[str]) -> None:
     from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data.features import extract_features
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.frontends import Hubert, num_frames
+    from serkd_jax.frontends import Hubert, default_batching, num_frames
 
     output = Path(_OUTPUT.value)
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        max_frames = num_frames(int(_MAX_SECONDS.value * SAMPLE_RATE))
-        if max_frames < 1:
-            raise UserError(f"max_seconds {_MAX_SECONDS.value:g} is less than one frame of 25 ms")
+        elif _NUM_PROCESSES.value or _PROCESS_ID.value:
+            raise UserError("several processes need a --coordinator, so that they share the work")
+        if not 0.025 <= _MAX_SECONDS.value <= 3600:
+            raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
+        max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
         source = AudioFiles(_INPUT.value, _DATA_DIR.value)
         frontend = Hubert(
             model=_MODEL.value,
             revision=_REVISION.value,
             layer=_LAYER.value,
             dtype=_DTYPE.value,
-            batch_frames=_BATCH_FRAMES.value,
+            batching=default_batching()._replace(frames=_BATCH_FRAMES.value)
+            if _BATCH_FRAMES.value
+            else None,
         )
         extract_features(source, frontend, max_frames, output, skip_bad=True)
-    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(_summary(output))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: out of memory; lower --batch_frames or --max_seconds: {error}")
+    if jax.process_index() == 0:
+        print(_summary(output))
 
 
 def _summary(folder: Path) -> str:

@@ -33,7 +33,7 @@ class Frontend(Protocol):
     name: str
     width: int  # N, the number of feature variates
     settings: dict[str, Any]  # for people, in JSON types
-    fingerprint: str  # changes with everything that the output depends on
+    fingerprint: str  # changes with everything that the output depends on, rounding apart
     num_devices: int  # how many it computes on
 
     def __call__(
@@ -48,7 +48,7 @@ class Frontend(Protocol):
             waveforms: float32 (num_samples,), 16 kHz; what is beyond max_frames is not looked at.
             max_frames: at 50 frames a second.
             groups: of the waveforms; features do not depend, to the last bit, on what is in other
-                groups, nor on the number of devices. None means one group.
+                groups, nor on how many devices of a kind there are. None means one group.
         """
 
 
@@ -142,13 +142,18 @@ class LogMel:
 class Batching(NamedTuple):
     """How clips are put together."""
 
-    frames: int  # of a batch, padding included; a longer clip is a batch of its own
-    growth: float  # from one padded length to the next: what padding costs at most
+    frames: int  # of a full batch, padding included; a longer clip is a batch of its own
+    growth: float  # from one padded length to the next
 
 
-# On a CPU, a large batch gains nothing, and a program more costs a few seconds.
-CPU_BATCHING = Batching(512, 1.1)
+# On a CPU, a clip by itself is as fast as any batch, and a program more costs two seconds.
+CPU_BATCHING = Batching(50, 1.05)
 ACCELERATOR_BATCHING = Batching(8192, 1.25)
+
+
+def default_batching() -> Batching:
+    """What suits the kind of device that JAX uses."""
+    return CPU_BATCHING if jax.default_backend() == "cpu" else ACCELERATOR_BATCHING
 
 
 class Batch(NamedTuple):
@@ -160,7 +165,7 @@ class Batch(NamedTuple):
 
 
 def bucket_lengths(max_frames: int, growth: float) -> list[int]:
-    """The lengths that clips are padded to, ascending: one program is compiled for each.
+    """The lengths that clips are padded to, ascending.
 
     The last is `max_frames`, each is at most `growth` times the one before, and none is shorter
     than a second.
@@ -174,19 +179,28 @@ def bucket_lengths(max_frames: int, growth: float) -> list[int]:
 def plan_batches(num_frames: Sequence[int], max_frames: int, batching: Batching) -> list[Batch]:
     """Batches of clips of similar length, as a function of the arguments alone.
 
+    A batch is padded to the longest clip's bucket and takes clips of that bucket and the next
+    shorter one, so none grows by more than `batching.growth` squared. What does not fill a batch
+    goes into one of half the rows, or a quarter, and so on: a few programs for each length.
+
     Args:
         num_frames: of each clip, at most `max_frames`.
         max_frames: the longest length.
         batching: how many go together, and how they are padded.
     """
-    buckets = bucket_lengths(max_frames, batching.growth)
+    buckets = np.array(bucket_lengths(max_frames, batching.growth))
+    bucket_of = np.searchsorted(buckets, num_frames)
     longest_first = np.argsort(-np.asarray(num_frames), kind="stable")
     batches, start = [], 0
     while start < len(longest_first):
-        frames = buckets[np.searchsorted(buckets, num_frames[longest_first[start]])]
-        size = max(1, batching.frames // frames)
-        batches.append(Batch(longest_first[start : start + size], frames, size))
-        start += size
+        bucket = bucket_of[longest_first[start]]
+        size = max(1, batching.frames // int(buckets[bucket]))
+        clips = longest_first[start : start + size]
+        clips = clips[bucket_of[clips] >= bucket - 1]
+        while size // 2 >= len(clips):
+            size //= 2
+        batches.append(Batch(clips, int(buckets[bucket]), size))
+        start += len(clips)
     return batches
 
 
@@ -200,7 +214,7 @@ class Hubert:
         layer: -1 for the last hidden state, with the final norm that the large variant has; else
             an index into `HubertOutput.hidden_states`, k for the output of layer k without it.
         dtype: of the computation, float32 or bfloat16.
-        batch_frames: of one device's batch; 0 means 512 on CPU and 8,192 elsewhere.
+        batching: None means `default_batching()`.
         devices: none means all local ones.
     """
 
@@ -208,7 +222,7 @@ class Hubert:
     revision: str | None = None
     layer: int = -1
     dtype: str = "float32"
-    batch_frames: int = 0
+    batching: Batching | None = None
     devices: tuple[jax.Device, ...] = ()
     name: ClassVar[str] = "hubert"
 
@@ -237,13 +251,20 @@ class Hubert:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Which model, weights, layer and type."""
+        """Which model, weights, layer and type; and what may change the rounding."""
         shown = {key: getattr(self, key) for key in ("name", "model", "revision", "layer", "dtype")}
-        return shown | {"weights_sha256": self.checkpoint.sha256}
+        return shown | {
+            "weights_sha256": self.checkpoint.sha256,
+            "batch_frames": self._batching.frames,
+            "device": self._devices[0].device_kind,
+        }
 
     @property
     def fingerprint(self) -> str:
-        """The weights' hash: a folder and a hub name with the same files give the same features."""
+        """The weights' hash: a folder and a hub name with the same files give the same features.
+
+        Neither device nor size of batches: they change the rounding alone.
+        """
         return f"hubert-v{self.VERSION}-{self.checkpoint.sha256}-{self.layer}-{self.dtype}"
 
     @property
@@ -252,11 +273,8 @@ class Hubert:
         return len(self._devices)
 
     @property
-    def batching(self) -> Batching:
-        """How clips are put together on this kind of device."""
-        cpu = self._devices[0].platform == "cpu"
-        default = CPU_BATCHING if cpu else ACCELERATOR_BATCHING
-        return default._replace(frames=self.batch_frames or default.frames)
+    def _batching(self) -> Batching:
+        return self.batching or default_batching()
 
     @cached_property
     def _devices(self) -> list[jax.Device]:
@@ -303,13 +321,13 @@ class Hubert:
     ) -> Iterator[list[Batch]]:
         """Batches of one shape, as many at once as there are devices."""
         groups = np.zeros(len(frames), int) if groups is None else np.asarray(groups)
-        by_length: dict[int, list[Batch]] = {}
+        by_shape: dict[tuple[int, int], list[Batch]] = {}
         for group in np.unique(groups):
             members = np.flatnonzero(groups == group)
-            for batch in plan_batches(frames[members], max_frames, self.batching):
+            for batch in plan_batches(frames[members], max_frames, self._batching):
                 batch = batch._replace(clips=members[batch.clips])
-                by_length.setdefault(batch.frames, []).append(batch)
-        for batches in by_length.values():
+                by_shape.setdefault((batch.frames, batch.size), []).append(batch)
+        for batches in by_shape.values():
             for start in range(0, len(batches), self.num_devices):
                 yield batches[start : start + self.num_devices]
 
@@ -337,7 +355,7 @@ def _unstack(
     hidden = np.asarray(hidden)
     for k, batch in enumerate(batches):
         for row, clip in enumerate(batch.clips):
-            yield int(clip), hidden[k, row, : num_frames[clip]]
+            yield int(clip), hidden[k, row, : num_frames[clip]].copy()  # lets the padding go
 
 
 def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> Frontend:

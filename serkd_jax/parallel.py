@@ -26,10 +26,13 @@ def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0
         process_id: which one this is, from 0.
 
     Raises:
-        UserError: there is no such process.
+        UserError: there is no such process, or JAX cannot tell.
     """
     if coordinator == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the coordinator cannot be found ({error}): give HOST:PORT") from error
     elif 0 <= process_id < num_processes:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     else:

@@ -411,17 +411,38 @@ def test_a_folder_of_other_features_is_not_touched(audio_folder, tmp_path):
     assert contents(folder) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
-    with pytest.raises(RecordsError, match="mine holds files that are no features"):
-        extract(source, Recorder(), tmp_path / "mine")
+    for other in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with pytest.raises(RecordsError, match=f"{other.name} holds files that are no features"):
+            extract(source, Recorder(), other)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(audio_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    frontend = Recorder()
+    with pytest.raises(RecordsError, match="link cannot be made"):
+        extract(AudioFiles(audio_folder), frontend, tmp_path / "link")
+    assert frontend.waveforms == 0
+    assert len(extract(AudioFiles(audio_folder), frontend, tmp_path / "empty")) == 12
+
+
+def test_a_folder_that_another_process_is_writing_is_left_to_it(audio_folder, tmp_path):
+    class Nested(Recorder):
+        def __call__(self, *args):
+            with pytest.raises(RecordsError, match="another process is writing"):
+                extract(AudioFiles(audio_folder), Recorder(), tmp_path / "out")
+            return super().__call__(*args)
+
+    assert len(extract(AudioFiles(audio_folder), Nested(), tmp_path / "out")) == 12
 
 
 def flags_for(hubert_folder, audio_folder, output):
-    """Shards of six files: 15,000 frames are the longest that a file may have."""
+    """Shards of six files: 30,000 frames are the longest that a file may have."""
     return {
         "model": hubert_folder,
         "input": audio_folder,
         "output": str(output),
-        "max_seconds": 300.03,
+        "max_seconds": 600.03,
     }
 
 
@@ -475,14 +496,20 @@ def test_the_command_started_again_has_nothing_to_do(extracted, hubert_folder, a
 def test_the_command_killed_and_started_again_gives_the_same(
     extracted, hubert_folder, audio_folder, tmp_path
 ):
+    """Killed on one device when the first shard is there, which is kept; restarted on eight."""
     flags = flags_for(hubert_folder, audio_folder, tmp_path / "out")
-    with subprocess.Popen(command(flags), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while not list(tmp_path.glob("incomplete.out/*-00000-of-00003")):
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
+    with subprocess.Popen(
+        command(flags), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (first := list(tmp_path.glob("incomplete.out/*-00000-of-00003"))):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
+    inode = first[0].stat().st_ino
     run_here(flags)
+    assert (tmp_path / "out" / first[0].name).stat().st_ino == inode
     assert contents(tmp_path / "out") == contents(extracted[0])
 
 
@@ -517,7 +544,9 @@ def test_two_processes_of_two_devices_share_the_files(
         ({"input": "/no/such"}, "/no/such: no such folder"),
         ({"model": "/no/such"}, "'/no/such' is neither a local folder nor"),
         ({"layer": 9}, "layer 9 is not in -3 to 2"),
-        ({"max_seconds": 0.01}, "less than one frame"),
+        ({"max_seconds": 0.01}, "use 0.025, one frame, to 3600"),
+        ({"max_seconds": float("nan")}, "max_seconds is nan"),
+        ({"num_processes": 2}, "need a --coordinator"),
         ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "from 0 to N-1"),
     ],
 )

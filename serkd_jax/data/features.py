@@ -2,15 +2,19 @@
 
 Utterances, in the order of their ids, fall into shards of a fixed size; a shard is what is read,
 batched, written and resumed. While one is computed, the next is decoded and the last is written,
-so memory depends on the size of a shard and not on that of the corpus. Shards are written into
-`incomplete.NAME`, which is renamed to `NAME` when all are there and described: a folder without
-the prefix is whole, and a process that was killed loses the shards that it was working on.
+so memory depends on the size of a shard and not, names apart, on that of the corpus. Shards are
+written into `incomplete.NAME`, which is renamed to `NAME` when all are there and described: a
+folder without the prefix is whole, and a process that was killed loses the shards that it was
+working on.
 
 Several processes (`parallel.join_processes`) each take every so manyth shard. What is in a shard
-depends neither on them, nor on the number of devices, nor on where an earlier run was stopped.
+depends neither on them, nor on the number of devices, nor on where an earlier run was stopped; on
+other kinds of devices, features are rounded otherwise.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -33,8 +37,10 @@ from serkd_jax.data.records import SPLIT, RecordsError, tf, tfds
 from serkd_jax.data.sources import Clip, RecordsSource, Source
 from serkd_jax.frontends import Frontend, num_frames, num_samples
 
-SHARD_FRAMES = 100_000  # 200 MB of HuBERT-large
-PACKAGES = ("jax", "flax", "transformers", "numpy", "soxr", "tensorflow-datasets")
+SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
+SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
+PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr")
+PACKAGES += ("tensorflow-datasets",)
 
 
 def prepare_features(
@@ -90,7 +96,7 @@ def extract_features(
       frontend: see `serkd_jax.frontends`.
       max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
       folder: must not be there, or be what an earlier call with the same arguments has made.
-      shard_size: utterances in a file; 0 means as many as make up 100,000 frames, at most 256.
+      shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
       skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
 
     Raises:
@@ -104,10 +110,24 @@ def extract_features(
         "max_frames": max_frames,
         "shard_size": shard_size,
     }
+    folder = folder.absolute()
     if _is_done(folder, settings):
         return
     work = folder.with_name(f"incomplete.{folder.name}")
-    _claim(work, settings)
+    with _claim(folder, work, settings):
+        _extract_shards(source, frontend, max_frames, folder, work, settings, skip_bad)
+
+
+def _extract_shards(
+    source: Source,
+    frontend: Frontend,
+    max_frames: int,
+    folder: Path,
+    work: Path,
+    settings: dict,
+    skip_bad: bool,
+) -> None:
+    """Writes this process's shards into `work`; the first process then makes it `folder`."""
     schema = tfds.features.FeaturesDict(
         {
             **source.schema,
@@ -118,17 +138,17 @@ def extract_features(
             "num_frames": tfds.features.Scalar(np.int32),
         }
     )
-    shards = _make_shards(work, f"{source.name}_{frontend.name}", len(source), shard_size)
+    name = f"{source.name}_{frontend.name}"
+    shards = _make_shards(work, name, len(source), settings["shard_size"])
     job = _Job(source, frontend, max_frames, schema, skip_bad)
     job.run(shards[jax.process_index() :: jax.process_count()])
 
-    parallel.wait_for_processes(f"features written: {folder}")
+    parallel.wait_for_processes(f"features written: {folder.name}")
     if jax.process_index() == 0:
         _describe(work, schema, shards, settings | {"frontend_settings": frontend.settings})
         work.rename(folder)
-        for leftover in (*folder.glob("*.tfrecord-*.json"), folder / "settings.json"):
-            leftover.unlink()
-    parallel.wait_for_processes(f"features described: {folder}")
+        _clean(folder)
+    parallel.wait_for_processes(f"features described: {folder.name}")
 
 
 def load_features(
@@ -328,36 +348,59 @@ class _Progress:
 
 def _is_done(folder: Path, settings: dict) -> bool:
     """Whether a folder holds these features; refuses one that holds anything else."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / "metadata.json").exists():
         raise RecordsError(f"{folder} holds files that are no features: name another folder")
-    theirs = records.load_info(folder).metadata
-    _check_settings(folder, {key: theirs.get(key) for key in settings}, settings)
+    _check_settings(folder, records.load_info(folder).metadata, settings)
+    _clean(folder)
     return True
 
 
-def _claim(work: Path, settings: dict) -> None:
-    """Makes the folder to work in, or finds that of an earlier run with the same settings."""
-    path = work / "settings.json"
-    if jax.process_index() == 0:
-        work.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _check_settings(work, json.loads(path.read_text()), settings)
-        else:
-            path.write_text(json.dumps(settings))
-    parallel.wait_for_processes(f"features claimed: {work}")
+@contextlib.contextmanager
+def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
+    """Holds the folder to work in: a new one, or that of an earlier run with the same settings."""
+    path = work / SETTINGS
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+                if folder.exists():
+                    folder.rmdir()  # empty: now rather than when all is computed
+                lock = held.enter_context((work / LOCK).open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecordsError(
+                    f"another process is writing into {work}: wait for it"
+                ) from error
+            except OSError as error:
+                raise RecordsError(
+                    f"{folder} cannot be made ({error.strerror}): name another folder"
+                ) from error
+            if not path.exists():
+                partial = path.with_suffix(".tmp")
+                partial.write_text(json.dumps(settings))
+                partial.rename(path)
+        parallel.wait_for_processes(f"features claimed: {folder.name}")
+        _check_settings(work, json.loads(path.read_text()), settings)
+        yield
 
 
 def _check_settings(folder: Path, theirs: dict, mine: dict) -> None:
     differ = [
-        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs[key] != mine[key]
+        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs.get(key) != mine[key]
     ]
     if differ:
         raise RecordsError(
             f"{folder} holds features of other files or settings ({'; '.join(differ)}): "
             "name another folder, or delete this one"
         )
+
+
+def _clean(folder: Path) -> None:
+    """Removes what only an unfinished folder needs."""
+    for leftover in (*folder.glob("*.tfrecord-*.json"), folder / SETTINGS, folder / LOCK):
+        leftover.unlink(missing_ok=True)
 
 
 def _make_shards(folder: Path, dataset: str, count: int, size: int) -> list[_Shard]:

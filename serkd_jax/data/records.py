@@ -196,10 +196,8 @@ def load_info(folder: str | os.PathLike) -> tfds.core.DatasetInfo:
         return tfds.builder_from_directory(folder).info
 
 
-def read_examples(
-    folder: str | os.PathLike, names: Collection[str], rows: range | None = None
-) -> Iterator[dict]:
-    """Streams the named features of all examples, or of successive `rows`; text comes as str.
+def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator[dict]:
+    """Streams the named features of each example, in the stored order; text comes as str.
 
     Raises:
       RecordsError: the folder is damaged.
@@ -208,17 +206,16 @@ def read_examples(
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
         texts = [name for name in names if isinstance(features[name], tfds.features.Text)]
-        rows = range(builder.info.splits[SPLIT].num_examples) if rows is None else rows
         dataset = builder.as_dataset(
-            split=f"{SPLIT}[{rows.start}:{rows.stop}]",
+            split=SPLIT,
             decoders=tfds.decode.PartialDecoding(dict.fromkeys(names, True)),
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
         )
         count = 0
         for count, example in enumerate(dataset.as_numpy_iterator(), start=1):  # noqa: B007
             yield example | {name: example[name].decode() for name in texts}
-        if count != len(rows):
-            raise ValueError(f"{count} of {len(rows)} examples")
+        if count != builder.info.splits[SPLIT].num_examples:
+            raise ValueError(f"{count} of {builder.info.splits[SPLIT].num_examples} examples")
 
 
 @contextlib.contextmanager

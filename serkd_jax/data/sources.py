@@ -1,6 +1,7 @@
 """Utterances to extract features from: the audio records of a corpus, or plain audio files."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,9 @@ from serkd_jax.data import records
 from serkd_jax.data.corpora import CorpusError, find_file, read_manifest
 from serkd_jax.data.records import SPLIT, tfds
 
-# What libsndfile reads; other files in a folder are no audio.
+# What libsndfile reads, and what it does not, so that such files are reported.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
-SUFFIXES += (".snd", ".sph", ".w64", ".wv")
+SUFFIXES += (".snd", ".sph", ".w64", ".aac", ".amr", ".m4a", ".webm", ".wma", ".wv")
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
 
 
@@ -52,6 +53,7 @@ class RecordsSource:
         self.records_dir, self.name = records_dir, info.name
         self.schema = records.utterance_features(info.features["label"].names)
         self._size = info.splits[SPLIT].num_examples
+        self._stream, self._next = iter(()), self._size  # examples, and the row of the next one
         skipped = sorted(skip["id"] for skip in info.metadata.get("skipped", []))
         self.fingerprint = _digest([corpus_fingerprint, skipped])
 
@@ -60,12 +62,14 @@ class RecordsSource:
 
     def read(self, rows: range, max_samples: int) -> list[Clip]:
         """See `Source`."""
-        examples = records.read_examples(self.records_dir, [*self.schema, "audio"], rows)
-        return [
-            Clip(example, to_float(audio[:max_samples]))
-            for example in examples
-            for audio in [example.pop("audio")]
-        ]
+        if rows.start < self._next:
+            names = [*self.schema, "audio"]
+            self._stream = records.read_examples(self.records_dir, names)
+            self._next = 0
+        examples = itertools.islice(self._stream, rows.start - self._next, rows.stop - self._next)
+        clips = [Clip(e, to_float(e.pop("audio")[:max_samples])) for e in examples]
+        self._next = rows.stop
+        return clips
 
 
 class AudioFiles:
@@ -117,7 +121,7 @@ class AudioFiles:
             values = self._values(self.ids[row])
             try:
                 return Clip(values, read_audio(self._path(values["id"]), max_samples))
-            except AudioError as error:
+            except (AudioError, OSError) as error:
                 return Clip(values, None, str(error))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -139,10 +143,15 @@ class AudioFiles:
 
 def _find_audio(folder: Path) -> Iterator[str]:
     """The paths of all audio files below a folder, relative to it."""
-    for path in folder.rglob("*"):
-        litter = path.name.startswith("._")  # of macOS
-        if path.suffix.lower() in SUFFIXES and not litter and path.is_file():
-            yield path.relative_to(folder).as_posix()
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for name in names:
+            litter = name.startswith("._")  # of macOS
+            if Path(name).suffix.lower() in SUFFIXES and not litter:
+                yield Path(place, name).relative_to(folder).as_posix()
 
 
 def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:

@@ -4,9 +4,11 @@ Structure, parameter names and results follow `transformers.HubertModel`; the co
 `transformers.HubertConfig`. Two differences:
 
 * A padded batch gives each clip what the clip gives alone, in HuBERT-base too: torch's group norm
-  takes its statistics over the padding as well, ours over the valid frames.
-* Training has dropout but neither layerdrop nor SpecAugment (`layerdrop`, `mask_time_prob` and
-  `mask_feature_prob` are ignored), so that every step runs the same program.
+  takes its statistics over the padding as well, ours over the valid frames; and what torch's
+  `conv_pos_batch_norm` adds to padded frames does not reach valid ones.
+* Training keeps the statistics of that batch norm. It has dropout but neither layerdrop nor
+  SpecAugment (`layerdrop`, `mask_time_prob` and `mask_feature_prob` are ignored), so that every
+  step runs the same program.
 
 `HubertEmbed` and `HubertLayers` are the frozen and the fine-tuned part of the paper's teacher.
 """
