@@ -62,7 +62,7 @@ SIZES = {
 }
 
 _SIZE = flags.DEFINE_enum("size", "large", list(SIZES), "Of the model.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Of each measurement; the fastest counts.")
+_SECONDS = flags.DEFINE_float("seconds", 60, "A case is repeated so long, and at least 3 times.")
 _WRITE = flags.DEFINE_bool("write", False, "Also measure the writing of records (TensorFlow).")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
@@ -188,7 +188,7 @@ def pad(
 def measure(ours: Extract, theirs: Extract) -> tuple[float, float]:
     """Seconds of each at its fastest; by turns, and both have run before."""
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_REPEATS.value):
+    while len(times[1]) < 3 or sum(map(sum, times)) < _SECONDS.value:
         for extract, taken in zip((ours, theirs), times, strict=True):
             start = time.perf_counter()
             extract()
