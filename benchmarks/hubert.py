@@ -64,6 +64,7 @@ SIZES = {
 _SIZE = flags.DEFINE_enum("size", "large", list(SIZES), "Of the model.")
 _SECONDS = flags.DEFINE_float("seconds", 60, "A case is repeated so long, and at least 3 times.")
 _WRITE = flags.DEFINE_bool("write", False, "Also measure the writing of records (TensorFlow).")
+_CASES = flags.DEFINE_string("cases", "", "Only cases whose name has this.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> None:
         model = model.to("cuda" if gpu else "cpu", getattr(torch, dtype))
         forward = torch.compile(model) if gpu else model
         for name, case in make_cases(gpu).items():
+            if _CASES.value not in name:
+                continue
             ours = make_ours(folder, case, dtype)
             theirs = make_theirs(forward, case, model.device, model.dtype, few_shapes=gpu)
             difference = compare(ours(), theirs())
@@ -129,10 +132,13 @@ def make_cases(gpu: bool) -> dict[str, Case]:
     standard = ACCELERATOR_BATCHING if gpu else CPU_BATCHING
     ten, batch = num_samples(499), 32 if gpu else 4
     equal, mixed = noise([ten] * batch), noise(rng.integers(16_000, 240_000, 512 if gpu else 12))
+    padded = noise([num_samples(50 * seconds - 1) for seconds in (4, 7, 10, 14)] * (batch // 4))
     return {
         "10 s, one clip": Case(equal[:1], 499, Batching(499, 1.0)),
-        f"10 s, batches of {batch}": Case(equal, 499, Batching(499 * batch, 1.0)),
-        f"1 to 15 s, batches of {batch} or more": Case(mixed, 749, Batching(749 * batch, 1.25)),
+        f"10 s, a batch of {batch}": Case(equal, 499, Batching(499 * batch, 1.0)),
+        f"4, 7, 10, 14 s, a padded batch of {batch}": Case(
+            padded, 699, Batching(699 * batch, np.inf)
+        ),
         "1 to 15 s, as the extractor runs them": Case(mixed, 749, standard),
     }
 
