@@ -446,7 +446,8 @@ def _describe(
         disable_shuffling=True,
     )
     for path in folder.iterdir():
-        _sync(path)
+        if ".tfrecord-" not in path.name:  # shards and reports were synced when written
+            _sync(path)
 
 
 def _sync(path: Path) -> None:
