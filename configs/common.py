@@ -14,6 +14,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.num_devices = 0  # 0: all that JAX sees
     config.cache_dir = ""  # records and features; empty: in the workdir. Share one between runs.
     config.data_dir = ""
+    config.strict = False  # whether counts other than the published ones are an error
 
     # Section 4.3: hubert-large-ll60k, cut or padded to T frames of 20 ms.
     config.frontend = ConfigDict({"name": "hubert", "model": "facebook/hubert-large-ll60k"})
@@ -22,11 +23,13 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     # Which utterances test, select epochs (validation) and reward the teacher (quiz): ours.
     config.protocol = ConfigDict(
         {
-            "split_by": "speaker",  # speaker, session, fold, split or random
+            "split_by": "speaker",  # speaker, session, fold, split, random or file
             "groups_per_fold": 1,  # speakers, sessions or folds held out together
             "num_folds": 5,  # of split_by=random
+            "file": "",  # of split_by=file: the splits.json of a workdir
             "validation": 0.1,  # shares of the training data, stratified
             "quiz": 0.1,
+            "speakers_apart": False,  # validation and quiz of speakers that train does not have
         }
     )
     # Of the epochs: the best ua, wa or wf1 on the validation part, or the last one.

@@ -5,7 +5,8 @@
 
 Columns: ``path`` and ``label``; optional ``id``, ``speaker``, ``session``, ``split``, ``fold``.
 Paths are relative to the manifest, or to ``--config.data_dir``. Say what to hold out with
-``--config.protocol.split_by=speaker|session|fold|split|random``.
+``--config.protocol.split_by=speaker|session|fold|split|random``. ``docs/corpora.md`` goes from a
+folder of recordings to a trained student.
 """
 
 from ml_collections import ConfigDict
@@ -19,4 +20,5 @@ def get_config(preset: str = "") -> ConfigDict:
     config.corpus = "manifest"
     config.manifest = ""
     config.label_map = ""  # JSON from the manifest's labels to class names; EmoBox's is found
+    config.speaker_pattern = ""  # regular expression that finds the speaker in the ids
     return common.with_preset(config, preset)

@@ -1,9 +1,12 @@
 """Audio files as 16 kHz mono waveforms."""
 
+import itertools
+import math
 import os
 import re
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 import soxr
@@ -14,6 +17,12 @@ SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that HuBERT or a log-mel frame can see
 SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
 
+END_TOLERANCE = 0.25  # seconds by which a file may be shorter than it, or a manifest, says
+
+# What libsndfile does not read.
+FFMPEG_SUFFIXES = (".mp4", ".m4a", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".aac", ".amr")
+FFMPEG_SUFFIXES += (".wma", ".wv")
+
 # libsndfile reads what is left of a truncated WAV without complaint; only its log tells.
 _SHORT_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_LENGTH = 0x7FFF_0000  # sizes above are what streaming writers (ffmpeg pipes) put down
@@ -23,39 +32,78 @@ class AudioError(UserError):
     """An audio file that cannot be used; the message names it, the problem and the remedy."""
 
 
-def read_audio(path: str | os.PathLike, max_samples: int | None = None) -> np.ndarray:
-    """Reads a file in any format, rate and channel count that libsndfile knows.
+def read_audio(
+    path: str | os.PathLike,
+    max_samples: int | None = None,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+) -> np.ndarray:
+    """Reads the audio of a file, in any format, rate and channel count.
 
-    Channels are averaged; other rates are resampled by soxr.
+    libsndfile reads what it knows and averages the channels. Of videos and of what else is in
+    `FFMPEG_SUFFIXES`, FFmpeg decodes the first audio track and mixes it as `ffmpeg -ac 1` does.
+    Other rates than 16 kHz are resampled by soxr.
 
     Args:
       path: of the file.
       max_samples: of the audio returned; of a longer file, no more than the beginning is decoded.
+      start: seconds, where to begin.
+      end: seconds, where to stop; None means the end of the file.
 
     Returns:
       float32 (num_samples,), 16 kHz mono, full scale is 1.
 
     Raises:
       AudioError: the file is missing, unreadable, truncated, empty, shorter than 400 samples,
-        silent, or holds NaN or infinity.
+        silent, has no audio track, ends before `end`, or holds NaN or infinity.
+    """
+    path = check_file(path)
+    if not 0 <= start < (math.inf if end is None else end):
+        raise AudioError(f"{path}: cannot read from {start:g} s to {end} s; mend start and end")
+    seconds = math.inf if end is None else end - start
+    if max_samples is not None:
+        # A tenth of a second more: the resampler looks ahead.
+        seconds = min(seconds, max_samples / SAMPLE_RATE + 0.1)
+    decode = _decode_ffmpeg if path.suffix.lower() in FFMPEG_SUFFIXES else _decode_libsndfile
+    try:
+        audio, rate = decode(path, start, seconds)
+        resampled = soxr.resample(audio, rate, SAMPLE_RATE, "HQ")
+    except AudioError:
+        raise
+    except (soundfile.LibsndfileError, av.FFmpegError, RuntimeError, ValueError, OSError) as error:
+        raise AudioError(
+            f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
+            "copy it from the corpus again or convert it to WAV"
+        ) from error
+    missing = seconds - len(audio) / rate
+    if end is not None and end - start == seconds and missing > END_TOLERANCE:
+        raise AudioError(f"{path}: ends {missing:.2f} s before {end:g} s, the end of the utterance")
+    return check_audio(resampled[:max_samples], path)
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """Returns the path if there is a file with something in it.
+
+    Raises:
+      AudioError: there is none, or it has no bytes.
     """
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"{path}: no such audio file; check the corpus folder or the manifest")
     if path.stat().st_size == 0:
         raise AudioError(f"{path}: the file is empty (0 bytes); copy it from the corpus again")
-    try:
-        with soundfile.SoundFile(path) as file:
-            log, rate = file.extra_info, file.samplerate
-            # A tenth of a second more: the resampler looks ahead.
-            frames = -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.1) * rate)
-            audio = file.read(frames, dtype="float32", always_2d=True)
-        resampled = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
-    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError) as error:
-        raise AudioError(
-            f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
-            "copy it from the corpus again or convert it to WAV"
-        ) from error
+    return path
+
+
+def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
+    """Mono float32 audio and its rate."""
+    with soundfile.SoundFile(path) as file:
+        log, rate = file.extra_info, file.samplerate
+        if start:
+            file.seek(min(round(start * rate), file.frames))
+        frames = -1 if math.isinf(seconds) else round(seconds * rate)
+        audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
     if (match := _SHORT_DATA_CHUNK.search(log)) and (
         int(match[2]) < int(match[1]) < _UNKNOWN_LENGTH
     ):
@@ -63,7 +111,34 @@ def read_audio(path: str | os.PathLike, max_samples: int | None = None) -> np.nd
             f"{path}: truncated, {match[2]} of {match[1]} bytes of audio are there; "
             "copy it from the corpus again"
         )
-    return check_audio(resampled[:max_samples], path)
+    return audio, rate
+
+
+def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
+    """Mono float32 audio of the first audio track, and its rate."""
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
+        stream = container.streams.audio[0]
+        rate, stated = stream.rate, float((stream.duration or 0) * (stream.time_base or 0))
+        mono = av.AudioResampler(format="s32", layout="mono")  # of floats it would mix louder
+        chunks, count = [np.zeros(0, np.int32)], 0
+        for frame in itertools.chain(container.decode(stream), [None]):  # None: what is left
+            mixed = [chunk.to_ndarray()[0] for chunk in mono.resample(frame)]
+            chunks += mixed
+            count += sum(map(len, mixed))
+            if count >= (start + seconds) * rate:
+                break
+    audio = np.concatenate(chunks).astype(np.float32) / 2**31
+    missing = min(stated, start + seconds) - count / rate
+    if missing > max(END_TOLERANCE, 0.1 * stated):  # edited files state more than they hold
+        raise AudioError(
+            f"{path}: truncated, the last {missing:.2f} of {stated:.2f} s cannot be decoded; "
+            "copy it from the corpus again"
+        )
+    first = round(start * rate)
+    last = None if math.isinf(seconds) else round((start + seconds) * rate)
+    return audio[first:last], rate
 
 
 def check_audio(audio: np.ndarray, name: object) -> np.ndarray:

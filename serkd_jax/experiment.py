@@ -3,6 +3,7 @@
 Every part that is done is reused. :meth:`Experiment.run_fold` is the paper's order of training.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from serkd_jax.frontends import make_frontend, num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs, check_config
-from serkd_jax.splits import Fold, make_folds
+from serkd_jax.splits import Fold, make_folds, speaker_note, write_folds
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.curriculum import CurriculumBatch, CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
@@ -28,7 +29,8 @@ from serkd_jax.stages.teacher import TeacherState
 from serkd_jax.training import Stage, train
 
 # Config keys that say where and how a run is done, not what it computes.
-PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices")
+PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
+PLACE_KEYS += ("protocol.file",)
 STAGE_NUMBER = {"teacher": 1, "student": 2, "distill": 3, "curriculum": 4}
 
 
@@ -42,7 +44,7 @@ class Experiment:
             UserError: bad data or configuration, or a workdir that holds another run.
         """
         # Here and not above: only this needs TensorFlow.
-        from serkd_jax.data import corpora, features, records
+        from serkd_jax.data import corpora, counts, features, records
 
         check_config(config)
         self.config, self.workdir = config, Path(workdir)
@@ -53,7 +55,10 @@ class Experiment:
         corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
         records_dir = records.prepare_records(corpus, cache)
         self.table = records.load_table(records_dir)
+        self.data_report = counts.check_counts(self.table, type(corpus), config.strict)
         self.folds = self._make_folds()
+        self.data_report += f"\n\n{speaker_note(self.folds, self.table.speakers)}"
+        splits = write_folds(self.folds, self.table.ids)
         # Enough batches for the largest fold's training part, so that all folds share programs.
         largest = max(len(fold.train) for fold in self.folds)
         self.steps_per_epoch = -(-largest // config.batch_size)
@@ -69,10 +74,12 @@ class Experiment:
         self._claim_workdir(
             {
                 "the corpus": corpus.fingerprint,
+                "the splits": hashlib.sha256(splits.encode()).hexdigest()[:16],
                 "the front-end": frontend.fingerprint,
                 "the teacher's weights": self.programs.weights_hash,
             }
         )
+        report.write_atomically(self.workdir / "splits.json", splits)
         features_dir = features.prepare_features(
             records_dir, frontend, max_frames, cache, corpus.fingerprint
         )
@@ -87,6 +94,7 @@ class Experiment:
     def _make_folds(self) -> list[Fold]:
         table, config = self.table, self.config
         columns = {
+            "id": table.ids,
             "speaker": table.speakers,
             "session": table.sessions,
             "fold": table.folds,
@@ -115,6 +123,7 @@ class Experiment:
                 "student": _count_parameters(student_params),
             },
             self._notes(),
+            self.data_report,
         )
 
     def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -314,9 +323,6 @@ class Experiment:
                 f"{cut} utterances are longer than max_frames={self.config.max_frames} "
                 f"({limit / 16000:.1f} s) and were cut there."
             )
-        if self.table.skipped:
-            reasons = [f"`{item['id']}` ({item['reason']})" for item in self.table.skipped]
-            notes.append(f"{len(reasons)} files were skipped: {'; '.join(reasons)}.")
         return notes
 
     def _claim_workdir(self, sources: dict[str, str]) -> None:
@@ -339,10 +345,9 @@ class Experiment:
 
 def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:
     """The config keys that describe the corpus, less those that are not set."""
-    arguments = {key: config.get(key) for key in ("data_dir", "manifest", "label_map")}
-    return {key: value for key, value in arguments.items() if value} | dict(
-        config.get("synthetic", {})
-    )
+    keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
+    given = {key: config[key] for key in keys if config.get(key)}
+    return given | dict(config.get("synthetic", {}))
 
 
 def _count_parameters(params: Any) -> int:

@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        report = Experiment(_CONFIG.value, workdir).run()
+        experiment = Experiment(_CONFIG.value, workdir)
+        print(f"{experiment.data_report}\n", flush=True)
+        report = experiment.run()
     except (UserError, FileExistsError, PermissionError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{report}\nWritten to {workdir}/results.json and results.md")

@@ -20,6 +20,7 @@ def write_results(
     fold_predictions: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
     params: dict[str, int],
     notes: list[str],
+    data: str,
 ) -> str:
     """Scores the test predictions; writes ``results.json`` and ``results.md``.
 
@@ -30,7 +31,8 @@ def write_results(
         class_names: C names.
         fold_predictions: fold -> row -> (labels (n,), predictions (n,)).
         params: parameter counts of teacher and student.
-        notes: sentences for the report, such as skipped files.
+        notes: sentences for the report, such as how many clips were cut.
+        data: Markdown on the corpus: its counts, and what was left out.
 
     Returns:
         The Markdown report.
@@ -54,7 +56,7 @@ def write_results(
         "overall": overall,
         "params": params,
     }
-    report = _markdown(results, notes)
+    report = f"{_markdown(results, notes)}\n## Data\n\n{data}\n"
     write_atomically(workdir / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(workdir / "results.md", report)
     return report

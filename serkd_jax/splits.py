@@ -1,14 +1,20 @@
-"""Test folds, and the validation and quiz parts of their training data."""
+"""Test folds, and the validation and quiz parts of their training data; and who is in both."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
+from sklearn.model_selection import StratifiedGroupKFold
 
 from serkd_jax.errors import UserError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+PARTS = ("train", "quiz", "validation", "test")
+# Protocols whose scores are of speakers that the models have never heard.
+SPEAKER_INDEPENDENT = ("speaker", "session")
 
 
 @dataclass(frozen=True)
@@ -35,25 +41,79 @@ class Fold:
 def make_folds(
     labels: np.ndarray, columns: dict[str, Sequence[str]], config: ConfigDict, seed: int
 ) -> list[Fold]:
-    """Makes the folds that a protocol asks for.
+    """Makes the folds that a protocol asks for, and checks them.
 
     Args:
         labels: (n,) int classes.
-        columns: ``speaker``, ``session``, ``fold`` and ``split``, n strings each.
+        columns: ``id``, ``speaker``, ``session``, ``fold`` and ``split``, n strings each.
         config: ``split_by``: ``speaker``, ``session`` or ``fold`` hold out ``groups_per_fold``
             of that column's values in turn; ``split`` is one fold by the corpus's own train, dev
-            and test; ``random`` is ``num_folds`` stratified folds that ignore speakers.
-            ``validation`` and ``quiz`` are shares of the training data.
+            and test; ``random`` is ``num_folds`` stratified folds that ignore speakers; ``file``
+            reads ``file``, which `write_folds` wrote. ``validation`` and ``quiz`` are shares of
+            the training data, stratified by class; with ``speakers_apart`` they are of speakers
+            that the rest of the training data does not have.
         seed: of the random choices.
 
     Raises:
-        UserError: a column is missing or has one value, or a part would be empty.
+        UserError: a column is missing or has one value, a part would be empty, or the test part
+            has an utterance, or in a speaker-independent protocol a speaker, that is trained on.
     """
     if len(np.unique(labels)) < 2:
         raise UserError("all utterances are of one class: there is nothing to tell apart")
     if config.groups_per_fold < 1 or config.num_folds < 2:
         raise UserError("protocol.groups_per_fold must be at least 1 and num_folds at least 2")
-    rng = np.random.default_rng([seed, 1])
+    if config.split_by == "file":
+        folds = _read_folds(config.file, columns["id"])
+    else:
+        folds = _draw_folds(labels, columns, config, np.random.default_rng([seed, 1]))
+    speakers = np.asarray(columns["speaker"])
+    for fold in folds:
+        _check_parts(fold, labels)
+        if config.split_by in SPEAKER_INDEPENDENT and (both := _heard_before(fold, speakers)):
+            raise UserError(
+                f"fold {fold.name} ({fold.held_out}): speakers {', '.join(both)} are in both "
+                "training and test. For a protocol that is not speaker-independent, use "
+                "split_by=fold, split or random"
+            )
+    return folds
+
+
+def write_folds(folds: Sequence[Fold], ids: np.ndarray) -> str:
+    """JSON of fold name -> {held_out, and of each part the list of its ids}."""
+    described = {
+        fold.name: {"held_out": fold.held_out}
+        | {part: ids[getattr(fold, part)].tolist() for part in PARTS}
+        for fold in folds
+    }
+    return json.dumps(described, indent=1, ensure_ascii=False) + "\n"
+
+
+def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
+    """What a reader of the scores must know of speakers that are trained on and tested."""
+    speakers = np.asarray(speakers)
+    if not speakers.astype(bool).any():
+        return (
+            "The corpus does not say who speaks: whether test speakers are also trained on could "
+            "not be checked."
+        )
+    shared = [_heard_before(fold, speakers) for fold in folds]
+    if not any(shared):
+        return "No test speaker is trained on: the scores are speaker-independent."
+    first = next(k for k, both in enumerate(shared) if both)
+    there = len(set(speakers[folds[first].test].tolist()))
+    return (
+        f"In {sum(map(bool, shared))} of {len(folds)} fold(s), test speakers are also trained on "
+        f"(fold {folds[first].name}: {len(shared[first])} of {there}): the scores are not "
+        "speaker-independent."
+    )
+
+
+def _draw_folds(
+    labels: np.ndarray,
+    columns: dict[str, Sequence[str]],
+    config: ConfigDict,
+    rng: np.random.Generator,
+) -> list[Fold]:
     if config.split_by == "split":
         parts = [_official_split(columns["split"])]
     elif config.split_by == "random":
@@ -66,31 +126,27 @@ def make_folds(
         parts = _groups(config.split_by, columns[config.split_by], config.groups_per_fold)
     else:
         raise UserError(
-            f"protocol.split_by is {config.split_by!r}: use speaker, session, fold, split or random"
+            f"protocol.split_by is {config.split_by!r}: use speaker, session, fold, split, random "
+            "or file"
         )
+    speakers = np.asarray(columns["speaker"]) if config.speakers_apart else None
     folds = []
     for number, (held_out, test, validation) in enumerate(parts, start=1):
         taken = test if validation is None else np.concatenate([test, validation])
         train = np.setdiff1d(np.arange(len(labels)), taken)
         if validation is None:
-            validation = _stratified_share(train, labels, config.validation, rng)
+            validation = _draw_share(train, labels, speakers, config.validation, rng)
         train = np.setdiff1d(train, validation)
-        quiz = _stratified_share(train, labels, config.quiz, rng)
-        fold = Fold(str(number), held_out, np.setdiff1d(train, quiz), quiz, validation, test)
-        _check(fold, labels, columns["speaker"] if config.split_by == "speaker" else None)
-        folds.append(fold)
+        quiz = _draw_share(train, labels, speakers, config.quiz, rng)
+        train = np.setdiff1d(train, quiz)
+        folds.append(Fold(str(number), held_out, train, quiz, validation, test))
     return folds
 
 
 def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tuple]:
     """Test parts that hold out ``groups_per_fold`` of the column's values each."""
     values = np.asarray(values)
-    missing = int((values == "").sum())
-    if missing:
-        raise UserError(
-            f"protocol.split_by={column}, but {missing} of {len(values)} utterances have no "
-            f"{column}: fill the column, or use protocol.split_by=random"
-        )
+    _refuse_empty(column, values)
     names = sorted(set(values.tolist()))
     if len(names) <= groups_per_fold:
         raise UserError(
@@ -107,6 +163,7 @@ def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tu
 def _official_split(values: Sequence[str]) -> tuple:
     """The corpus's own test part, and its validation part where it has one."""
     values = np.asarray([v.lower() for v in values])
+    _refuse_empty("split", values)
     unknown = sorted(set(values.tolist()) - {"train", "test", *VALIDATION_NAMES})
     if unknown:
         raise UserError(
@@ -116,6 +173,14 @@ def _official_split(values: Sequence[str]) -> tuple:
     validation = np.flatnonzero(np.isin(values, VALIDATION_NAMES))
     test = np.flatnonzero(values == "test")
     return "the test split", test, validation if len(validation) else None
+
+
+def _refuse_empty(column: str, values: np.ndarray) -> None:
+    if missing := int((values == "").sum()):
+        raise UserError(
+            f"protocol.split_by={column}, but {missing} of {len(values)} utterances have no "
+            f"{column}: fill the column, or use protocol.split_by=random"
+        )
 
 
 def _deal(labels: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
@@ -129,21 +194,77 @@ def _deal(labels: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.nd
     return part
 
 
-def _stratified_share(
-    rows: np.ndarray, labels: np.ndarray, share: float, rng: np.random.Generator
+def _draw_share(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    speakers: np.ndarray | None,
+    share: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """About ``share`` of each class among ``rows``; at least one where the class has two."""
+    """About ``share`` of each class among ``rows``; of whole speakers where these are given."""
+    if speakers is not None and share > 0 and len(rows):
+        return _whole_speakers(rows, labels, speakers, share, rng)
     chosen = []
     for label in np.unique(labels[rows]):
         of_class = rng.permutation(rows[labels[rows] == label])
+        # At least one where the class has two.
         count = max(round(share * len(of_class)), int(share > 0 and len(of_class) > 1))
         chosen.append(of_class[:count])
     return np.sort(np.concatenate(chosen)) if chosen else rows[:0]
 
 
-def _check(fold: Fold, labels: np.ndarray, speakers: Sequence[str] | None) -> None:
-    """Refuses empty parts, untrainable classes, and anything in both training and test."""
-    parts = {part: getattr(fold, part) for part in ("train", "quiz", "validation", "test")}
+def _whole_speakers(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    speakers: np.ndarray,
+    share: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """All rows of some speakers: of a stratified partition of them, the part nearest the share."""
+    _refuse_empty("speaker", speakers)
+    names = set(speakers[rows].tolist())
+    num_parts = min(max(round(1 / share), 2), len(names))
+    if num_parts < 2:
+        raise UserError(
+            f"protocol.speakers_apart, but only speaker {', '.join(names)} is left to divide: use "
+            "fewer groups_per_fold or protocol.speakers_apart=False"
+        )
+    partition = StratifiedGroupKFold(num_parts, shuffle=True, random_state=int(rng.integers(2**31)))
+    parts = [part for _, part in partition.split(rows, labels[rows], speakers[rows])]
+    nearest = min(parts, key=lambda part: abs(len(part) - share * len(rows)))
+    return rows[np.sort(nearest)]
+
+
+def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
+    """The folds that `write_folds` wrote, of the same utterances; some may be in no part."""
+    try:
+        described = {
+            str(int(name)): (str(fold["held_out"]), [list(fold[part]) for part in PARTS])
+            for name, fold in json.loads(Path(path).read_text(encoding="utf-8")).items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"protocol.split_by=file, but protocol.file={path!r} cannot be read "
+            f"({type(error).__name__}: {error}); give the splits.json of another workdir"
+        ) from error
+    if not described:
+        raise UserError(f"{path} has no folds")
+    row_of = {name: row for row, name in enumerate(ids)}
+    folds = []
+    for name, (held_out, parts) in described.items():
+        if unknown := [key for keys in parts for key in keys if key not in row_of]:
+            raise UserError(
+                f"{path}: {len(unknown)} ids of fold {name} are not in the corpus, e.g. "
+                f"{unknown[0]!r}; the split is of another corpus or copy"
+            )
+        rows = (np.array(sorted(row_of[key] for key in keys), int) for keys in parts)
+        folds.append(Fold(name, held_out, *rows))
+    return folds
+
+
+def _check_parts(fold: Fold, labels: np.ndarray) -> None:
+    """Refuses empty parts, untrainable classes, and rows in two parts."""
+    parts = {part: getattr(fold, part) for part in PARTS}
     for part, rows in parts.items():
         if len(rows) == 0:
             raise UserError(
@@ -159,9 +280,10 @@ def _check(fold: Fold, labels: np.ndarray, speakers: Sequence[str] | None) -> No
     rows, counts = np.unique(np.concatenate(list(parts.values())), return_counts=True)
     if (counts > 1).any():
         raise UserError(f"fold {fold.name}: rows {rows[counts > 1][:5]} are in two parts")
-    if speakers is not None:
-        speakers = np.asarray(speakers)
-        fitted = np.concatenate([fold.train, fold.quiz, fold.validation])
-        both = sorted(set(speakers[fitted].tolist()) & set(speakers[fold.test].tolist()))
-        if both:
-            raise UserError(f"fold {fold.name}: speakers {both} are in both training and test")
+
+
+def _heard_before(fold: Fold, speakers: np.ndarray) -> list[str]:
+    """The speakers, where known, of both the test part and the rest of the fold."""
+    fitted = np.concatenate([fold.train, fold.quiz, fold.validation])
+    both = set(speakers[fitted].tolist()) & set(speakers[fold.test].tolist())
+    return sorted(both - {""})

@@ -329,7 +329,9 @@ def test_make_corpus_ignores_empty_settings_and_refuses_unknown_ones(emodb):
     corpus = make_corpus("emodb", data_dir=str(emodb), manifest="", label_map="")
     assert len(corpus.utterances) == 7
     assert make_corpus("synthetic", data_dir="", num_speakers=2).parameters["num_speakers"] == 2
-    with pytest.raises(CorpusError, match="no corpus is named 'ravdess'; there are emodb"):
+    with pytest.raises(
+        CorpusError, match="no corpus is named .ravdess.; there are iemocap"
+    ):
         make_corpus("ravdess")
     with pytest.raises(CorpusError, match="has no setting seed; it has data_dir"):
         make_corpus("emodb", data_dir=str(emodb), seed=1)
@@ -450,9 +452,8 @@ def test_damaged_records_are_told_with_the_remedy(tmp_path):
     with pytest.raises(RecordsError, match=r"damaged (?s:.*) delete this folder and run again"):
         load_table(folder)
     (folder / "dataset_info.json").write_text("{")
-    for read in (load_table, lambda _: prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)):
-        with pytest.raises(RecordsError, match="delete this folder"):
-            read(folder)
+    with pytest.raises(RecordsError, match="delete this folder"):
+        load_table(folder)
 
 
 def test_load_waveforms_cuts_and_pads(tmp_path, audio_folder):

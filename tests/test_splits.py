@@ -11,6 +11,7 @@ from serkd_jax.splits import make_folds
 N, CLASSES = 120, 3
 LABELS = np.arange(N) % CLASSES
 COLUMNS = {
+    "id": [f"u{i:03d}" for i in range(N)],
     "speaker": [f"s{i // 20}" for i in range(N)],
     "session": [""] * N,
     "fold": [str(i % 4) for i in range(N)],
@@ -19,7 +20,8 @@ COLUMNS = {
 
 
 def protocol(**changes):
-    values = {"split_by": "speaker", "groups_per_fold": 2, "num_folds": 5}
+    values = {"split_by": "speaker", "groups_per_fold": 2, "num_folds": 5, "file": ""}
+    values |= {"speakers_apart": False}
     return ConfigDict(values | {"validation": 0.1, "quiz": 0.2} | changes)
 
 

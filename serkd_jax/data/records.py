@@ -2,18 +2,24 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
+import json
 import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from serkd_jax.audio import AudioError, check_audio, to_int16
-from serkd_jax.data.corpora import CorpusError, SpeechCorpus, Utterance
+from serkd_jax.data import corpora
+from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
 from serkd_jax.errors import UserError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
@@ -29,7 +35,8 @@ logging.getLogger("absl").addFilter(
     lambda record: "`FeatureConnector.dtype` is deprecated" not in record.getMessage()
 )
 
-SPLIT = "utterances"  # the one TFDS split; TFDS keeps the name "all" for the union of splits
+SPLIT = "utterances"  # the TFDS split of a corpus that has none of its own
+CHUNK = 64  # recordings that are decoded before the first of them is written
 
 
 class RecordsError(UserError):
@@ -49,6 +56,7 @@ class Table:
     folds: np.ndarray
     num_samples: np.ndarray  # (n,) int32, at 16 kHz
     skipped: list[dict[str, str]]  # {"id", "reason"} of files that could not be used
+    notes: list[str]  # what else the corpus says of this copy
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,65 +72,177 @@ def utterance_features(class_names: Collection[str]) -> dict[str, tfds.features.
 
 
 class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes any corpus as one TFDS split of int16 audio at 16 kHz, in the order of the ids.
+    """Writes a corpus as int16 audio at 16 kHz, in the order of the ids.
 
-    Files that cannot be used are left out, and named with the reason in `info.metadata["skipped"]`.
+    The TFDS splits are the corpus's own, or one that is called `utterances`. Files that cannot be
+    used are left out, and named with the reason in `skipped*.jsonl` beside the records.
     """
 
-    def __init__(self, corpus: SpeechCorpus, data_dir: str | os.PathLike):
+    CORPUS: ClassVar[type[SpeechCorpus]]  # what `tfds build` makes of the manual folder
+    VERSION = tfds.core.Version(SpeechCorpus.VERSION)
+
+    def __init__(self, corpus: SpeechCorpus | None = None, **kwargs):
         self.corpus = corpus
-        self.name = corpus.name
-        self.VERSION = tfds.core.Version(corpus.VERSION)
-        super().__init__(data_dir=data_dir)
+        self._described = corpus or self.CORPUS
+        self._use_beam = False
+        self.name = self._described.name
+        super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
+        corpus = self._described
+        class_names = self.corpus.class_names if self.corpus else corpus.CLASSES
         audio = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
+        kinds = {str: tfds.features.Text(), float: tfds.features.Scalar(np.float32)}
         return tfds.core.DatasetInfo(
             builder=self,
-            description=self.corpus.__doc__,
+            description=inspect.cleandoc(corpus.__doc__),
+            homepage=corpus.HOMEPAGE,
+            citation=corpus.CITATION,
+            license=corpus.LICENSE,
             features=tfds.features.FeaturesDict(
                 {
-                    **utterance_features(self.corpus.class_names),
+                    **utterance_features(class_names),
+                    **{name: kinds[kind] for name, kind in corpus.EXTRAS.items()},
                     "audio": audio,
                     "num_samples": tfds.features.Scalar(np.int32),
                 }
             ),
-            metadata=tfds.core.MetadataDict(corpus_fingerprint=self.corpus.fingerprint),
+            supervised_keys=("audio", "label"),
+            metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
-        return {SPLIT: self._generate_examples()}
+    def download_and_prepare(
+        self, *, download_config: tfds.download.DownloadConfig | None = None, **kwargs
+    ) -> None:
+        """Writes the records; by Apache Beam if the config names a runner or options for it."""
+        beam = download_config and (download_config.beam_runner or download_config.beam_options)
+        self._use_beam = bool(beam)
+        super().download_and_prepare(download_config=download_config, **kwargs)
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        skipped = list(self.corpus.skipped)
-        utterances = tqdm(self.corpus.utterances, f"{self.name}: audio", unit="file")
-        for index, utterance in enumerate(utterances):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        corpus = self.corpus or self.CORPUS(data_dir=str(dl_manager.manual_dir))
+        present, missing = [], []
+        for utterance in corpus.utterances:
             try:
-                audio = check_audio(self.corpus.read_waveform(utterance), utterance.id)
+                corpus.check_audio(utterance)
+                present.append(utterance)
             except AudioError as error:
-                skipped.append({"id": utterance.id, "reason": str(error)})
-            else:
-                yield index, _example(utterance, to_int16(audio))
-        if len(skipped) == len(self.corpus.skipped) + len(self.corpus.utterances):
+                missing.append({"id": utterance.id, "reason": str(error)})
+        if not present:
             raise CorpusError(
-                f"{self.name}: none of {len(self.corpus.utterances)} audio files can be used; "
-                f"the first: {skipped[-1]['reason']}"
+                f"{corpus.name}: none of {len(missing)} audio files can be used; "
+                f"the first: {missing[0]['reason']}. {' '.join(corpus.notes)}".rstrip(". ")
             )
-        self.info.metadata["skipped"] = skipped
+        self.info.metadata.update(corpus_fingerprint=corpus.fingerprint, notes=corpus.notes)
+        _write_skipped(self._skipped_path(), [*corpus.skipped, *missing])
+        parts = {}
+        for utterance in present:
+            parts.setdefault(utterance.split if corpus.SPLITS else SPLIT, []).append(utterance)
+        return {split: self._generate_examples(corpus, split, u) for split, u in parts.items()}
+
+    def _generate_examples(self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]):
+        if self._use_beam:
+            return _beam_examples(corpus, utterances, str(self._skipped_path(split)))
+        return self._examples(corpus, split, utterances)
+
+    def _examples(
+        self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]
+    ) -> Iterator[tuple[int, dict]]:
+        """Decodes by as many threads as there are cores."""
+        skipped = []
+        bar = tqdm(total=len(utterances), desc=f"{corpus.name}: {split}", unit="file")
+        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+            for first in range(0, len(utterances), CHUNK):
+                chunk = utterances[first : first + CHUNK]
+                for index, example in enumerate(pool.map(partial(_read, corpus), chunk), first):
+                    if "reason" in example:
+                        skipped.append(example)
+                    else:
+                        yield index, example
+                bar.update(len(chunk))
+        if len(skipped) == len(utterances):
+            raise CorpusError(
+                f"{corpus.name}: none of {len(utterances)} audio files of {split} can be used; "
+                f"the first: {skipped[0]['reason']}"
+            )
+        _write_skipped(self._skipped_path(split), skipped)
+
+    def _skipped_path(self, split: str = "") -> tfds.core.Path:
+        return self.data_path / f"skipped{split and '-'}{split}.jsonl"
 
 
-def _example(utterance: Utterance, audio: np.ndarray) -> dict:
-    example = dataclasses.asdict(utterance) | {"audio": audio, "num_samples": len(audio)}
-    del example["path"]
-    return example
+class Iemocap(AudioRecords):
+    """`tfds build iemocap --imports=serkd_jax.data.records --manual_dir=IEMOCAP_full_release`."""
+
+    CORPUS = corpora.IEMOCAP
+    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
 
 
-def prepare_records(corpus: SpeechCorpus, cache_dir: str | os.PathLike) -> Path:
+class Meld(AudioRecords):
+    """`tfds build meld --imports=serkd_jax.data.records --manual_dir=MELD.Raw`."""
+
+    CORPUS = corpora.MELD
+    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
+
+
+class Emodb(AudioRecords):
+    """`tfds build emodb --imports=serkd_jax.data.records --manual_dir=EMODB`."""
+
+    CORPUS = corpora.EmoDB
+    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
+
+
+def _read(corpus: SpeechCorpus, utterance: Utterance) -> dict[str, Any]:
+    """The record of an utterance, or {"id", "reason"} of why there is none."""
+    try:
+        audio = to_int16(check_audio(corpus.read_waveform(utterance), utterance.id))
+    except AudioError as error:
+        return {"id": utterance.id, "reason": str(error)}
+    names = ("id", "label", "speaker", "session", "split", "fold")
+    record = {name: getattr(utterance, name) for name in names} | dict(utterance.extras)
+    return record | {"audio": audio, "num_samples": len(audio)}
+
+
+def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: str) -> Any:
+    """A Beam transform that gives the (index, record) of the usable utterances."""
+    import apache_beam as beam  # the extra `beam`
+
+    def read(indexed: tuple[int, Utterance]) -> Iterator[Any]:
+        index, utterance = indexed
+        example = _read(corpus, utterance)
+        if "reason" in example:
+            yield beam.pvalue.TaggedOutput("skipped", json.dumps(example))
+        else:
+            yield index, example
+
+    @beam.ptransform_fn
+    def examples(pipeline):
+        listed = pipeline | beam.Create(list(enumerate(utterances))) | beam.Reshuffle()
+        outputs = listed | beam.FlatMap(read).with_outputs("skipped", main="examples")
+        _ = outputs.skipped | beam.io.WriteToText(skipped_path, shard_name_template="")
+        return outputs.examples
+
+    return examples()
+
+
+def _write_skipped(path: tfds.core.Path, skipped: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(skip) + "\n" for skip in skipped))
+
+
+def prepare_records(
+    corpus: SpeechCorpus, cache_dir: str | os.PathLike, beam_options: str = ""
+) -> Path:
     """Writes the audio records of a corpus, unless they are there, and returns their folder.
 
     The folder appears when it is whole: TFDS writes into a temporary one and renames it. One
     process at a time may prepare the same corpus.
+
+    Args:
+      corpus: what to write.
+      cache_dir: where; the same for `--config.cache_dir`.
+      beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
+        are none, this process does it with threads.
 
     Raises:
       CorpusError: the corpus cannot be listed, or none of its files can be used.
@@ -132,13 +252,31 @@ def prepare_records(corpus: SpeechCorpus, cache_dir: str | os.PathLike) -> Path:
     if not folder.exists():
         for leftover in folder.parent.glob("incomplete.*"):  # of a run that was killed
             shutil.rmtree(leftover)
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        if beam_options:
+            config.beam_options = _parse_beam_options(beam_options)
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it "downloads"
-            offline = tfds.download.DownloadConfig(try_download_gcs=False)
-            AudioRecords(corpus, root).download_and_prepare(download_config=offline)
-    if skipped := load_info(folder).metadata.get("skipped"):
-        tqdm.write(f"{corpus.name}: {len(skipped)} files skipped, e.g. {skipped[0]['reason']}")
+            AudioRecords(corpus, data_dir=root).download_and_prepare(download_config=config)
     return folder
+
+
+def _parse_beam_options(text: str) -> Any:
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise CorpusError("Apache Beam is missing: pip install 'serkd-jax[beam]'") from error
+    return PipelineOptions(flags=[f"--{option}" for option in text.split(",")])
+
+
+def load_skipped(records_dir: str | os.PathLike) -> list[dict[str, str]]:
+    """{"id", "reason"} of everything that the records leave out, sorted by id."""
+    lines = [
+        line
+        for path in Path(records_dir).glob("skipped*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
 
 
 def load_table(records_dir: str | os.PathLike) -> Table:
@@ -163,7 +301,8 @@ def load_table(records_dir: str | os.PathLike) -> Table:
         splits=column("split", str),
         folds=column("fold", str),
         num_samples=column("num_samples", np.int32),
-        skipped=info.metadata.get("skipped", []),
+        skipped=load_skipped(records_dir),
+        notes=info.metadata.get("notes", []),
     )
 
 
@@ -176,7 +315,7 @@ def load_waveforms(
       ids (n,) str, sorted; audio int16 (n, max_samples); num_samples int32 (n,), at most
       max_samples.
     """
-    count = load_info(records_dir).splits[SPLIT].num_examples
+    count = load_info(records_dir).splits.total_num_examples
     ids, audio = [], np.zeros((count, max_samples), np.int16)
     num_samples = np.zeros(count, np.int32)
     for row, example in enumerate(read_examples(records_dir, ("id", "audio"))):
@@ -207,15 +346,15 @@ def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator
         features = builder.info.features
         texts = [name for name in names if isinstance(features[name], tfds.features.Text)]
         dataset = builder.as_dataset(
-            split=SPLIT,
+            split="+".join(sorted(builder.info.splits)),
             decoders=tfds.decode.PartialDecoding(dict.fromkeys(names, True)),
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
         )
         count = 0
         for count, example in enumerate(dataset.as_numpy_iterator(), start=1):  # noqa: B007
             yield example | {name: example[name].decode() for name in texts}
-        if count != builder.info.splits[SPLIT].num_examples:
-            raise ValueError(f"{count} of {builder.info.splits[SPLIT].num_examples} examples")
+        if count != (whole := builder.info.splits.total_num_examples):
+            raise ValueError(f"{count} of {whole} examples")
 
 
 @contextlib.contextmanager

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from serkd_jax.audio import AudioError, read_audio, to_float
+from serkd_jax.audio import FFMPEG_SUFFIXES, AudioError, read_audio, to_float
 from serkd_jax.data import records
-from serkd_jax.data.corpora import CorpusError, find_file, read_manifest
-from serkd_jax.data.records import SPLIT, tfds
+from serkd_jax.data.corpora import CorpusError
+from serkd_jax.data.corpora.base import is_litter
+from serkd_jax.data.corpora.manifest import find_file, read_manifest
+from serkd_jax.data.records import tfds
 
-# What libsndfile reads, and what it does not, so that such files are reported.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
-SUFFIXES += (".snd", ".sph", ".w64", ".aac", ".amr", ".m4a", ".webm", ".wma", ".wv")
+SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
 
 
@@ -52,9 +53,9 @@ class RecordsSource:
         info = records.load_info(records_dir)
         self.records_dir, self.name = records_dir, info.name
         self.schema = records.utterance_features(info.features["label"].names)
-        self._size = info.splits[SPLIT].num_examples
+        self._size = info.splits.total_num_examples
         self._stream, self._next = iter(()), self._size  # examples, and the row of the next one
-        skipped = sorted(skip["id"] for skip in info.metadata.get("skipped", []))
+        skipped = sorted(skip["id"] for skip in records.load_skipped(records_dir))
         self.fingerprint = _digest([corpus_fingerprint, skipped])
 
     def __len__(self) -> int:
@@ -149,8 +150,7 @@ def _find_audio(folder: Path) -> Iterator[str]:
 
     for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         for name in names:
-            litter = name.startswith("._")  # of macOS
-            if Path(name).suffix.lower() in SUFFIXES and not litter:
+            if Path(name).suffix.lower() in SUFFIXES and not is_litter(Path(name)):
                 yield Path(place, name).relative_to(folder).as_posix()
 
 

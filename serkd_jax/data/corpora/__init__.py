@@ -1,0 +1,36 @@
+"""Speech emotion corpora, by name.
+
+To add a corpus, subclass `SpeechCorpus` in a file of its own, say in `list_utterances` what there
+is, and name the class here. For one that a manifest can list, no code is needed: `Manifest`.
+"""
+
+import inspect
+
+from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus
+from serkd_jax.data.corpora.emodb import EmoDB
+from serkd_jax.data.corpora.iemocap import IEMOCAP
+from serkd_jax.data.corpora.manifest import Manifest
+from serkd_jax.data.corpora.meld import MELD
+from serkd_jax.data.corpora.synthetic import Synthetic
+
+CORPORA: dict[str, type[SpeechCorpus]] = {
+    corpus.name: corpus for corpus in (IEMOCAP, MELD, EmoDB, Manifest, Synthetic)
+}
+
+
+def make_corpus(name: str, **settings) -> SpeechCorpus:
+    """Makes a corpus by name; empty settings ('') mean the corpus's own default.
+
+    Raises:
+      CorpusError: no such corpus, or a setting it does not know.
+    """
+    if name not in CORPORA:
+        raise CorpusError(f"no corpus is named {name!r}; there are {', '.join(CORPORA)}")
+    given = {key: value for key, value in settings.items() if value != ""}
+    known = inspect.signature(CORPORA[name]).parameters
+    if unknown := given.keys() - known.keys():
+        raise CorpusError(
+            f"corpus {name!r} has no setting {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(known)}"
+        )
+    return CORPORA[name](**given)

@@ -1,0 +1,139 @@
+"""What every corpus is: utterances with labels, and how to read their audio.
+
+Listing decodes no audio, so a corpus is listed and fingerprinted at each start;
+`serkd_jax.data.records` then writes its audio records once per fingerprint.
+"""
+
+import abc
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from serkd_jax.audio import check_file, read_audio
+from serkd_jax.errors import UserError
+
+
+class CorpusError(UserError):
+    """A corpus that cannot be used; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """One labelled recording; fields that the corpus does not give are empty."""
+
+    id: str
+    label: str
+    path: str = ""
+    speaker: str = ""
+    session: str = ""
+    split: str = ""  # an official part, e.g. train, dev, test
+    fold: str = ""  # the official cross-validation fold that tests on this utterance
+    start: float = 0.0  # seconds, where the utterance is a part of the file
+    end: float | None = None
+    extras: Mapping[str, str | float] = dataclasses.field(default_factory=dict)  # see EXTRAS
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedCounts:
+    """How many utterances of each class the authors, or the paper, report."""
+
+    source: str  # e.g. Table 1
+    column: str  # what the rows are: session, split, or empty if there is but one row
+    classes: tuple[str, ...]  # in the published order
+    rows: Mapping[str, tuple[int, ...]]  # row -> utterances of each class
+
+
+class SpeechCorpus(abc.ABC):
+    """A corpus: its utterances, sorted by id, and their audio.
+
+    Listing fills `skipped` with {"id", "reason"} of what was found but is no utterance, and
+    `notes` with what else a reader of the results should know of this copy.
+    """
+
+    name: ClassVar[str]  # lower_snake_case, also the name of the TFDS dataset
+    VERSION: ClassVar[str] = "1.0.0"
+    CLASSES: ClassVar[tuple[str, ...]] = ()  # alphabetical; empty: the labels that there are
+    SPLITS: ClassVar[tuple[str, ...]] = ()  # official parts; they begin the ids, and sort like them
+    EXTRAS: ClassVar[Mapping[str, type]] = {}  # str or float: what else a record keeps
+    PUBLISHED: ClassVar[PublishedCounts | None] = None
+    # Ids of utterances that no copy has, with the (row, class) of PUBLISHED that counts them.
+    KNOWN_FLAWS: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    HOMEPAGE: ClassVar[str | None] = None
+    CITATION: ClassVar[str | None] = None
+    LICENSE: ClassVar[str | None] = None
+    HOW_TO_GET: ClassVar[str | None] = None
+
+    def __init__(self):
+        self.skipped: list[dict[str, str]] = []
+        self.notes: list[str] = []
+
+    @abc.abstractmethod
+    def list_utterances(self) -> list[Utterance]:
+        """Lists the utterances without decoding audio; read `utterances` instead.
+
+        Raises:
+          CorpusError: there is nothing to list, or it makes no sense.
+        """
+
+    def check_audio(self, utterance: Utterance) -> None:
+        """Raises an AudioError if the audio of an utterance is not there; decodes nothing."""
+        check_file(utterance.path)
+
+    def read_waveform(self, utterance: Utterance) -> np.ndarray:
+        """Float32 (num_samples,) 16 kHz mono audio of an utterance.
+
+        Raises:
+          AudioError: the file cannot be used.
+        """
+        return read_audio(utterance.path, start=utterance.start, end=utterance.end)
+
+    @cached_property
+    def utterances(self) -> tuple[Utterance, ...]:
+        """The utterances sorted by id.
+
+        Raises:
+          CorpusError: see `list_utterances`; or two have the same id.
+        """
+        utterances = sorted(self.list_utterances(), key=lambda utterance: utterance.id)
+        counts = collections.Counter(utterance.id for utterance in utterances)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise CorpusError(
+                f"{self.name}: {len(twice)} ids are listed more than once, e.g. {twice[0]!r}; "
+                "remove the copies"
+            )
+        return tuple(utterances)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of their integer labels: alphabetical."""
+        return self.CLASSES or tuple(sorted({utterance.label for utterance in self.utterances}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the classes, any utterance's data, or a file."""
+        described = [self.name, self.VERSION, self.class_names]
+        described += [
+            dataclasses.astuple(dataclasses.replace(u, path="")) + self._source(u)
+            for u in self.utterances
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+    def _source(self, utterance: Utterance) -> tuple:
+        """What tells that the audio of an utterance has changed: size and time of its file."""
+        try:
+            stat = Path(utterance.path).stat()
+        except OSError:
+            return ("missing",)
+        return (stat.st_size, stat.st_mtime_ns)
+
+
+def is_litter(path: Path) -> bool:
+    """Whether macOS left this file: `._NAME` holds the attributes of NAME, no data."""
+    return path.name.startswith("._")

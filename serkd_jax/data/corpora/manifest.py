@@ -1,0 +1,244 @@
+"""Any corpus that a CSV or JSONL manifest lists, EmoBox's included."""
+
+import csv
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import ClassVar, TextIO
+
+from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
+
+ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "end_time": "end"}
+
+
+class Manifest(SpeechCorpus):
+    """Any corpus that a CSV or JSONL file lists, EmoBox's published JSONL files included.
+
+    Columns: path, label, and optionally id (default: the path), speaker, session, split, fold, and
+    start and end, in seconds, where an utterance is a part of its file. EmoBox's names wav, emo,
+    key, start_time and end_time do as well. Relative paths are looked up below `data_dir`, or
+    beside the manifest if there is none; leading folders that are not there are left off.
+
+    A label map {label: class name} renames and merges labels; `label_map.json` beside the manifest
+    is used by itself. The classes are the distinct labels after mapping, sorted. Where there is no
+    column speaker, `speaker_pattern`, a regular expression, finds the speaker in the id: the text
+    of its groups, joined.
+
+    Of EmoBox, the folders `fold_K/` beside the manifest say which fold tests on an utterance, or,
+    where there is only `fold_1`, which split has it; and `data.seg.wrd.stm` has the speakers.
+    """
+
+    name = "manifest"
+    # Of EmoBox, for copies without data.seg.wrd.stm.
+    SPEAKER_PATTERNS: ClassVar[dict[str, str]] = {"emodb": r"^emodb-(\d\d)"}
+
+    def __init__(
+        self, manifest: str = "", data_dir: str = "", label_map: str = "", speaker_pattern: str = ""
+    ):
+        super().__init__()
+        if not manifest:
+            raise CorpusError("give `manifest`, a .csv or .jsonl file with the columns path, label")
+        self.manifest = Path(manifest)
+        self.data_dir = Path(data_dir) if data_dir else self.manifest.parent
+        beside = self.manifest.parent / "label_map.json"
+        self.label_map = Path(label_map) if label_map else beside if beside.is_file() else None
+        self.speaker_pattern = speaker_pattern
+        try:
+            re.compile(speaker_pattern)
+        except re.error as error:
+            raise CorpusError(f"speaker_pattern {speaker_pattern!r}: {error}") from error
+
+    def list_utterances(self) -> list[Utterance]:
+        """Lists the rows of the manifest."""
+        if not self.manifest.is_file():
+            raise CorpusError(f"manifest {self.manifest}: no such file")
+        if not self.data_dir.is_dir():
+            raise CorpusError(f"data_dir {self.data_dir} is no folder; it must hold the audio")
+        self.notes = []
+        classes = self._read_label_map()
+        rows, places = {}, {}
+        for where, values in read_manifest(self.manifest):
+            self._require(values, where)
+            values["label"] = self._class_of(values["label"], classes, where)
+            values["path"] = str(find_file(values["path"], self.data_dir))
+            part = "".join(f", {key} {values[key]}" for key in ("start", "end") if values.get(key))
+            for what in (f"id {values['id']!r}", f"file {values['path']}{part}"):
+                if what in places:
+                    raise CorpusError(
+                        f"{where}: {what} is also at {places[what]}; each row must be a recording "
+                        "of its own"
+                    )
+                places[what] = where
+            rows[values["id"]] = values | {"where": where}
+        if not rows:
+            raise CorpusError(f"{self.manifest} lists no utterances; it needs rows of path, label")
+        self._add_emobox_parts(rows)
+        self._add_speakers(rows)
+        return [self._utterance(values) for values in rows.values()]
+
+    @staticmethod
+    def _require(values: dict[str, str], where: str) -> None:
+        for column in ("path", "label"):
+            if not values.get(column):
+                raise CorpusError(
+                    f"{where}: no {column}; each row needs path and label, "
+                    f"this one has {', '.join(values)}"
+                )
+        values["id"] = values.get("id") or values["path"]
+
+    @staticmethod
+    def _utterance(values: dict[str, str]) -> Utterance:
+        try:
+            start = float(values.get("start") or 0)
+            end = float(values["end"]) if values.get("end") else None
+        except ValueError as error:
+            raise CorpusError(f"{values['where']}: start and end are seconds; {error}") from error
+        names = ("id", "label", "path", "speaker", "session", "split", "fold")
+        return Utterance(**{name: values.get(name, "") for name in names}, start=start, end=end)
+
+    def _class_of(self, label: str, classes: dict[str, str] | None, where: str) -> str:
+        if classes is None:
+            return label
+        if label in classes:
+            return classes[label]
+        # EmoBox maps "Neutral" where its data say "neutral".
+        matches = {name for key, name in classes.items() if key.lower() == label.lower()}
+        if len(matches) != 1:
+            raise CorpusError(
+                f"{where}: label {label!r} is not in {self.label_map}; "
+                f"it has {', '.join(classes)}; add it there or mend the row"
+            )
+        return matches.pop()
+
+    def _read_label_map(self) -> dict[str, str] | None:
+        if self.label_map is None:
+            return None
+        try:
+            classes = json.loads(self.label_map.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"label map {self.label_map} cannot be read: {error}") from error
+        if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
+            raise CorpusError(f'label map {self.label_map} must be like {{"label": "class name"}}')
+        return classes
+
+    def _add_emobox_parts(self, rows: dict[str, dict[str, str]]) -> None:
+        """Adds EmoBox's folds, or its split, unless the manifest has some of its own."""
+        if any(values.get("fold") or values.get("split") for values in rows.values()):
+            return
+        folds = self._read_emobox_folds(rows)
+        if len(folds) == 1:
+            for key, part in folds.popitem()[1].items():
+                rows[key]["split"] = part
+        for fold, parts in folds.items():
+            for key in (key for key, part in parts.items() if part == "test"):
+                if other := rows[key].get("fold"):
+                    place = self.manifest.parent / f"fold_{fold}"
+                    raise CorpusError(f"{place}: {key!r} is also tested by fold {other}")
+                rows[key]["fold"] = fold
+            if "train" in parts.values() and (left := len(rows) - len(parts)):
+                self.notes.append(
+                    f"The lists of fold {fold} leave {left} utterances out; here all that a fold "
+                    "does not test on are its training data."
+                )
+
+    def _read_emobox_folds(self, ids: Collection[str]) -> dict[str, dict[str, str]]:
+        """Fold -> id -> train, valid or test, of the lists `fold_K/*_PART_fold_K.jsonl`."""
+        folds = {}
+        for path in sorted(self.manifest.parent.glob("fold_*/*_fold_*.jsonl")):
+            fold, part = path.parent.name.removeprefix("fold_"), path.stem.split("_")[-3]
+            parts = folds.setdefault(fold, {})
+            for where, values in read_manifest(path):
+                if (key := values.get("id", "")) not in ids:
+                    raise CorpusError(f"{where}: {key!r} is not in {self.manifest}")
+                if key in parts:
+                    raise CorpusError(f"{where}: {key!r} is also in the {parts[key]} part")
+                parts[key] = part
+        return folds
+
+    def _add_speakers(self, rows: dict[str, dict[str, str]]) -> None:
+        """Adds the speaker where the manifest has none."""
+        known = _read_stm_speakers(self.manifest.parent / "data.seg.wrd.stm")
+        for key, values in rows.items():
+            if values.get("speaker"):
+                continue
+            own = self.speaker_pattern
+            pattern = own or self.SPEAKER_PATTERNS.get(values.get("dataset", ""), "")
+            if pattern and (match := re.search(pattern, key)):
+                values["speaker"] = "".join(match.groups()) or match[0]
+            elif own:
+                raise CorpusError(
+                    f"{values['where']}: speaker_pattern {own!r} finds no speaker in the id {key!r}"
+                )
+            else:
+                values["speaker"] = known.get(key, "")
+
+
+def find_file(path: str, folder: Path) -> Path:
+    """Looks for a path, then for its trailing parts, below a folder."""
+    parts = Path(path).parts
+    candidates = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((found for found in candidates if found.is_file()), candidates[0])
+
+
+def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file; EmoBox columns are renamed.
+
+    Raises:
+      CorpusError: the file cannot be read or a line makes no sense.
+    """
+    for where, row in read_rows(path):
+        values = {ALIASES.get(column, column): value for column, value in row.items()}
+        yield where, {str(k): "" if value is None else str(value) for k, value in values.items()}
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("FILE, line N", row) of a CSV or JSONL file.
+
+    Raises:
+      CorpusError: the file cannot be read or a line makes no sense.
+    """
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if (kind := path.suffix.lower()) not in readers:
+        raise CorpusError(f"{path}: unknown kind {kind!r}; use .csv or .jsonl")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from readers[kind](file, path)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorpusError(f"{path}: {error}; save it as UTF-8 text") from error
+
+
+def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(file)
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row:  # DictReader's key for values without a column
+            raise CorpusError(f"{where}: more values than columns; quote values that hold commas")
+        yield where, row
+
+
+def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(file, start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{where}: not JSON ({error}); put one object on a line") from error
+        if not isinstance(row, dict):
+            raise CorpusError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
+        yield where, row
+
+
+def _read_stm_speakers(path: Path) -> dict[str, str]:
+    """Ids to speakers of EmoBox's `data.seg.wrd.stm`, if it is there.
+
+    Its lines end in ``<id=emodb-15a07Nc,lang=en,spk=male_15,emotion=neutral> neutral``.
+    """
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return dict(re.findall(r"<id=(.*?),lang=[^,]*,spk=(.*?),emotion=", text))

@@ -1,0 +1,116 @@
+"""What a copy of a corpus holds, beside what the paper or its authors counted."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serkd_jax.data.corpora.base import SpeechCorpus
+from serkd_jax.data.records import Table
+from serkd_jax.errors import UserError
+
+NAMED = 20  # files that a report names; all are in skipped*.jsonl beside the records
+
+
+class CountsError(UserError):
+    """A corpus that is not the one that was published."""
+
+
+def check_counts(table: Table, corpus: type[SpeechCorpus], strict: bool) -> str:
+    """The report on a corpus: counts as a Markdown table, then what was left out and why.
+
+    Args:
+      table: of the records.
+      corpus: its class, with the published counts.
+      strict: whether other counts than the published ones are an error. Utterances that no copy
+        of the corpus has (`KNOWN_FLAWS`) are not.
+
+    Raises:
+      CountsError: strict, and the counts differ, or none are published.
+    """
+    if corpus.PUBLISHED:
+        lines, differ = _compared_counts(table, corpus)
+    elif strict:
+        raise CountsError(f"strict: there are no published counts of {corpus.name} to compare with")
+    else:
+        lines, differ = _plain_counts(table), False
+    report = "\n\n".join(["\n".join(lines), *table.notes, *_skipped(table.skipped)])
+    if strict and differ:
+        raise CountsError(
+            f"strict: this copy of {corpus.name} has not the counts of {corpus.PUBLISHED.source}"
+            f"\n\n{report}"
+        )
+    return report
+
+
+def count_utterances(
+    table: Table, column: str, rows: Sequence[str], classes: Sequence[str]
+) -> np.ndarray:
+    """Utterances (len(rows), len(classes)) of each value of a column; '' has one, "all"."""
+    values = _values(table, column)
+    names = np.array(table.class_names, str)[table.labels]
+    return np.array([[np.sum((values == r) & (names == c)) for c in classes] for r in rows])
+
+
+def _values(table: Table, column: str) -> np.ndarray:
+    columns = {"session": table.sessions, "split": table.splits, "": np.full(len(table), "all")}
+    return columns[column]
+
+
+def _plain_counts(table: Table) -> list[str]:
+    column = "split" if any(table.splits) else "session" if any(table.sessions) else ""
+    rows = sorted(set(_values(table, column).tolist()))
+    counts = _with_sums(count_utterances(table, column, rows, table.class_names))
+    cells = [[f"{count:,}" for count in row] for row in counts]
+    return _markdown(column, rows, table.class_names, cells)
+
+
+def _compared_counts(table: Table, corpus: type[SpeechCorpus]) -> tuple[list[str], bool]:
+    """The table "here / published", and whether they differ by more than what is known."""
+    published = corpus.PUBLISHED
+    rows, classes = list(published.rows), list(published.classes)
+    expected = np.array(list(published.rows.values()))
+    known = np.zeros_like(expected)
+    for name in set(corpus.KNOWN_FLAWS) - set(table.ids.tolist()):
+        row, label = corpus.KNOWN_FLAWS[name]
+        known[rows.index(row), classes.index(label)] += 1
+
+    def cell(here: int, there: int, flaws: int) -> str:
+        mark = " known" if here + flaws == there else ""
+        return f"{here:,} / {there:,}" + (f" ({here - there:+,}{mark})" if here != there else "")
+
+    counts = count_utterances(table, published.column, rows, classes)
+    sums = (_with_sums(array).tolist() for array in (counts, expected, known))
+    cells = [list(map(cell, *row)) for row in zip(*sums, strict=True)]
+    lines = _markdown(published.column, rows, classes, cells)
+    lines += ["", f"Utterances in this copy / in {published.source}; differences in brackets."]
+    if known.any():
+        lines.append(f"{known.sum()} of them are known: no copy of the corpus has them.")
+    return lines, not np.array_equal(counts + known, expected)
+
+
+def _skipped(skipped: list[dict[str, str]]) -> list[str]:
+    if not skipped:
+        return []
+    named = [f"- `{skip['id']}`: {skip['reason']}" for skip in skipped[:NAMED]]
+    if len(skipped) > NAMED:
+        named.append(f"- and {len(skipped) - NAMED:,} more, in skipped*.jsonl beside the records")
+    return [f"{len(skipped):,} files or lines were skipped:", "\n".join(named)]
+
+
+def _with_sums(counts: np.ndarray) -> np.ndarray:
+    """(rows, classes) with a column of totals and, of several rows, a row of sums."""
+    if len(counts) > 1:
+        counts = np.vstack([counts, counts.sum(axis=0)])
+    return np.hstack([counts, counts.sum(axis=1, keepdims=True)])
+
+
+def _markdown(
+    column: str, rows: Sequence[str], classes: Sequence[str], cells: list[list[str]]
+) -> list[str]:
+    """A Markdown table that can be read on a terminal too."""
+    titles = [*(row or f"no {column}" for row in rows), "sum"][: len(cells)]
+    lines = [[column, *classes, "total"]]
+    lines += [[title, *row] for title, row in zip(titles, cells, strict=True)]
+    widths = [max(3, *map(len, texts)) for texts in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]

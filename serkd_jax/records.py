@@ -1,0 +1,61 @@
+"""Audio records of a corpus, and how it compares with what was published.
+
+    python -m serkd_jax.records --corpus=iemocap --data_dir=IEMOCAP_full_release --output=DIR
+
+DIR gets the records as TFRecords that `tfds.builder_from_directory` opens; with
+``--config.cache_dir=DIR`` a run of `serkd_jax.main` finds them there. The table on the terminal has
+the utterances of each class beside those of the paper's Table 1 or 2; with ``--strict`` a
+difference is an error.
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+from serkd_jax.errors import UserError
+
+_CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld, emodb, manifest or synthetic.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "The corpus as its authors ship it.")
+_MANIFEST = flags.DEFINE_string("manifest", "", "The .csv or .jsonl file of --corpus=manifest.")
+_LABEL_MAP = flags.DEFINE_string("label_map", "", "JSON of the manifest's labels to class names.")
+_SPEAKER_PATTERN = flags.DEFINE_string(
+    "speaker_pattern", "", "Regular expression that finds the speaker in the manifest's ids."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Where the records go.")
+_STRICT = flags.DEFINE_bool("strict", False, "Fail if the counts are not the published ones.")
+_BEAM = flags.DEFINE_string(
+    "beam_pipeline_options",
+    "",
+    "Prepare by Apache Beam, with these comma-separated options, e.g. runner=DirectRunner.",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Writes the records unless they are there, and prints the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    # Slow to import, so after the flags are parsed.
+    from serkd_jax.data import corpora, records
+    from serkd_jax.data.counts import check_counts
+
+    try:
+        corpus = corpora.make_corpus(
+            _CORPUS.value,
+            data_dir=_DATA_DIR.value,
+            manifest=_MANIFEST.value,
+            label_map=_LABEL_MAP.value,
+            speaker_pattern=_SPEAKER_PATTERN.value,
+        )
+        folder = records.prepare_records(corpus, _OUTPUT.value, _BEAM.value)
+        table = records.load_table(folder)
+        report = check_counts(table, type(corpus), _STRICT.value)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    hours = table.num_samples.sum() / 16_000 / 3600
+    print(f"{report}\n\n{len(table):,} utterances, {hours:.2f} h of audio, are in {folder}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["corpus", "output"])
+    app.run(main)
