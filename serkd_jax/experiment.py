@@ -55,7 +55,7 @@ class Experiment:
         corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
         records_dir = records.prepare_records(corpus, cache)
         self.table = records.load_table(records_dir)
-        self.data_report = counts.check_counts(self.table, type(corpus), config.strict)
+        self.data_report = counts.check_counts(self.table, corpus, config.strict, most_named=20)
         self.folds = self._make_folds()
         self.data_report += f"\n\n{speaker_note(self.folds, self.table.speakers)}"
         splits = write_folds(self.folds, self.table.ids)

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         )
         folder = records.prepare_records(corpus, _OUTPUT.value, _BEAM.value)
         table = records.load_table(folder)
-        report = check_counts(table, type(corpus), _STRICT.value)
+        report = check_counts(table, corpus, _STRICT.value)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     hours = table.num_samples.sum() / 16_000 / 3600

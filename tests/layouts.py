@@ -6,6 +6,8 @@ import av
 import numpy as np
 import soundfile
 
+from serkd_jax.data.records import Table
+
 # One tone (Hz) for each class, so that a model can learn something.
 IEMOCAP_TONES = {
     "neu": 200,
@@ -136,3 +138,18 @@ def make_meld(root, dialogues=3):
     (folders["test"] / "final_videos_testdia0_utt0.mp4").write_bytes(whole)
     (folders["test"] / "final_videos_testdia1_utt1.mp4").write_bytes(whole)
     return release
+
+
+def make_table(corpus, utterances):
+    """What records without audio would say of (id, row of the published table, label)."""
+    ids, rows, labels = map(np.array, zip(*sorted(utterances), strict=True))
+    columns = dict.fromkeys(("speakers", "sessions", "splits", "folds"), np.full(len(ids), ""))
+    columns[f"{corpus.PUBLISHED.column}s"] = rows
+    return Table(
+        ids=ids,
+        labels=np.searchsorted(corpus.CLASSES, labels).astype(np.int32),
+        class_names=corpus.CLASSES,
+        num_samples=np.full(len(ids), 16_000, np.int32),
+        skipped=[],
+        **columns,
+    )

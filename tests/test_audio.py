@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import soundfile
 from transformers import audio_utils
 
+from layouts import write_mp4
 from serkd_jax import audio, frontends
 from serkd_jax.audio import AudioError, read_audio
 
@@ -23,6 +25,15 @@ def logmel(waveform, max_frames):
 
 def peak_hz(waveform, rate=16_000):
     return np.abs(np.fft.rfft(waveform)).argmax() * rate / len(waveform)
+
+
+def write_noise(path, rate, seconds=2):
+    noise = np.random.default_rng(0).normal(0, 0.1, seconds * rate).astype(np.float32)
+    if path.suffix == ".mp4":
+        write_mp4(path, noise, rate)
+    else:
+        soundfile.write(path, noise, rate)
+    return path
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
@@ -135,6 +146,124 @@ def test_wav_of_unknown_length_is_read(tmp_path):
     data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
     (tmp_path / "a.wav").write_bytes(data)
     assert len(read_audio(tmp_path / "a.wav")) == 16_000
+
+
+# Parts of files
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp4"])
+def test_a_part_of_a_file_is_that_of_the_whole(tmp_path, kind, rate):
+    path = write_noise(tmp_path / f"a.{kind}", rate)
+    whole = read_audio(path)
+    # A resampler sees nothing beyond the edges of a part.
+    inner = slice(None) if rate == 16_000 else slice(400, -400)
+    tolerance = 0 if rate == 16_000 else 1e-5
+    for settings, expected in [
+        ({"start": 0.5, "end": 1.25}, whole[8_000:20_000]),
+        ({"end": 0.75}, whole[:12_000]),
+        ({"start": 1.5}, whole[24_000:]),
+        ({"start": 0.5, "end": 1.25, "max_samples": 3_000}, whole[8_000:11_000]),
+        ({"start": 0.5, "end": 0.75, "max_samples": 9_000}, whole[8_000:12_000]),
+    ]:
+        part = read_audio(path, **settings)
+        assert len(part) == len(expected)
+        np.testing.assert_allclose(part[inner], expected[inner], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp4"])
+@pytest.mark.parametrize(
+    ("start", "end", "problem"),
+    [
+        (5.0, None, "holds no samples"),
+        (5.0, 6.0, "ends 1.00 s before 6 s"),
+        (1.0, 3.0, r"ends (1\.00|0\.95) s before 3 s"),  # the last frame of AAC is filled up
+        (1.0, 0.5, "cannot read from 1 s to 0.5 s"),
+        (1.0, 1.0, "cannot read from 1 s to 1.0 s"),
+        (-1.0, None, "cannot read from -1 s"),
+        (np.nan, None, "cannot read from nan s"),
+        (0.0, np.nan, "cannot read from 0 s to nan s"),
+    ],
+)
+def test_a_part_that_the_file_does_not_have_is_refused(tmp_path, kind, start, end, problem):
+    path = write_noise(tmp_path / f"a.{kind}", 16_000)
+    with pytest.raises(AudioError, match=problem) as error:
+        read_audio(path, start=start, end=end)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_a_file_may_end_a_little_before_the_part(tmp_path, kind):
+    path = write_noise(tmp_path / f"a.{kind}", 16_000)
+    close = 2 + audio.END_TOLERANCE
+    np.testing.assert_array_equal(
+        read_audio(path, start=1, end=close - 0.01), read_audio(path, start=1)
+    )
+    with pytest.raises(AudioError, match=r"ends 0\.26 s before"):
+        read_audio(path, start=1, end=close + 0.01)
+
+
+# Videos
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels"),
+    [(16_000, 1), (16_000, 2), (44_100, 1), (44_100, 2), (44_100, 6), (48_000, 6)],
+)
+@pytest.mark.parametrize("kind", ["mp4", "m4a"])
+def test_the_sound_of_a_video_keeps_frequency_level_and_duration(tmp_path, kind, rate, channels):
+    tone = sine(440, 1.0, rate).astype(np.float32)
+    waveform = read_audio(write_mp4(tmp_path / f"a.{kind}", tone, rate, channels=channels))
+    assert waveform.dtype == np.float32
+    assert 0 <= len(waveform) - 16_000 <= 1024 * 16_000 / rate  # AAC has frames of 1024 samples
+    assert abs(peak_hz(waveform[:16_000]) - 440) <= 1
+    assert waveform[2_000:14_000].std() == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("max_samples", [400, 3_217, 50_000])
+def test_the_beginning_of_a_video_is_that_of_the_whole(tmp_path, rate, max_samples):
+    path = write_noise(tmp_path / "a.mp4", rate)
+    np.testing.assert_array_equal(read_audio(path, max_samples), read_audio(path)[:max_samples])
+
+
+def whole_mp4(path, **options):
+    return write_mp4(path, sine(200, 3).astype(np.float32), options=options)
+
+
+def truncate_share(path, share):
+    truncate(path, int(path.stat().st_size * share))
+
+
+def cut_between_frames(path):
+    whole_mp4(path, movflags="faststart")
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(audio=0) if packet.size]
+    truncate(path, places[len(places) // 2])
+
+
+BAD_VIDEOS = [
+    (lambda path: write_mp4(path, None), "has no audio track"),
+    (lambda path: write_mp4(path, np.zeros(16_000, np.float32)), "silent"),
+    (lambda path: path.touch(), "is empty"),
+    (lambda path: path.write_bytes(b"not a video at all" * 100), "unreadable"),
+    (lambda path: truncate_share(whole_mp4(path), 1 / 2), "truncated"),
+    (lambda path: truncate_share(whole_mp4(path, movflags="faststart"), 2 / 3), "truncated"),
+    (cut_between_frames, r"truncated, the last 1\.\d\d of 3\.00 s"),
+]
+
+
+@pytest.mark.parametrize(("make", "problem"), BAD_VIDEOS)
+def test_unusable_video_is_named_with_its_problem(tmp_path, make, problem):
+    path = tmp_path / "dia1 utt2.mp4"
+    make(path)
+    with pytest.raises(AudioError, match=problem) as error:
+        read_audio(path)
+    assert str(path) in str(error.value)
+    assert ";" in str(error.value)  # the remedy
+
+
+# Log-mel
 
 
 def log_mel_by_definition(waveform):

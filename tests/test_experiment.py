@@ -73,6 +73,31 @@ def test_a_second_start_reuses_everything(finished, monkeypatch):
     assert Experiment(get_config(), workdir).run() == report
 
 
+def test_the_splits_of_a_workdir_can_be_used_again(finished, tmp_path):
+    written = finished[0] / "splits.json"
+    config = get_config()
+    config.seed = 1  # draws other splits
+    config.cache_dir = str(finished[0] / "data")
+    drawn = Experiment(config, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "splits.json").read_text() != written.read_text()
+    config.protocol.update({"split_by": "file", "file": str(written)})
+    read = Experiment(config, tmp_path / "read")
+    assert (tmp_path / "read" / "splits.json").read_text() == written.read_text()
+    for fold, other in zip(read.folds, drawn.folds, strict=True):
+        assert np.array_equal(fold.test, other.test)
+        assert not np.array_equal(fold.quiz, other.quiz)
+
+
+def test_a_workdir_that_was_trained_on_other_splits_is_refused(finished, tmp_path):
+    splits = json.loads((finished[0] / "splits.json").read_text())
+    splits["1"]["train"], splits["1"]["quiz"] = splits["1"]["quiz"], splits["1"]["train"]
+    (tmp_path / "swapped.json").write_text(json.dumps(splits))
+    config = get_config()
+    config.protocol.update({"split_by": "file", "file": str(tmp_path / "swapped.json")})
+    with pytest.raises(UserError, match="the splits: "):
+        Experiment(config, finished[0])
+
+
 def test_another_config_in_the_same_workdir_is_refused_and_named(finished):
     config = get_config()
     config.student.width = 32
@@ -169,7 +194,7 @@ def test_hubert_features_and_teacher_on_a_folder_of_recordings(
     report = Experiment(config, tmp_path / "run").run()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["overall"]["teacher"]["n"] == 48
-    assert "2 files were skipped" in report
+    assert "2 files or lines were skipped" in report
     assert "silent.wav" in report
     assert "missing.wav" in report
     with ocp.CheckpointManager((tmp_path / "run/fold_1/teacher/checkpoints").absolute()) as saved:

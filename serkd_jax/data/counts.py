@@ -8,21 +8,22 @@ from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.records import Table
 from serkd_jax.errors import UserError
 
-NAMED = 20  # files that a report names; all are in skipped*.jsonl beside the records
-
 
 class CountsError(UserError):
     """A corpus that is not the one that was published."""
 
 
-def check_counts(table: Table, corpus: type[SpeechCorpus], strict: bool) -> str:
+def check_counts(
+    table: Table, corpus: SpeechCorpus, strict: bool, most_named: int | None = None
+) -> str:
     """The report on a corpus: counts as a Markdown table, then what was left out and why.
 
     Args:
       table: of the records.
-      corpus: its class, with the published counts.
+      corpus: what they were made of, listed.
       strict: whether other counts than the published ones are an error. Utterances that no copy
         of the corpus has (`KNOWN_FLAWS`) are not.
+      most_named: how many skipped files the report names; None means all.
 
     Raises:
       CountsError: strict, and the counts differ, or none are published.
@@ -33,7 +34,8 @@ def check_counts(table: Table, corpus: type[SpeechCorpus], strict: bool) -> str:
         raise CountsError(f"strict: there are no published counts of {corpus.name} to compare with")
     else:
         lines, differ = _plain_counts(table), False
-    report = "\n\n".join(["\n".join(lines), *table.notes, *_skipped(table.skipped)])
+    skipped = [*corpus.skipped, *table.skipped]
+    report = "\n\n".join(["\n".join(lines), *corpus.notes, *_skipped(skipped, most_named)])
     if strict and differ:
         raise CountsError(
             f"strict: this copy of {corpus.name} has not the counts of {corpus.PUBLISHED.source}"
@@ -64,7 +66,7 @@ def _plain_counts(table: Table) -> list[str]:
     return _markdown(column, rows, table.class_names, cells)
 
 
-def _compared_counts(table: Table, corpus: type[SpeechCorpus]) -> tuple[list[str], bool]:
+def _compared_counts(table: Table, corpus: SpeechCorpus) -> tuple[list[str], bool]:
     """The table "here / published", and whether they differ by more than what is known."""
     published = corpus.PUBLISHED
     rows, classes = list(published.rows), list(published.classes)
@@ -88,12 +90,13 @@ def _compared_counts(table: Table, corpus: type[SpeechCorpus]) -> tuple[list[str
     return lines, not np.array_equal(counts + known, expected)
 
 
-def _skipped(skipped: list[dict[str, str]]) -> list[str]:
+def _skipped(skipped: list[dict[str, str]], most_named: int | None) -> list[str]:
     if not skipped:
         return []
-    named = [f"- `{skip['id']}`: {skip['reason']}" for skip in skipped[:NAMED]]
-    if len(skipped) > NAMED:
-        named.append(f"- and {len(skipped) - NAMED:,} more, in skipped*.jsonl beside the records")
+    named = [f"- `{skip['id']}`: {skip['reason']}" for skip in skipped[:most_named]]
+    if len(named) < len(skipped):
+        more = len(skipped) - len(named)
+        named.append(f"- and {more:,} more; `python -m serkd_jax.records` names them all")
     return [f"{len(skipped):,} files or lines were skipped:", "\n".join(named)]
 
 

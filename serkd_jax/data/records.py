@@ -56,7 +56,6 @@ class Table:
     folds: np.ndarray
     num_samples: np.ndarray  # (n,) int32, at 16 kHz
     skipped: list[dict[str, str]]  # {"id", "reason"} of files that could not be used
-    notes: list[str]  # what else the corpus says of this copy
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,7 +74,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes a corpus as int16 audio at 16 kHz, in the order of the ids.
 
     The TFDS splits are the corpus's own, or one that is called `utterances`. Files that cannot be
-    used are left out, and named with the reason in `skipped*.jsonl` beside the records.
+    used are left out, and named with the reason in `skipped-*.jsonl` beside the records.
     """
 
     CORPUS: ClassVar[type[SpeechCorpus]]  # what `tfds build` makes of the manual folder
@@ -134,8 +133,8 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 f"{corpus.name}: none of {len(missing)} audio files can be used; "
                 f"the first: {missing[0]['reason']}. {' '.join(corpus.notes)}".rstrip(". ")
             )
-        self.info.metadata.update(corpus_fingerprint=corpus.fingerprint, notes=corpus.notes)
-        _write_skipped(self._skipped_path(), [*corpus.skipped, *missing])
+        self.info.metadata["corpus_fingerprint"] = corpus.fingerprint
+        _write_skipped(self._skipped_path("missing"), missing)
         parts = {}
         for utterance in present:
             parts.setdefault(utterance.split if corpus.SPLITS else SPLIT, []).append(utterance)
@@ -149,10 +148,10 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _examples(
         self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]
     ) -> Iterator[tuple[int, dict]]:
-        """Decodes by as many threads as there are cores."""
+        """Decodes by several threads."""
         skipped = []
         bar = tqdm(total=len(utterances), desc=f"{corpus.name}: {split}", unit="file")
-        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        with ThreadPoolExecutor() as pool, bar:
             for first in range(0, len(utterances), CHUNK):
                 chunk = utterances[first : first + CHUNK]
                 for index, example in enumerate(pool.map(partial(_read, corpus), chunk), first):
@@ -168,8 +167,8 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         _write_skipped(self._skipped_path(split), skipped)
 
-    def _skipped_path(self, split: str = "") -> tfds.core.Path:
-        return self.data_path / f"skipped{split and '-'}{split}.jsonl"
+    def _skipped_path(self, part: str) -> tfds.core.Path:
+        return self.data_path / f"skipped-{part}.jsonl"
 
 
 class Iemocap(AudioRecords):
@@ -265,15 +264,15 @@ def _parse_beam_options(text: str) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise CorpusError("Apache Beam is missing: pip install 'serkd-jax[beam]'") from error
+        raise CorpusError("Apache Beam is missing: pip install apache-beam") from error
     return PipelineOptions(flags=[f"--{option}" for option in text.split(",")])
 
 
 def load_skipped(records_dir: str | os.PathLike) -> list[dict[str, str]]:
-    """{"id", "reason"} of everything that the records leave out, sorted by id."""
+    """{"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
     lines = [
         line
-        for path in Path(records_dir).glob("skipped*.jsonl")
+        for path in Path(records_dir).glob("skipped-*.jsonl")
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
@@ -302,7 +301,6 @@ def load_table(records_dir: str | os.PathLike) -> Table:
         folds=column("fold", str),
         num_samples=column("num_samples", np.int32),
         skipped=load_skipped(records_dir),
-        notes=info.metadata.get("notes", []),
     )
 
 

@@ -135,5 +135,5 @@ class SpeechCorpus(abc.ABC):
 
 
 def is_litter(path: Path) -> bool:
-    """Whether macOS left this file: `._NAME` holds the attributes of NAME, no data."""
-    return path.name.startswith("._")
+    """Whether macOS left this file: `._NAME`, or anything in `__MACOSX`, holds no data of NAME."""
+    return path.name.startswith("._") or "__MACOSX" in path.parts

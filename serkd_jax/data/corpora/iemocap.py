@@ -69,7 +69,7 @@ class IEMOCAP(SpeechCorpus):
 
     # [6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5000, 2.5000, 2.5000]
     _LINE = re.compile(
-        r"\[\s*[\d.]+ - [\d.]+\s*\]\t(\S+)\t(\w+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]\s*"
+        r"\[\s*{0} - {0}\s*\]\t(\S+)\t(\w+)\t\[({0}), ({0}), ({0})\]\s*".format(r"\d+(?:\.\d+)?")
     )
     _TURN = re.compile(r"(Ses0([1-5])[FM]_(impro|script)\w*)_([FM])\d{3}")
 
@@ -114,16 +114,21 @@ class IEMOCAP(SpeechCorpus):
     def _turns(self, folder: Path, session: str) -> Iterator[Utterance]:
         """The turns of a session; those of other classes have no label."""
         evaluations = sorted((folder / "dialog" / "EmoEvaluation").glob("*.txt"))
-        evaluations = [path for path in evaluations if not is_litter(path)]
+        evaluations = [path for path in evaluations if path.is_file() and not is_litter(path)]
         if not evaluations:
             what = folder.name if not folder.is_dir() else f"{folder.name}/dialog/EmoEvaluation"
             self.notes.append(f"{what} is missing or empty: no turn of session {session} is used.")
+        elif not (folder / "sentences" / "wav").is_dir():
+            self.notes.append(f"{folder.name}/sentences/wav is missing.")
         for path in evaluations:
             # Only the names of annotators are ever other than ASCII.
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            for number, line in enumerate(lines, start=1):
-                if re.match(r"\[\s*\d", line):
-                    yield from self._turn(line, f"{path}, line {number}", folder, session)
+            turns = [(n, line) for n, line in enumerate(lines, 1) if re.match(r"\[\s*\d", line)]
+            if not turns:
+                reason = f"{path}: has no turns; copy the file from the release again"
+                self.skipped.append({"id": path.name, "reason": reason})
+            for number, line in turns:
+                yield from self._turn(line, f"{path}, line {number}", folder, session)
 
     def _turn(self, line: str, where: str, folder: Path, session: str) -> Iterator[Utterance]:
         fields = self._LINE.fullmatch(line)

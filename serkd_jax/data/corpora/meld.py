@@ -94,7 +94,8 @@ class MELD(SpeechCorpus):
     def _find(self, name: str) -> Path | None:
         """The shallowest file or folder of that name."""
         for depth in range(4):
-            if found := sorted(self.data_dir.glob("*/" * depth + name)):
+            found = sorted(self.data_dir.glob("*/" * depth + name))
+            if found := [path for path in found if not is_litter(path)]:
                 return found[0]
         return None
 
@@ -106,16 +107,18 @@ class MELD(SpeechCorpus):
             self.notes.append(f"No folder {names[0]} below {self.data_dir}.")
             folder = self.data_dir / names[0]
         files = {
-            path.name: path
+            path.name.lower(): path
             for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
             if path.suffix.lower() in self._SUFFIXES and not is_litter(path)
         }
         utterances = list(self._rows(split, annotations, folder, files))
-        used = {Path(utterance.path).stem for utterance in utterances}
-        for name, path in files.items():
-            if path.stem not in used:
+        if not utterances:
+            self.notes.append(f"{annotations} lists no utterance.")
+        used = {Path(utterance.path).stem.lower() for utterance in utterances}
+        for path in files.values():
+            if path.stem.lower() not in used:
                 reason = f"{path}: no utterance, {annotations.name} does not list it"
-                self.skipped.append({"id": f"{split}/{name}", "reason": reason})
+                self.skipped.append({"id": f"{split}/{path.name}", "reason": reason})
         return utterances
 
     def _rows(

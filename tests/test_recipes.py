@@ -1,0 +1,137 @@
+"""The recipes of the paper's corpora, from a release's folder to the report, on small corpora."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from layouts import make_iemocap, make_meld, tone
+from serkd_jax.report import ROWS
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("teacher", "student", "distill", "curriculum")
+SMALL = {
+    "num_devices": 1,
+    "batch_size": 16,
+    "max_frames": 14,
+    "student.width": 16,
+    "student.mlp_dim": 16,
+    "student.num_layers": 1,
+    "student.num_heads": 2,
+    "contrastive.queue_size": 32,
+    "curriculum.num_tasks": 2,
+    "curriculum.episode_steps": 3,
+    **{f"{stage}.epochs": 1 for stage in STAGES},
+}
+
+
+def run(recipe, data_dir, workdir, **settings):
+    """The command line of the README, made small."""
+    command = [sys.executable, "-m", "serkd_jax.main", f"--config=configs/{recipe}"]
+    command += [f"--config.data_dir={data_dir}", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in (SMALL | settings).items()]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+LOGMEL = {
+    "frontend.num_mels": 8,
+    "teacher.width": 16,
+    "teacher.mlp_dim": 16,
+    "teacher.num_layers": 1,
+    "teacher.num_heads": 2,
+}
+
+
+@pytest.mark.slow
+def test_iemocap_with_hubert_leaves_one_session_out(hubert_folder, tmp_path):
+    release = make_iemocap(tmp_path)
+    done = run(
+        "iemocap.py",
+        release,
+        tmp_path / "run",
+        **{"frontend.model": hubert_folder, "teacher.model": hubert_folder},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["folds"]) == [*"12345"]
+    assert all(tuple(rows) == ROWS for rows in results["folds"].values())
+    assert results["overall"]["updated_student"]["n"] == 100
+    assert results["classes"] == ["angry", "happy", "neutral", "sad"]
+    confusion = np.array(results["overall"]["teacher"]["confusion"])
+    assert confusion.sum(axis=1).tolist() == [20, 40, 20, 20]
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text())
+    for number, fold in splits.items():
+        assert {name[3:5] for name in fold["test"]} == {f"0{number}"}
+        trained = fold["train"] + fold["quiz"] + fold["validation"]
+        assert f"0{number}" not in {name[3:5] for name in trained}
+        assert len(trained) + len(fold["test"]) == 100
+    report = (tmp_path / "run" / "results.md").read_text()
+    assert "4 / 384 (-380)" in report
+    assert "the scores are speaker-independent" in report
+    assert "fru 20, xxx 20" in report
+
+
+@pytest.mark.slow
+def test_meld_runs_its_official_split(tmp_path):
+    release = make_meld(tmp_path, dialogues=4)
+    done = run("meld.py:logmel", release, tmp_path / "run", **LOGMEL)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["overall"]["updated_student"]["n"] == 28
+    assert len(results["classes"]) == 7
+    (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text()).values()
+    for part in ("train", "quiz"):
+        assert {name.split("_")[0] for name in fold[part]} == {"train"}
+    assert {name.split("_")[0] for name in fold["validation"]} == {"dev"}
+    assert {name.split("_")[0] for name in fold["test"]} == {"test"}
+    report = (tmp_path / "run" / "results.md").read_text()
+    for flaw in ("train_dia125_utt3", "dev_dia110_utt7", "final_videos_testdia1_utt1.mp4"):
+        assert flaw in report
+    assert "2 of 2): the scores are not speaker-independent" in report
+
+
+def test_strict_stops_before_anything_is_trained(tmp_path):
+    release = make_iemocap(tmp_path, sessions=[1, 2])
+    done = run("iemocap.py:logmel", release, tmp_path / "run", strict=True)
+    assert done.returncode == 1
+    assert "Table 1 of the paper" in done.stderr
+    assert "Session3 is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("fold_*"))
+
+
+@pytest.mark.slow
+def test_the_page_on_corpora_goes_from_a_folder_to_a_trained_student(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "corpora.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    look, train = re.findall(r"```bash\npython (.*?)\n```", page)
+    monkeypatch.chdir(tmp_path)
+    Path("recordings").mkdir()
+    for speaker in ("anna", "bert"):
+        for take in range(12):
+            emotion, hertz = (("happy", 400), ("sad", 800))[take % 2]
+            audio = tone(hertz, take)
+            soundfile.write(f"recordings/{speaker}_{emotion}_{take:02d}.wav", audio, 16_000)
+    exec(script, {})
+
+    def python(command, **settings):
+        command = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
+        command += [f"--config.{key}={value}" for key, value in settings.items()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert re.search(r"all +\| 12 +\| 12 +\| 24 ", python(look))
+    assert "24 test utterances in 2 fold(s)" in python(train, **SMALL, **LOGMEL)
+    assert list(Path("runs/mine/fold_2/curriculum/checkpoints").iterdir())
+    assert not list(Path("runs/mine").glob("data"))  # the records of the first command were used
