@@ -76,6 +76,8 @@ def read_audio(
             f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
             "copy it from the corpus again or convert it to WAV"
         ) from error
+    if start and not len(audio):
+        raise AudioError(f"{path}: ends before {start:g} s, the start of the utterance")
     missing = seconds - len(audio) / rate
     if end is not None and end - start == seconds and missing > END_TOLERANCE:
         raise AudioError(f"{path}: ends {missing:.2f} s before {end:g} s, the end of the utterance")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from sklearn.model_selection import StratifiedGroupKFold
 
 from serkd_jax.errors import UserError
 
@@ -68,7 +67,7 @@ def make_folds(
         folds = _draw_folds(labels, columns, config, np.random.default_rng([seed, 1]))
     speakers = np.asarray(columns["speaker"])
     for fold in folds:
-        _check_parts(fold, labels)
+        _check_parts(fold, labels, columns["id"])
         if config.split_by in SPEAKER_INDEPENDENT and (both := _heard_before(fold, speakers)):
             raise UserError(
                 f"fold {fold.name} ({fold.held_out}): speakers {', '.join(both)} are in both "
@@ -91,16 +90,17 @@ def write_folds(folds: Sequence[Fold], ids: np.ndarray) -> str:
 def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
     """What a reader of the scores must know of speakers that are trained on and tested."""
     speakers = np.asarray(speakers)
-    if not speakers.astype(bool).any():
-        return (
-            "The corpus does not say who speaks: whether test speakers are also trained on could "
-            "not be checked."
-        )
     shared = [_heard_before(fold, speakers) for fold in folds]
+    unknown = int((speakers == "").sum())
+    if unknown and not any(shared):
+        return (
+            f"{unknown:,} of {len(speakers):,} utterances have no speaker: whether test speakers "
+            "are also trained on could not be checked."
+        )
     if not any(shared):
         return "No test speaker is trained on: the scores are speaker-independent."
     first = next(k for k, both in enumerate(shared) if both)
-    there = len(set(speakers[folds[first].test].tolist()))
+    there = len(set(speakers[folds[first].test].tolist()) - {""})
     return (
         f"In {sum(map(bool, shared))} of {len(folds)} fold(s), test speakers are also trained on "
         f"(fold {folds[first].name}: {len(shared[first])} of {there}): the scores are not "
@@ -146,7 +146,7 @@ def _draw_folds(
 def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tuple]:
     """Test parts that hold out ``groups_per_fold`` of the column's values each."""
     values = np.asarray(values)
-    _refuse_empty(column, values)
+    _refuse_empty(f"split_by={column}", column, values)
     names = sorted(set(values.tolist()))
     if len(names) <= groups_per_fold:
         raise UserError(
@@ -163,7 +163,7 @@ def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tu
 def _official_split(values: Sequence[str]) -> tuple:
     """The corpus's own test part, and its validation part where it has one."""
     values = np.asarray([v.lower() for v in values])
-    _refuse_empty("split", values)
+    _refuse_empty("split_by=split", "split", values)
     unknown = sorted(set(values.tolist()) - {"train", "test", *VALIDATION_NAMES})
     if unknown:
         raise UserError(
@@ -175,11 +175,11 @@ def _official_split(values: Sequence[str]) -> tuple:
     return "the test split", test, validation if len(validation) else None
 
 
-def _refuse_empty(column: str, values: np.ndarray) -> None:
+def _refuse_empty(setting: str, column: str, values: np.ndarray) -> None:
     if missing := int((values == "").sum()):
         raise UserError(
-            f"protocol.split_by={column}, but {missing} of {len(values)} utterances have no "
-            f"{column}: fill the column, or use protocol.split_by=random"
+            f"protocol.{setting}, but {missing} of {len(values)} utterances have no {column}: "
+            "fill the column, or use protocol.split_by=random with speakers_apart=False"
         )
 
 
@@ -220,26 +220,31 @@ def _whole_speakers(
     share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """All rows of some speakers: of a stratified partition of them, the part nearest the share."""
-    _refuse_empty("speaker", speakers)
-    names = set(speakers[rows].tolist())
-    num_parts = min(max(round(1 / share), 2), len(names))
-    if num_parts < 2:
+    """All rows of some speakers: of 100 draws the nearest to ``share`` of every class."""
+    _refuse_empty("speakers_apart=True", "speaker", speakers)
+    names, speaker = np.unique(speakers[rows], return_inverse=True)
+    if len(names) < 2:
         raise UserError(
-            f"protocol.speakers_apart, but only speaker {', '.join(names)} is left to divide: use "
-            "fewer groups_per_fold or protocol.speakers_apart=False"
+            f"protocol.speakers_apart=True, but only speaker {', '.join(names)} is left to divide: "
+            "use fewer groups_per_fold or speakers_apart=False"
         )
-    partition = StratifiedGroupKFold(num_parts, shuffle=True, random_state=int(rng.integers(2**31)))
-    parts = [part for _, part in partition.split(rows, labels[rows], speakers[rows])]
-    nearest = min(parts, key=lambda part: abs(len(part) - share * len(rows)))
-    return rows[np.sort(nearest)]
+    counts = np.zeros((len(names), labels.max() + 1))
+    np.add.at(counts, (speaker, labels[rows]), 1)
+    wanted = share * counts.sum(axis=0)
+    best, least = None, np.inf
+    for _ in range(100):
+        order = rng.permutation(len(names))
+        distance = np.abs(counts[order].cumsum(axis=0) - wanted).sum(axis=1)[:-1]
+        if distance.min() < least:
+            best, least = order[: distance.argmin() + 1], distance.min()
+    return rows[np.isin(speaker, best)]
 
 
 def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
     """The folds that `write_folds` wrote, of the same utterances; some may be in no part."""
     try:
         described = {
-            str(int(name)): (str(fold["held_out"]), [list(fold[part]) for part in PARTS])
+            str(int(name)): (str(fold["held_out"]), [list(map(str, fold[part])) for part in PARTS])
             for name, fold in json.loads(Path(path).read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -262,8 +267,8 @@ def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
     return folds
 
 
-def _check_parts(fold: Fold, labels: np.ndarray) -> None:
-    """Refuses empty parts, untrainable classes, and rows in two parts."""
+def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
+    """Refuses empty parts, untrainable classes, and utterances in two parts."""
     parts = {part: getattr(fold, part) for part in PARTS}
     for part, rows in parts.items():
         if len(rows) == 0:
@@ -279,7 +284,8 @@ def _check_parts(fold: Fold, labels: np.ndarray) -> None:
         )
     rows, counts = np.unique(np.concatenate(list(parts.values())), return_counts=True)
     if (counts > 1).any():
-        raise UserError(f"fold {fold.name}: rows {rows[counts > 1][:5]} are in two parts")
+        twice = ", ".join(ids[row] for row in rows[counts > 1][:5])
+        raise UserError(f"fold {fold.name}: {twice} are in two parts, or twice in one")
 
 
 def _heard_before(fold: Fold, speakers: np.ndarray) -> list[str]:

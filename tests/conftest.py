@@ -12,6 +12,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched at run time
 import numpy as np
 import pytest
 
+from layouts import write_wav
+
+
+@pytest.fixture
+def emodb(tmp_path):
+    """Seven emotions, with the litter that macOS and people leave."""
+    for seed, name in enumerate(["03a01Wa", "03a01Lb", "08b02Ea", "08a05Ab"]):
+        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
+    for seed, name in enumerate(["16b10Fa", "16b10Tc", "16b10Na"]):
+        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
+    (tmp_path / "emodb" / "wav" / "._03a01Wa.wav").write_bytes(b"litter")
+    (tmp_path / "emodb" / "wav" / "readme.txt").write_text("hello")
+    return tmp_path / "emodb"
+
+
+@pytest.fixture
+def audio_folder(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_wav(tmp_path / "data" / f"{name}.wav", seed)
+    return tmp_path / "data"
+
 
 @pytest.fixture(scope="session")
 def hubert_folder(tmp_path_factory):

@@ -1,12 +1,19 @@
 """Small corpora in the layouts, and with the flaws, of the real releases."""
 
 import csv
+from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import soundfile
 
-from serkd_jax.data.records import Table
+from serkd_jax.data.corpora import Manifest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "corpora"
+needs_corpora = pytest.mark.skipif(
+    not (SHARED / "emobox").is_dir(), reason="no ../shared/corpora beside the repository"
+)
 
 # One tone (Hz) for each class, so that a model can learn something.
 IEMOCAP_TONES = {
@@ -35,6 +42,18 @@ def tone(hertz, seed=0, seconds=0.3, rate=16_000):
     time = np.arange(int(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(0, 0.01, len(time))
     return (0.3 * np.sin(2 * np.pi * hertz * time) + noise).astype(np.float32)
+
+
+def write_wav(path, seed=0, num_samples=2000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(seed).normal(0, 0.1, num_samples), 16_000)
+    return path
+
+
+def manifest_of(tmp_path, text, name="m.csv", **settings):
+    """A manifest of that text, of the files below `data`."""
+    (tmp_path / name).write_text(text)
+    return Manifest(str(tmp_path / name), data_dir=str(tmp_path / "data"), **settings)
 
 
 def make_iemocap(root, sessions=range(1, 6), takes=1, emotions=IEMOCAP_TONES):
@@ -142,6 +161,8 @@ def make_meld(root, dialogues=3):
 
 def make_table(corpus, utterances):
     """What records without audio would say of (id, row of the published table, label)."""
+    from serkd_jax.data.records import Table  # with TensorFlow
+
     ids, rows, labels = map(np.array, zip(*sorted(utterances), strict=True))
     columns = dict.fromkeys(("speakers", "sessions", "splits", "folds"), np.full(len(ids), ""))
     columns[f"{corpus.PUBLISHED.column}s"] = rows

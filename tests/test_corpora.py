@@ -3,52 +3,14 @@
 import os
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
-from serkd_jax.data import records
-from serkd_jax.data.corpora import CorpusError, EmoDB, Manifest, Synthetic, make_corpus
+from layouts import SHARED, manifest_of, needs_corpora, write_wav
+from serkd_jax.data.corpora import CorpusError, EmoDB, Synthetic, make_corpus
 from serkd_jax.data.counts import check_counts
-from serkd_jax.data.records import RecordsError, load_table, prepare_records
-
-SHARED = Path(__file__).parents[2] / "shared" / "corpora"
-needs_corpora = pytest.mark.skipif(
-    not (SHARED / "emobox").is_dir(), reason="no ../shared/corpora beside the repository"
-)
-
-
-def write_wav(path, seed=0, num_samples=2000):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.random.default_rng(seed).normal(0, 0.1, num_samples), 16_000)
-    return path
-
-
-@pytest.fixture
-def emodb(tmp_path):
-    """Seven emotions, with the litter that macOS and people leave."""
-    for seed, name in enumerate(["03a01Wa", "03a01Lb", "08b02Ea", "08a05Ab"]):
-        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
-    for seed, name in enumerate(["16b10Fa", "16b10Tc", "16b10Na"]):
-        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
-    (tmp_path / "emodb" / "wav" / "._03a01Wa.wav").write_bytes(b"litter")
-    (tmp_path / "emodb" / "wav" / "readme.txt").write_text("hello")
-    return tmp_path / "emodb"
-
-
-@pytest.fixture
-def audio_folder(tmp_path):
-    for seed, name in enumerate("abc"):
-        write_wav(tmp_path / "data" / f"{name}.wav", seed)
-    return tmp_path / "data"
-
-
-def manifest_of(tmp_path, text, name="m.csv", **settings):
-    (tmp_path / name).write_text(text)
-    return Manifest(str(tmp_path / name), data_dir=str(tmp_path / "data"), **settings)
-
+from serkd_jax.data.records import load_table, prepare_records
 
 # EMO-DB
 
@@ -203,106 +165,3 @@ def test_fingerprint_sees_every_change(tmp_path, audio_folder, change):
 def test_fingerprint_does_not_depend_on_where_the_corpus_lies(tmp_path, emodb):
     moved = shutil.copytree(emodb, tmp_path / "elsewhere")  # keeps the files' times
     assert EmoDB(str(moved)).fingerprint == EmoDB(str(emodb)).fingerprint
-
-
-# Records
-
-
-def test_records_hold_the_corpus_sorted_by_id(tmp_path, emodb):
-    corpus = EmoDB(str(emodb))
-    folder = prepare_records(corpus, tmp_path / "cache")
-    table = load_table(folder)
-    assert table.ids.tolist() == [u.id for u in corpus.utterances]
-    assert [table.class_names[label] for label in table.labels] == [
-        u.label for u in corpus.utterances
-    ]
-    assert table.labels.dtype == np.int32
-    assert table.speakers.tolist() == [u.speaker for u in corpus.utterances]
-    assert table.num_samples.tolist() == [2000] * 7
-    for name, audio in audio_of(folder).items():
-        samples, _ = soundfile.read(emodb / "wav" / f"{name}.wav", dtype="int16")
-        np.testing.assert_array_equal(audio, samples)
-
-
-def test_records_open_with_tfds_as_one_split(tmp_path):
-    import tensorflow_datasets as tfds
-
-    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
-    builder = tfds.builder_from_directory(folder)
-    assert list(builder.info.splits) == ["utterances"]
-    (example, *others) = builder.as_dataset(split="all").as_numpy_iterator()
-    assert len(others) == 3
-    assert example["audio"].dtype == np.int16
-    assert builder.info.features["label"].names == ["angry", "happy", "neutral", "sad"]
-
-
-def test_records_are_written_once(tmp_path, emodb, monkeypatch):
-    first = prepare_records(EmoDB(str(emodb)), tmp_path / "cache")
-    monkeypatch.setattr(EmoDB, "read_waveform", lambda *_: pytest.fail("audio was read again"))
-    assert prepare_records(EmoDB(str(emodb)), tmp_path / "cache") == first
-
-
-def test_unusable_files_are_skipped_and_named_with_reasons(tmp_path, audio_folder):
-    soundfile.write(audio_folder / "silent.wav", np.zeros(8000), 16_000)
-    (audio_folder / "zero.wav").touch()
-    (audio_folder / "broken.wav").write_bytes(b"RIFF")
-    names = ("a", "silent", "zero", "broken", "missing")
-    corpus = manifest_of(tmp_path, "path,label\n" + "".join(f"{n}.wav,x\n" for n in names))
-    table = load_table(prepare_records(corpus, tmp_path / "cache"))
-    assert table.ids.tolist() == ["a.wav"]
-    reasons = {skip["id"]: skip["reason"] for skip in table.skipped}
-    assert reasons.keys() == {f"{name}.wav" for name in names[1:]}
-    for name, reason in [
-        ("silent", "silent"),
-        ("zero", "empty"),
-        ("broken", "unreadable"),
-        ("missing", "no such"),
-    ]:
-        assert reason in reasons[f"{name}.wav"]
-        assert str(audio_folder / f"{name}.wav") in reasons[f"{name}.wav"]
-
-
-def test_a_corpus_without_any_usable_file_is_an_error(tmp_path, audio_folder):
-    corpus = manifest_of(tmp_path, "path,label\nx.wav,x\ny.wav,y\n")
-    with pytest.raises(CorpusError, match=r"none of 2 audio files can be used; .*no such audio"):
-        prepare_records(corpus, tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*.json"))
-
-
-def test_interrupted_records_are_not_taken_for_whole_and_are_cleaned(tmp_path, monkeypatch):
-    corpus = Synthetic(1, 1, 0.2, 0.3)
-    whole = prepare_records(corpus, tmp_path)
-    leftover = whole.with_name(f"incomplete.ABCDEF_{whole.name}")  # as a killed process leaves it
-    whole.rename(leftover)
-    assert prepare_records(corpus, tmp_path) == whole
-    assert not leftover.exists()
-    assert len(load_table(whole)) == 4
-
-
-def audio_of(folder):
-    examples = records.read_examples(folder, ("id", "audio"))
-    return {example["id"]: example["audio"] for example in examples}
-
-
-def test_damaged_records_are_told_with_the_remedy(tmp_path):
-    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
-    (data,) = folder.glob("*.tfrecord*")
-    data.write_bytes(data.read_bytes()[:-100])
-    with pytest.raises(RecordsError, match=r"damaged (?s:.*) delete this folder and run again"):
-        load_table(folder)
-    (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(RecordsError, match="delete this folder"):
-        load_table(folder)
-
-
-def test_load_waveforms_cuts_and_pads(tmp_path, audio_folder):
-    write_wav(audio_folder / "c.wav", num_samples=500)
-    corpus = manifest_of(tmp_path, "path,label\na.wav,x\nc.wav,y\n")
-    folder = prepare_records(corpus, tmp_path / "cache")
-    ids, audio, num_samples = records.load_waveforms(folder, 1000)
-    assert ids.tolist() == ["a.wav", "c.wav"]
-    assert audio.shape == (2, 1000)
-    assert audio.dtype == np.int16
-    assert num_samples.tolist() == [1000, 500]
-    np.testing.assert_array_equal(audio[1, :500], audio_of(folder)["c.wav"])
-    assert not audio[1, 500:].any()

@@ -176,7 +176,7 @@ def test_annotations_and_recordings_are_found_where_they_usually_lie(tmp_path, k
     }
     assert corpus.skipped == corpus.notes == []
     for utterance in corpus.utterances:
-        corpus.check_audio(utterance)
+        corpus.check_file(utterance)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (48_000, 6)])

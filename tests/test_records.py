@@ -6,12 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import tensorflow_datasets as tfds
 
-from layouts import make_iemocap, make_meld
+from layouts import make_iemocap, make_meld, manifest_of, write_wav
 from serkd_jax.data import records
-from serkd_jax.data.corpora import MELD
-from serkd_jax.data.records import load_skipped, load_table, prepare_records, read_examples
+from serkd_jax.data.corpora import IEMOCAP, MELD, CorpusError, EmoDB, Synthetic
+from serkd_jax.data.records import (
+    RecordsError,
+    load_skipped,
+    load_table,
+    prepare_records,
+    read_examples,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +109,118 @@ def test_beam_writes_the_same_records_as_threads(meld, tmp_path):
         assert by_beam == by_threads
 
 
+def test_many_recordings_are_decoded_by_processes_with_the_same_result(
+    iemocap, tmp_path, monkeypatch
+):
+    alone = prepare_records(IEMOCAP(str(iemocap)), tmp_path / "alone")
+    monkeypatch.setattr(records, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(IEMOCAP, "read_waveform", lambda *_: pytest.fail("decoded here"))
+    shared = prepare_records(IEMOCAP(str(iemocap)), tmp_path / "shared")
+    names = ("id", "label", "speaker", "valence", "audio")
+    for a, b in zip(read_examples(alone, names), read_examples(shared, names), strict=True):
+        np.testing.assert_array_equal(a.pop("audio"), b.pop("audio"))
+        assert a == b
+
+
 def test_records_of_several_splits_are_read_in_the_order_of_the_ids(meld, tmp_path):
     table = load_table(prepare_records(MELD(str(meld)), tmp_path))
     assert table.ids.tolist() == sorted(table.ids.tolist())
     assert [name.split("_")[0] for name in table.ids] == table.splits.tolist()
+
+
+def test_records_hold_the_corpus_sorted_by_id(tmp_path, emodb):
+    corpus = EmoDB(str(emodb))
+    folder = prepare_records(corpus, tmp_path / "cache")
+    table = load_table(folder)
+    assert table.ids.tolist() == [u.id for u in corpus.utterances]
+    assert [table.class_names[label] for label in table.labels] == [
+        u.label for u in corpus.utterances
+    ]
+    assert table.labels.dtype == np.int32
+    assert table.speakers.tolist() == [u.speaker for u in corpus.utterances]
+    assert table.num_samples.tolist() == [2000] * 7
+    for name, audio in audio_of(folder).items():
+        samples, _ = soundfile.read(emodb / "wav" / f"{name}.wav", dtype="int16")
+        np.testing.assert_array_equal(audio, samples)
+
+
+def test_records_open_with_tfds_as_one_split(tmp_path):
+    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    builder = tfds.builder_from_directory(folder)
+    assert list(builder.info.splits) == ["utterances"]
+    (example, *others) = builder.as_dataset(split="all").as_numpy_iterator()
+    assert len(others) == 3
+    assert example["audio"].dtype == np.int16
+    assert builder.info.features["label"].names == ["angry", "happy", "neutral", "sad"]
+
+
+def test_records_are_written_once(tmp_path, emodb, monkeypatch):
+    first = prepare_records(EmoDB(str(emodb)), tmp_path / "cache")
+    monkeypatch.setattr(EmoDB, "read_waveform", lambda *_: pytest.fail("audio was read again"))
+    assert prepare_records(EmoDB(str(emodb)), tmp_path / "cache") == first
+
+
+def test_unusable_files_are_skipped_and_named_with_reasons(tmp_path, audio_folder):
+    soundfile.write(audio_folder / "silent.wav", np.zeros(8000), 16_000)
+    (audio_folder / "zero.wav").touch()
+    (audio_folder / "broken.wav").write_bytes(b"RIFF")
+    names = ("a", "silent", "zero", "broken", "missing")
+    corpus = manifest_of(tmp_path, "path,label\n" + "".join(f"{n}.wav,x\n" for n in names))
+    table = load_table(prepare_records(corpus, tmp_path / "cache"))
+    assert table.ids.tolist() == ["a.wav"]
+    reasons = {skip["id"]: skip["reason"] for skip in table.skipped}
+    assert reasons.keys() == {f"{name}.wav" for name in names[1:]}
+    for name, reason in [
+        ("silent", "silent"),
+        ("zero", "empty"),
+        ("broken", "unreadable"),
+        ("missing", "no such"),
+    ]:
+        assert reason in reasons[f"{name}.wav"]
+        assert str(audio_folder / f"{name}.wav") in reasons[f"{name}.wav"]
+
+
+def test_a_corpus_without_any_usable_file_is_an_error(tmp_path, audio_folder):
+    corpus = manifest_of(tmp_path, "path,label\nx.wav,x\ny.wav,y\n")
+    with pytest.raises(CorpusError, match=r"none of 2 audio files can be used; .*no such audio"):
+        prepare_records(corpus, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_interrupted_records_are_not_taken_for_whole_and_are_cleaned(tmp_path, monkeypatch):
+    corpus = Synthetic(1, 1, 0.2, 0.3)
+    whole = prepare_records(corpus, tmp_path)
+    leftover = whole.with_name(f"incomplete.ABCDEF_{whole.name}")  # as a killed process leaves it
+    whole.rename(leftover)
+    assert prepare_records(corpus, tmp_path) == whole
+    assert not leftover.exists()
+    assert len(load_table(whole)) == 4
+
+
+def audio_of(folder):
+    examples = records.read_examples(folder, ("id", "audio"))
+    return {example["id"]: example["audio"] for example in examples}
+
+
+def test_damaged_records_are_told_with_the_remedy(tmp_path):
+    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    (data,) = folder.glob("*.tfrecord*")
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(RecordsError, match=r"damaged (?s:.*) delete this folder and run again"):
+        load_table(folder)
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(RecordsError, match="delete this folder"):
+        load_table(folder)
+
+
+def test_load_waveforms_cuts_and_pads(tmp_path, audio_folder):
+    write_wav(audio_folder / "c.wav", num_samples=500)
+    corpus = manifest_of(tmp_path, "path,label\na.wav,x\nc.wav,y\n")
+    folder = prepare_records(corpus, tmp_path / "cache")
+    ids, audio, num_samples = records.load_waveforms(folder, 1000)
+    assert ids.tolist() == ["a.wav", "c.wav"]
+    assert audio.shape == (2, 1000)
+    assert audio.dtype == np.int16
+    assert num_samples.tolist() == [1000, 500]
+    np.testing.assert_array_equal(audio[1, :500], audio_of(folder)["c.wav"])
+    assert not audio[1, 500:].any()

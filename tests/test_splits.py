@@ -175,7 +175,9 @@ def test_unknown_speakers_are_not_taken_for_one_speaker_of_all_sessions():
 def test_the_note_tells_independent_shared_and_unknown_speakers_apart():
     speakers = COLUMNS["speaker"]
     assert speaker_note(folds(), speakers).startswith("No test speaker is trained on")
-    assert speaker_note(folds(), [""] * N).startswith("The corpus does not say who speaks")
+    some = [*speakers[:90], *[""] * 30]
+    for known, count in [([""] * N, 120), (some, 30)]:
+        assert speaker_note(folds(), known).startswith(f"{count} of 120 utterances have no speaker")
     # Of the 30 tested, 20 are of s0 and 10 of s1, who also speaks in the validation part.
     assert "In 1 of 1 fold(s), test speakers are also trained on (fold 1: 1 of 2)" in speaker_note(
         folds(split_by="split"), speakers
@@ -210,6 +212,19 @@ def test_speakers_apart_are_the_same_for_the_same_seed():
     first, again, other = (folds(seed=seed, speakers_apart=True) for seed in (1, 1, 2))
     assert all(map(are_equal, first, again))
     assert not all(map(are_equal, first, other))
+
+
+def test_of_many_uneven_speakers_those_apart_make_up_about_the_share():
+    rng = np.random.default_rng(0)
+    speakers = rng.choice([f"s{i}" for i in range(20)], 1000, p=rng.dirichlet(np.full(20, 2.0)))
+    columns = dict.fromkeys(("id", "session", "split"), [""] * 1000)
+    columns |= {"speaker": speakers, "fold": [*"12"] * 500, "id": [f"u{i}" for i in range(1000)]}
+    labels = rng.integers(4, size=1000)
+    for seed in range(10):
+        settings = {"split_by": "fold", "groups_per_fold": 1, "speakers_apart": True}
+        for fold in folds(columns, labels, seed, **settings, quiz=0.2):
+            assert 0.07 < len(fold.validation) / 500 < 0.13
+            assert 0.15 < len(fold.quiz) / (500 - len(fold.validation)) < 0.25
 
 
 def test_speakers_apart_need_enough_speakers_and_their_names():
@@ -266,8 +281,9 @@ BAD_FILES = {
     r"splits\.json: 2 ids of fold 1 are not in the corpus, e\.g\. 'x1'": lambda fold: {
         "1": fold | {"test": [*fold["test"], "x1", "x2"]}
     },
-    r"fold 1: rows \[90\] are in two parts": lambda fold: {
-        "1": fold | {"quiz": [*fold["quiz"], "u090"]}
+    r"fold 1: u090 are in two parts": lambda fold: {"1": fold | {"quiz": [*fold["quiz"], "u090"]}},
+    r"2 ids of fold 1 are not in the corpus, e\.g\. '\['": lambda fold: {
+        "1": fold | {"quiz": ["[", ["u090"]]}
     },
     r"fold 1 \(somebody\): the quiz part is empty": lambda fold: {"1": fold | {"quiz": []}},
     r"splits\.json' cannot be read \(KeyError: 'quiz'\)": lambda fold: {

@@ -6,10 +6,11 @@ import inspect
 import io
 import json
 import logging
+import multiprocessing
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from serkd_jax.audio import AudioError, check_audio, to_int16
+from serkd_jax.audio import AudioError
 from serkd_jax.data import corpora
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
 from serkd_jax.errors import UserError
@@ -36,7 +37,8 @@ logging.getLogger("absl").addFilter(
 )
 
 SPLIT = "utterances"  # the TFDS split of a corpus that has none of its own
-CHUNK = 64  # recordings that are decoded before the first of them is written
+PARALLEL_FROM = 512  # recordings; of fewer, starting processes takes as long as decoding
+CHUNK = 256  # recordings that are decoded before the first of them is written
 
 
 class RecordsError(UserError):
@@ -124,7 +126,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         present, missing = [], []
         for utterance in corpus.utterances:
             try:
-                corpus.check_audio(utterance)
+                corpus.check_file(utterance)
                 present.append(utterance)
             except AudioError as error:
                 missing.append({"id": utterance.id, "reason": str(error)})
@@ -148,13 +150,12 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _examples(
         self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]
     ) -> Iterator[tuple[int, dict]]:
-        """Decodes by several threads."""
         skipped = []
         bar = tqdm(total=len(utterances), desc=f"{corpus.name}: {split}", unit="file")
-        with ThreadPoolExecutor() as pool, bar:
+        with bar, _parallel_map(len(utterances)) as parallel_map:
             for first in range(0, len(utterances), CHUNK):
                 chunk = utterances[first : first + CHUNK]
-                for index, example in enumerate(pool.map(partial(_read, corpus), chunk), first):
+                for index, example in enumerate(parallel_map(corpus.read_record, chunk), first):
                     if "reason" in example:
                         skipped.append(example)
                     else:
@@ -192,15 +193,15 @@ class Emodb(AudioRecords):
     MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
 
 
-def _read(corpus: SpeechCorpus, utterance: Utterance) -> dict[str, Any]:
-    """The record of an utterance, or {"id", "reason"} of why there is none."""
-    try:
-        audio = to_int16(check_audio(corpus.read_waveform(utterance), utterance.id))
-    except AudioError as error:
-        return {"id": utterance.id, "reason": str(error)}
-    names = ("id", "label", "speaker", "session", "split", "fold")
-    record = {name: getattr(utterance, name) for name in names} | dict(utterance.extras)
-    return record | {"audio": audio, "num_samples": len(audio)}
+@contextlib.contextmanager
+def _parallel_map(size: int) -> Iterator[Callable]:
+    """`map` by a process for each core; threads decode videos slower than no threads do."""
+    if size < PARALLEL_FROM:
+        yield map
+    else:
+        # Not forked: TensorFlow and JAX have threads.
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield partial(pool.map, chunksize=4)
 
 
 def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: str) -> Any:
@@ -209,7 +210,7 @@ def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_pa
 
     def read(indexed: tuple[int, Utterance]) -> Iterator[Any]:
         index, utterance = indexed
-        example = _read(corpus, utterance)
+        example = corpus.read_record(utterance)
         if "reason" in example:
             yield beam.pvalue.TaggedOutput("skipped", json.dumps(example))
         else:
@@ -241,7 +242,7 @@ def prepare_records(
       corpus: what to write.
       cache_dir: where; the same for `--config.cache_dir`.
       beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
-        are none, this process does it with threads.
+        are none, this machine's cores share the work.
 
     Raises:
       CorpusError: the corpus cannot be listed, or none of its files can be used.

@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from serkd_jax.audio import check_file, read_audio
+from serkd_jax.audio import AudioError, check_audio, check_file, read_audio, to_int16
 from serkd_jax.errors import UserError
 
 
@@ -82,7 +82,7 @@ class SpeechCorpus(abc.ABC):
           CorpusError: there is nothing to list, or it makes no sense.
         """
 
-    def check_audio(self, utterance: Utterance) -> None:
+    def check_file(self, utterance: Utterance) -> None:
         """Raises an AudioError if the audio of an utterance is not there; decodes nothing."""
         check_file(utterance.path)
 
@@ -93,6 +93,23 @@ class SpeechCorpus(abc.ABC):
           AudioError: the file cannot be used.
         """
         return read_audio(utterance.path, start=utterance.start, end=utterance.end)
+
+    def read_record(self, utterance: Utterance) -> dict[str, Any]:
+        """What is kept of an utterance, audio as int16; or {"id", "reason"} of why there is none.
+
+        Runs in other processes, which import neither TensorFlow nor JAX.
+        """
+        try:
+            audio = to_int16(check_audio(self.read_waveform(utterance), utterance.id))
+        except AudioError as error:
+            return {"id": utterance.id, "reason": str(error)}
+        names = ("id", "label", "speaker", "session", "split", "fold")
+        record = {name: getattr(utterance, name) for name in names} | dict(utterance.extras)
+        return record | {"audio": audio, "num_samples": len(audio)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the list of utterances: other processes get those one by one."""
+        return {name: value for name, value in self.__dict__.items() if name != "utterances"}
 
     @cached_property
     def utterances(self) -> tuple[Utterance, ...]:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import ClassVar, TextIO
@@ -30,7 +32,7 @@ class Manifest(SpeechCorpus):
     """
 
     name = "manifest"
-    # Of EmoBox, for copies without data.seg.wrd.stm.
+    # By EmoBox's column dataset, for copies without data.seg.wrd.stm.
     SPEAKER_PATTERNS: ClassVar[dict[str, str]] = {"emodb": r"^emodb-(\d\d)"}
 
     def __init__(
@@ -92,6 +94,8 @@ class Manifest(SpeechCorpus):
         try:
             start = float(values.get("start") or 0)
             end = float(values["end"]) if values.get("end") else None
+            if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
+                raise ValueError(f"from {start:g} to {end} is no part of a file")
         except ValueError as error:
             raise CorpusError(f"{values['where']}: start and end are seconds; {error}") from error
         names = ("id", "label", "path", "speaker", "session", "split", "fold")
@@ -136,16 +140,17 @@ class Manifest(SpeechCorpus):
                     place = self.manifest.parent / f"fold_{fold}"
                     raise CorpusError(f"{place}: {key!r} is also tested by fold {other}")
                 rows[key]["fold"] = fold
-            if "train" in parts.values() and (left := len(rows) - len(parts)):
+            used = Counter(parts.values())
+            if used["train"] and used["train"] + used["test"] < len(rows):
                 self.notes.append(
-                    f"The lists of fold {fold} leave {left} utterances out; here all that a fold "
-                    "does not test on are its training data."
+                    f"Fold {fold} of EmoBox trains on {used['train']} utterances; here it trains "
+                    f"on all {len(rows) - used['test']} that it does not test on."
                 )
 
     def _read_emobox_folds(self, ids: Collection[str]) -> dict[str, dict[str, str]]:
         """Fold -> id -> train, valid or test, of the lists `fold_K/*_PART_fold_K.jsonl`."""
         folds = {}
-        for path in sorted(self.manifest.parent.glob("fold_*/*_fold_*.jsonl")):
+        for path in sorted(self.manifest.parent.glob("fold_*/[!.]*_fold_*.jsonl")):
             fold, part = path.parent.name.removeprefix("fold_"), path.stem.split("_")[-3]
             parts = folds.setdefault(fold, {})
             for where, values in read_manifest(path):
@@ -162,16 +167,18 @@ class Manifest(SpeechCorpus):
         for key, values in rows.items():
             if values.get("speaker"):
                 continue
-            own = self.speaker_pattern
-            pattern = own or self.SPEAKER_PATTERNS.get(values.get("dataset", ""), "")
-            if pattern and (match := re.search(pattern, key)):
-                values["speaker"] = "".join(match.groups()) or match[0]
-            elif own:
+            if not self.speaker_pattern and key in known:
+                values["speaker"] = known[key]
+                continue
+            default = self.SPEAKER_PATTERNS.get(values.get("dataset", ""), "")
+            match = re.search(self.speaker_pattern or default, key)
+            found = "".join(filter(None, match.groups())) or match[0] if match else ""
+            if self.speaker_pattern and not found:
                 raise CorpusError(
-                    f"{values['where']}: speaker_pattern {own!r} finds no speaker in the id {key!r}"
+                    f"{values['where']}: speaker_pattern {self.speaker_pattern!r} finds no speaker "
+                    f"in the id {key!r}"
                 )
-            else:
-                values["speaker"] = known.get(key, "")
+            values["speaker"] = found
 
 
 def find_file(path: str, folder: Path) -> Path:

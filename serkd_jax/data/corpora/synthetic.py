@@ -74,7 +74,7 @@ class Synthetic(SpeechCorpus):
             for take in range(1, self.parameters["utterances_per_class"] + 1)
         ]
 
-    def check_audio(self, utterance: Utterance) -> None:
+    def check_file(self, utterance: Utterance) -> None:
         """The audio is always there."""
 
     def _source(self, utterance: Utterance) -> tuple:
