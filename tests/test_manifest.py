@@ -324,6 +324,20 @@ def test_the_only_fold_of_emobox_is_the_official_split(tmp_path, left_out):
     assert folds_of(corpus) == [""] * 3
 
 
+def test_lists_of_parts_of_a_test_part_are_not_parts_of_their_own(tmp_path):
+    first, second, third = NAMES
+    lists = {"train": [third], "test": [first, second], "test1": [first], "test2": [second]}
+    assert splits_of(emobox(tmp_path, {1: lists})) == ["test", "test", "train"]  # as MER2023 is
+
+
+def test_the_label_map_of_emovo_has_another_name(tmp_path, audio_folder):
+    (tmp_path / "label_dict.json").write_text('{"gio": "Happy", "tri": "Sad"}')
+    assert manifest_of(tmp_path, "path,label\na.wav,gio\nb.wav,tri\n").class_names == (
+        "Happy",
+        "Sad",
+    )
+
+
 def test_training_lists_that_leave_utterances_out_are_noted(tmp_path):
     first, second, third = NAMES
     corpus = emobox(

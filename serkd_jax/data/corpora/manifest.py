@@ -43,8 +43,10 @@ class Manifest(SpeechCorpus):
             raise CorpusError("give `manifest`, a .csv or .jsonl file with the columns path, label")
         self.manifest = Path(manifest)
         self.data_dir = Path(data_dir) if data_dir else self.manifest.parent
-        beside = self.manifest.parent / "label_map.json"
-        self.label_map = Path(label_map) if label_map else beside if beside.is_file() else None
+        # EmoBox calls that of EMOVO otherwise.
+        beside = [self.manifest.parent / name for name in ("label_map.json", "label_dict.json")]
+        found = [Path(label_map)] if label_map else list(filter(Path.is_file, beside))
+        self.label_map = found[0] if found else None
         self.speaker_pattern = speaker_pattern
         try:
             re.compile(speaker_pattern)
@@ -152,6 +154,8 @@ class Manifest(SpeechCorpus):
         folds = {}
         for path in sorted(self.manifest.parent.glob("fold_*/[!.]*_fold_*.jsonl")):
             fold, part = path.parent.name.removeprefix("fold_"), path.stem.split("_")[-3]
+            if part not in ("train", "valid", "test"):  # MER2023 lists parts of its test part too
+                continue
             parts = folds.setdefault(fold, {})
             for where, values in read_manifest(path):
                 if (key := values.get("id", "")) not in ids:
