@@ -1,9 +1,11 @@
 """Audio files as 16 kHz mono waveforms."""
 
+import contextlib
 import itertools
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -107,7 +109,7 @@ def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.nda
         frames = -1 if math.isinf(seconds) else round(seconds * rate)
         audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
     if (match := _SHORT_DATA_CHUNK.search(log)) and (
-        int(match[2]) < int(match[1]) < _UNKNOWN_LENGTH
+        int(match[2]) < 0.99 * int(match[1]) < _UNKNOWN_LENGTH  # some headers are a little off
     ):
         raise AudioError(
             f"{path}: truncated, {match[2]} of {match[1]} bytes of audio are there; "
@@ -116,19 +118,31 @@ def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.nda
     return audio, rate
 
 
+def _frames(
+    container: av.container.InputContainer, stream: av.AudioStream
+) -> Iterator[av.AudioFrame]:
+    """The frames of a track; packets that cannot be decoded are dropped, as ffmpeg drops them."""
+    for packet in container.demux(stream):
+        with contextlib.suppress(av.FFmpegError):
+            yield from packet.decode()
+
+
 def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
     """Mono float32 audio of the first audio track, and its rate."""
     with av.open(str(path)) as container:
         if not container.streams.audio:
             raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
         stream = container.streams.audio[0]
-        rate, stated = stream.rate, float((stream.duration or 0) * (stream.time_base or 0))
+        stated = float((stream.duration or 0) * (stream.time_base or 0))
+        if container.format.name in ("aac", "amr"):  # which have no header: FFmpeg guesses
+            stated = 0.0
         mono = av.AudioResampler(format="s32", layout="mono")  # of floats it would mix louder
-        chunks, count = [np.zeros(0, np.int32)], 0
-        for frame in itertools.chain(container.decode(stream), [None]):  # None: what is left
-            mixed = [chunk.to_ndarray()[0] for chunk in mono.resample(frame)]
-            chunks += mixed
-            count += sum(map(len, mixed))
+        chunks, count, rate = [np.zeros(0, np.int32)], 0, stream.rate
+        for frame in itertools.chain(_frames(container, stream), [None]):  # None: what is left
+            for mixed in mono.resample(frame):
+                rate = mixed.sample_rate  # HE-AAC's is twice what its header says
+                chunks.append(mixed.to_ndarray()[0])
+                count += len(chunks[-1])
             if count >= (start + seconds) * rate:
                 break
     audio = np.concatenate(chunks).astype(np.float32) / 2**31

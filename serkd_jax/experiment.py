@@ -108,7 +108,7 @@ class Experiment:
             raise UserError(f"{place} does not hold the utterances of the records: delete it")
 
     def run(self) -> str:
-        """Does what is left to do and returns the Markdown report."""
+        """Does what is left to do and returns the scores as Markdown."""
         predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
         teacher_params = jax.eval_shape(self.programs.init_teacher).params
         student_params = jax.eval_shape(self.programs.new_student_params, jax.random.key(0))
@@ -312,6 +312,10 @@ class Experiment:
     def _notes(self) -> list[str]:
         """What a reader of the results must know of the data."""
         notes = []
+        for fold in self.folds:
+            parts = (fold.train, fold.quiz, fold.validation, fold.test)
+            if unused := len(self.table) - sum(map(len, parts)):
+                notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
         sizes = np.bincount(self.table.labels, minlength=len(self.table.class_names))
         empty = [n for n, size in zip(self.table.class_names, sizes, strict=True) if size == 0]
         if empty:

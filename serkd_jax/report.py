@@ -35,7 +35,7 @@ def write_results(
         data: Markdown on the corpus: its counts, and what was left out.
 
     Returns:
-        The Markdown report.
+        The Markdown report, less the data.
     """
 
     def score(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def write_results(
         "overall": overall,
         "params": params,
     }
-    report = f"{_markdown(results, notes)}\n## Data\n\n{data}\n"
+    report = _markdown(results, notes)
     write_atomically(workdir / "results.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(workdir / "results.md", report)
+    write_atomically(workdir / "results.md", f"{report}\n## Data\n\n{data}\n")
     return report
 
 

@@ -97,7 +97,7 @@ def write_mp4(path, audio, rate=16_000, *, channels=2, options=None):
         video = container.add_stream("mpeg4", rate=25)
         video.width = video.height = 16
         video.pix_fmt = "yuv420p"
-        layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+        layout = {1: "mono", 2: "stereo", 3: "3.0", 6: "5.1"}[channels]
         if audio is not None:
             track = container.add_stream("aac", rate=rate, layout=layout)
         for _ in range(8):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from transformers import audio_utils
 
-from layouts import write_mp4
+from layouts import tone, write_mp4
 from serkd_jax import audio, frontends
 from serkd_jax.audio import AudioError, read_audio
 
@@ -329,3 +329,32 @@ def test_audio_frontends_and_corpora_need_no_tensorflow():
         "assert not {'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_packet_that_cannot_be_decoded_is_dropped_as_ffmpeg_drops_it(tmp_path):
+    path = write_mp4(tmp_path / "a.mp4", tone(400, seconds=2.0))
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(container.streams.audio[0]) if p.size]
+    content = bytearray(path.read_bytes())
+    damaged = packets[len(packets) // 2]
+    content[damaged.pos : damaged.pos + damaged.size] = b"\xff" * damaged.size
+    path.write_bytes(content)
+    waveform = read_audio(path)
+    assert 1.85 < len(waveform) / 16_000 < 2.1
+    assert peak_hz(waveform) == pytest.approx(400, abs=2)
+
+
+def test_the_guessed_length_of_raw_aac_is_not_believed(tmp_path):
+    """FFmpeg guesses from the first bit rate: quiet, then loud, looks much too long."""
+    noise = np.random.default_rng(0).normal(0, 0.2, 6 * 16_000).astype(np.float32)
+    waveform = np.concatenate([0.001 * tone(400, seconds=3.0), noise])
+    path = tmp_path / "a.aac"
+    with av.open(str(path), "w", format="adts") as container:
+        track = container.add_stream("aac", rate=16_000, layout="mono")
+        for start in range(0, len(waveform), 1024):
+            samples = waveform[None, start : start + 1024]
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, start
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    assert len(read_audio(path)) / 16_000 == pytest.approx(9, abs=0.2)

@@ -232,6 +232,8 @@ def test_emobox_says_who_speaks_in_data_seg_wrd_stm(tmp_path):
     (tmp_path / "data.seg.wrd.stm").write_text(
         "emodb-15a07Nc 1 male_15 0 1.88 "
         "<id=emodb-15a07Nc,lang=en,spk=male_15,emotion=neutral> neutral\n"
+        "emodb-15b01Na 1 male_15 0 2.36 "
+        "<id=emodb-15b01Na,lang=en,spk=male_15,emotion=neutral> neutral\n"
         "pavoque-m0001-poker 1 STEFAN-RÖTTIG 334.1 338.32 "
         "<id=pavoque-m0001-poker,lang=en,spk=STEFAN-RÖTTIG,emotion=poker> poker\n",
         encoding="utf-8",
@@ -320,8 +322,10 @@ def test_the_only_fold_of_emobox_is_the_official_split(tmp_path, left_out):
     first, second, third = NAMES
     lists = {"train": [third][left_out:], "valid": [second], "test": [first]}
     corpus = emobox(tmp_path, {1: lists})
-    assert splits_of(corpus) == ["test", "valid", "" if left_out else "train"]
-    assert folds_of(corpus) == [""] * 3
+    assert splits_of(corpus) == ["test", "valid", "train"][: 3 - left_out]
+    assert set(folds_of(corpus)) == {""}
+    notes = ["1 utterances are in no list of fold_1: left out."]
+    assert corpus.notes == notes[:left_out]
 
 
 def test_lists_of_parts_of_a_test_part_are_not_parts_of_their_own(tmp_path):
@@ -427,3 +431,52 @@ def test_the_folds_of_the_real_emobox_are_not_speaker_independent(real_emodb):
 
     assert "In 5 of 5 fold(s), test speakers are also trained on (fold 1: 10 of 10)" in note("fold")
     assert note("speaker").startswith("No test speaker is trained on")
+
+
+def test_the_speaker_of_an_emobox_turn_of_iemocap_is_not_that_of_the_dialog(tmp_path):
+    """Lines of the published files, which name the dialog's speaker."""
+    turns = {"Ses01F_impro04_M000": "Ses01M", "Ses01M_script01_1_F004": "Ses01F"}
+    turns |= {"Ses03M_impro05a_M003": "Ses03M"}
+    rows = [
+        {"key": f"iemocap-{turn}", "dataset": "iemocap", "wav": f"{turn}.wav", "emo": "neu"}
+        for turn in turns
+    ]
+    (tmp_path / "data.seg.wrd.stm").write_text(
+        "".join(
+            f"iemocap-{turn} 1 {turn[:6]} 0 2.1 "
+            f"<id=iemocap-{turn},lang=en,spk={turn[:6]},emotion=neu> neu\n"
+            for turn in turns
+        )
+    )
+    corpus = Manifest(write_jsonl(tmp_path / "iemocap.jsonl", rows))
+    speakers = {u.id.removeprefix("iemocap-"): u.speaker for u in corpus.utterances}
+    assert speakers == turns
+
+
+def test_speakers_that_are_names_of_files_are_no_speakers(tmp_path):
+    names = [f"sample_{n:08d}" for n in range(4)]
+    rows = [{"key": f"mer2023-{n}.mp4", "wav": f"{n}.mp4", "emo": "sad"} for n in names]
+    (tmp_path / "data.seg.wrd.stm").write_text(
+        "".join(
+            f"mer2023-{n}.mp4 1 {n} 0 2 <id=mer2023-{n}.mp4,lang=en,spk={n},emotion=sad> sad\n"
+            for n in names
+        )
+    )
+    corpus = Manifest(write_jsonl(tmp_path / "mer2023.jsonl", rows))
+    assert {u.speaker for u in corpus.utterances} == {""}
+
+
+def test_a_missing_file_is_not_taken_from_another_folder(tmp_path):
+    touch(tmp_path / "data" / "001.wav")
+    (tmp_path / "data" / "s1").mkdir()
+    corpus = manifest_of(tmp_path, "path,label\ns1/001.wav,x\nelsewhere/001.wav,y\n")
+    paths = {u.id: Path(u.path).relative_to(tmp_path / "data") for u in corpus.utterances}
+    assert paths == {
+        "s1/001.wav": Path("s1/001.wav"),  # missing, and reported when it is read
+        "elsewhere/001.wav": Path("001.wav"),
+    }
+
+
+def test_parts_without_ids_are_named_by_their_file_and_times(tmp_path, audio_folder):
+    corpus = manifest_of(tmp_path, "path,label,start,end\na.wav,x,0,0.5\na.wav,y,0.5,\n")
+    assert [u.id for u in corpus.utterances] == ["a.wav#0-0.5", "a.wav#0.5-"]

@@ -179,7 +179,7 @@ def test_annotations_and_recordings_are_found_where_they_usually_lie(tmp_path, k
         corpus.check_file(utterance)
 
 
-@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (48_000, 6)])
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (48_000, 3), (48_000, 6)])
 def test_the_audio_of_a_video_keeps_frequency_level_and_duration(tmp_path, rate, channels):
     corpus = lay_out(tmp_path, ROWS)
     utterance = next(u for u in corpus.utterances if u.id == "dev_dia12_utt3")

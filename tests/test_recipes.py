@@ -40,6 +40,10 @@ def run(recipe, data_dir, workdir, **settings):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def hubert(folder):
+    return {"frontend.model": folder, "teacher.model": folder}
+
+
 LOGMEL = {
     "frontend.num_mels": 8,
     "teacher.width": 16,
@@ -52,12 +56,7 @@ LOGMEL = {
 @pytest.mark.slow
 def test_iemocap_with_hubert_leaves_one_session_out(hubert_folder, tmp_path):
     release = make_iemocap(tmp_path)
-    done = run(
-        "iemocap.py",
-        release,
-        tmp_path / "run",
-        **{"frontend.model": hubert_folder, "teacher.model": hubert_folder},
-    )
+    done = run("iemocap.py", release, tmp_path / "run", **hubert(hubert_folder))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["folds"]) == [*"12345"]
@@ -79,9 +78,9 @@ def test_iemocap_with_hubert_leaves_one_session_out(hubert_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_meld_runs_its_official_split(tmp_path):
+def test_meld_with_hubert_runs_its_official_split(hubert_folder, tmp_path):
     release = make_meld(tmp_path, dialogues=4)
-    done = run("meld.py:logmel", release, tmp_path / "run", **LOGMEL)
+    done = run("meld.py", release, tmp_path / "run", **hubert(hubert_folder))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["overall"]["updated_student"]["n"] == 28

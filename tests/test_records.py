@@ -1,5 +1,8 @@
 """Audio records as TFDS users expect them: tfds build, splits, Beam; and written in parallel."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
-from layouts import make_iemocap, make_meld, manifest_of, write_wav
+from layouts import SHARED, make_iemocap, make_meld, manifest_of, needs_corpora, write_wav
 from serkd_jax.data import records
 from serkd_jax.data.corpora import IEMOCAP, MELD, CorpusError, EmoDB, Synthetic
 from serkd_jax.data.records import (
@@ -47,6 +50,15 @@ class IemocapBuilderTest(BuilderCase):
     __test__ = True
     DATASET_CLASS = records.Iemocap
     SPLITS = {"utterances": 100}  # noqa: RUF012
+
+
+class EmodbBuilderTest(tfds.testing.DatasetBuilderTestCase):
+    DATASET_CLASS = records.Emodb
+    SPLITS = {"utterances": 7}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def _corpus(self, emodb):
+        type(self).EXAMPLE_DIR = emodb
 
 
 class MeldBuilderTest(BuilderCase):
@@ -93,20 +105,68 @@ def test_without_the_corpus_tfds_says_how_to_get_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_beam_writes_the_same_records_as_threads(meld, tmp_path):
+def test_beam_writes_the_same_records(meld, tmp_path):
     corpus = MELD(str(meld))
-    threads = prepare_records(corpus, tmp_path / "threads")
+    alone = prepare_records(corpus, tmp_path / "alone")
     beam = prepare_records(corpus, tmp_path / "beam", "runner=DirectRunner")
-    assert load_skipped(beam) == load_skipped(threads)
+    assert load_skipped(beam) == load_skipped(alone)
     assert [skip["id"] for skip in load_skipped(beam)] == [
         "dev_dia110_utt7",
         "train_dia125_utt3",
     ]
     names = ("id", "label", "split", "text", "audio", "num_samples")
-    both = [list(read_examples(folder, names)) for folder in (beam, threads)]
-    for by_beam, by_threads in zip(*both, strict=True):
-        np.testing.assert_array_equal(by_beam.pop("audio"), by_threads.pop("audio"))
-        assert by_beam == by_threads
+    both = [list(read_examples(folder, names)) for folder in (beam, alone)]
+    for by_beam, by_us in zip(*both, strict=True):
+        np.testing.assert_array_equal(by_beam.pop("audio"), by_us.pop("audio"))
+        assert by_beam == by_us
+
+
+@pytest.mark.parametrize("runner", [None, "DirectRunner"])
+def test_records_of_several_shards_are_in_the_order_of_the_ids(iemocap, tmp_path, runner):
+    corpus = IEMOCAP(str(iemocap))
+    builder = records.AudioRecords(corpus, data_dir=tmp_path)
+    config = tfds.download.DownloadConfig(num_shards=4, beam_runner=runner)
+    builder.download_and_prepare(download_config=config)
+    assert builder.info.splits["utterances"].num_shards > 2
+    table = load_table(builder.data_path)
+    assert table.ids.tolist() == [utterance.id for utterance in corpus.utterances]
+
+
+def test_a_failure_of_beam_is_told_in_one_line(meld, tmp_path):
+    shutil.copytree(meld / "dev", tmp_path / "MELD.Raw" / "dev")
+    shutil.copy(meld / "dev_sent_emo.csv", tmp_path / "MELD.Raw")
+    for path in (tmp_path / "MELD.Raw").rglob("dia*.mp4"):
+        path.write_bytes(b"no video")
+    with pytest.raises(RecordsError, match=r"meld: Apache Beam failed: .* 0 for split dev"):
+        prepare_records(MELD(str(tmp_path / "MELD.Raw")), tmp_path, "runner=DirectRunner")
+
+
+def test_a_killed_decoding_process_is_told_with_the_remedy(iemocap, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(IEMOCAP, "read_record", kill_this_process)
+    with pytest.raises(RecordsError, match="killed, probably for lack of memory"):
+        prepare_records(IEMOCAP(str(iemocap)), tmp_path)
+
+
+def kill_this_process(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_corpus_may_have_a_version_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Synthetic, "VERSION", "1.2.0")
+    folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    assert folder.name == "1.2.0"
+    assert len(load_table(folder)) == 4
+
+
+@needs_corpora
+def test_the_command_with_strict_passes_the_whole_of_emodb(tmp_path):
+    command = [sys.executable, "-m", "serkd_jax.records", "--corpus=emodb", "--strict"]
+    command += [f"--data_dir={SHARED / 'emodb'}", f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "535 / 535" in done.stdout
+    assert "(" not in done.stdout.split("Utterances in this copy")[0]
 
 
 def test_many_recordings_are_decoded_by_processes_with_the_same_result(

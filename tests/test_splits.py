@@ -347,3 +347,8 @@ def test_fewer_rows_than_the_batch_are_repeated_evenly():
         counts = np.bincount(batch, minlength=8)[5:]
         assert counts.sum() == 7
         assert counts.max() - counts.min() <= 1
+
+
+def test_folds_are_in_the_order_of_their_numbers():
+    made = folds(COLUMNS | {"fold": [str(1 + i % 12) for i in range(N)]}, split_by="fold")
+    assert [fold.held_out for fold in made][-2:] == ["fold 9, 10", "fold 11, 12"]

@@ -39,7 +39,7 @@ from serkd_jax.frontends import Frontend, num_frames, num_samples
 
 SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
 SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
-PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr")
+PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr", "av")
 PACKAGES += ("tensorflow-datasets",)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import inspect
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,13 +82,14 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     CORPUS: ClassVar[type[SpeechCorpus]]  # what `tfds build` makes of the manual folder
-    VERSION = tfds.core.Version(SpeechCorpus.VERSION)
+    VERSION = tfds.core.Version(SpeechCorpus.VERSION)  # or that of the corpus, if it has its own
 
     def __init__(self, corpus: SpeechCorpus | None = None, **kwargs):
         self.corpus = corpus
         self._described = corpus or self.CORPUS
         self._use_beam = False
         self.name = self._described.name
+        self.VERSION = tfds.core.Version(self._described.VERSION)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -119,7 +122,13 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Writes the records; by Apache Beam if the config names a runner or options for it."""
         beam = download_config and (download_config.beam_runner or download_config.beam_options)
         self._use_beam = bool(beam)
-        super().download_and_prepare(download_config=download_config, **kwargs)
+        try:
+            super().download_and_prepare(download_config=download_config, **kwargs)
+        except Exception as error:  # Beam raises whatever a worker did
+            if not beam or isinstance(error, UserError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise RecordsError(f"{self.name}: Apache Beam failed: {reason}") from error
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         corpus = self.corpus or self.CORPUS(data_dir=str(dl_manager.manual_dir))
@@ -198,10 +207,18 @@ def _parallel_map(size: int) -> Iterator[Callable]:
     """`map` by a process for each core; threads decode videos slower than no threads do."""
     if size < PARALLEL_FROM:
         yield map
-    else:
-        # Not forked: TensorFlow and JAX have threads.
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    spawn = multiprocessing.get_context("spawn")  # not forked: TensorFlow and JAX have threads
+    try:
+        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
             yield partial(pool.map, chunksize=4)
+    except BrokenProcessPool as error:
+        raise RecordsError(
+            "a process that decodes audio was killed, probably for lack of memory; or a script of "
+            "your own calls this without `if __name__ == '__main__':`"
+        ) from error
 
 
 def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: str) -> Any:
@@ -235,8 +252,9 @@ def prepare_records(
 ) -> Path:
     """Writes the audio records of a corpus, unless they are there, and returns their folder.
 
-    The folder appears when it is whole: TFDS writes into a temporary one and renames it. One
-    process at a time may prepare the same corpus.
+    The folder appears when it is whole: TFDS writes into a temporary one and renames it. Where
+    another process prepares the same corpus, this one waits for it. A script that calls this needs
+    `if __name__ == "__main__":`, since large corpora are decoded by processes of its own.
 
     Args:
       corpus: what to write.
@@ -246,18 +264,22 @@ def prepare_records(
 
     Raises:
       CorpusError: the corpus cannot be listed, or none of its files can be used.
+      RecordsError: a process was killed, or Beam failed.
     """
     root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
-    if not folder.exists():
-        for leftover in folder.parent.glob("incomplete.*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        if beam_options:
-            config.beam_options = _parse_beam_options(beam_options)
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it "downloads"
-            AudioRecords(corpus, data_dir=root).download_and_prepare(download_config=config)
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    if beam_options:
+        config.beam_options = _parse_beam_options(beam_options)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for leftover in folder.parent.glob("incomplete.*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            tfds.disable_progress_bar()
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it "downloads"
+                AudioRecords(corpus, data_dir=root).download_and_prepare(download_config=config)
     return folder
 
 

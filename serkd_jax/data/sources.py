@@ -162,6 +162,8 @@ def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:
             raise CorpusError(f"{where}: no path; this row has {', '.join(values)}")
         if key in places:
             raise CorpusError(f"{where}: {key} is also at {places[key]}; leave one row away")
+        if values.get("start") or values.get("end"):
+            raise CorpusError(f"{where}: parts of files have no features here; cut the file first")
         places[key] = where
         rows[key] = {name: values[name] for name in COLUMNS if values.get(name)}
     return rows

@@ -97,7 +97,7 @@ class SpeechCorpus(abc.ABC):
     def read_record(self, utterance: Utterance) -> dict[str, Any]:
         """What is kept of an utterance, audio as int16; or {"id", "reason"} of why there is none.
 
-        Runs in other processes, which import neither TensorFlow nor JAX.
+        Runs in other processes; needs neither TensorFlow nor JAX.
         """
         try:
             audio = to_int16(check_audio(self.read_waveform(utterance), utterance.id))
@@ -108,8 +108,9 @@ class SpeechCorpus(abc.ABC):
         return record | {"audio": audio, "num_samples": len(audio)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the list of utterances: other processes get those one by one."""
-        return {name: value for name, value in self.__dict__.items() if name != "utterances"}
+        """Without what was listed: other processes get the utterances one by one."""
+        state = self.__dict__ | {"skipped": [], "notes": []}
+        return {name: value for name, value in state.items() if name != "utterances"}
 
     @cached_property
     def utterances(self) -> tuple[Utterance, ...]:

@@ -32,8 +32,11 @@ class Manifest(SpeechCorpus):
     """
 
     name = "manifest"
-    # By EmoBox's column dataset, for copies without data.seg.wrd.stm.
-    SPEAKER_PATTERNS: ClassVar[dict[str, str]] = {"emodb": r"^emodb-(\d\d)"}
+    # By EmoBox's column dataset; of IEMOCAP, its data.seg.wrd.stm has the dialog's speaker.
+    SPEAKER_PATTERNS: ClassVar[dict[str, str]] = {
+        "emodb": r"^emodb-(\d\d)",
+        "iemocap": r"(Ses0\d)\w*_([FM])\d{3}$",
+    }
 
     def __init__(
         self, manifest: str = "", data_dir: str = "", label_map: str = "", speaker_pattern: str = ""
@@ -89,7 +92,9 @@ class Manifest(SpeechCorpus):
                     f"{where}: no {column}; each row needs path and label, "
                     f"this one has {', '.join(values)}"
                 )
-        values["id"] = values.get("id") or values["path"]
+        part = [values.get(key) or "" for key in ("start", "end")]
+        whole = values["path"] if not any(part) else f"{values['path']}#{'-'.join(part)}"
+        values["id"] = values.get("id") or whole
 
     @staticmethod
     def _utterance(values: dict[str, str]) -> Utterance:
@@ -132,10 +137,17 @@ class Manifest(SpeechCorpus):
         """Adds EmoBox's folds, or its split, unless the manifest has some of its own."""
         if any(values.get("fold") or values.get("split") for values in rows.values()):
             return
-        folds = self._read_emobox_folds(rows)
+        folds, unlisted = self._read_emobox_folds(rows), 0
         if len(folds) == 1:
-            for key, part in folds.popitem()[1].items():
-                rows[key]["split"] = part
+            parts = folds.popitem()[1]
+            for key in list(rows):
+                if key in parts:
+                    rows[key]["split"] = parts[key]
+                else:
+                    del rows[key]
+                    unlisted += 1
+            if unlisted:
+                self.notes.append(f"{unlisted} utterances are in no list of fold_1: left out.")
         for fold, parts in folds.items():
             for key in (key for key, part in parts.items() if part == "test"):
                 if other := rows[key].get("fold"):
@@ -171,9 +183,6 @@ class Manifest(SpeechCorpus):
         for key, values in rows.items():
             if values.get("speaker"):
                 continue
-            if not self.speaker_pattern and key in known:
-                values["speaker"] = known[key]
-                continue
             default = self.SPEAKER_PATTERNS.get(values.get("dataset", ""), "")
             match = re.search(self.speaker_pattern or default, key)
             found = "".join(filter(None, match.groups())) or match[0] if match else ""
@@ -182,14 +191,14 @@ class Manifest(SpeechCorpus):
                     f"{values['where']}: speaker_pattern {self.speaker_pattern!r} finds no speaker "
                     f"in the id {key!r}"
                 )
-            values["speaker"] = found
+            values["speaker"] = found or known.get(key, "")
 
 
 def find_file(path: str, folder: Path) -> Path:
-    """Looks for a path, then for its trailing parts, below a folder."""
+    """The path below a folder, less the leading folders that are not there."""
     parts = Path(path).parts
-    candidates = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
-    return next((found for found in candidates if found.is_file()), candidates[0])
+    there = (start for start, part in enumerate(parts) if (folder / part).exists())
+    return folder.joinpath(*parts[next(there, 0) :])
 
 
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -252,4 +261,6 @@ def _read_stm_speakers(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    return dict(re.findall(r"<id=(.*?),lang=[^,]*,spk=(.*?),emotion=", text))
+    speakers = dict(re.findall(r"<id=(.*?),lang=[^,]*,spk=(.*?),emotion=", text))
+    # Of MER2023 and RESD, they are the names of the files.
+    return speakers if len(set(speakers.values())) < len(speakers) else {}
