@@ -108,13 +108,13 @@ def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.nda
             file.seek(min(round(start * rate), file.frames))
         frames = -1 if math.isinf(seconds) else round(seconds * rate)
         audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
-    if (match := _SHORT_DATA_CHUNK.search(log)) and (
-        int(match[2]) < 0.99 * int(match[1]) < _UNKNOWN_LENGTH  # some headers are a little off
-    ):
-        raise AudioError(
-            f"{path}: truncated, {match[2]} of {match[1]} bytes of audio are there; "
-            "copy it from the corpus again"
-        )
+    if match := _SHORT_DATA_CHUNK.search(log):
+        stated, there = int(match[1]), int(match[2])
+        if there < 0.99 * stated and stated < _UNKNOWN_LENGTH:  # some headers are a little off
+            raise AudioError(
+                f"{path}: truncated, {there} of {stated} bytes of audio are there; "
+                "copy it from the corpus again"
+            )
     return audio, rate
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from serkd_jax.audio import AudioError
 from serkd_jax.data import corpora
-from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
+from serkd_jax.data.corpora.base import CorpusError, Release, SpeechCorpus, Utterance
 from serkd_jax.errors import UserError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
@@ -81,7 +81,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     used are left out, and named with the reason in `skipped-*.jsonl` beside the records.
     """
 
-    CORPUS: ClassVar[type[SpeechCorpus]]  # what `tfds build` makes of the manual folder
+    CORPUS: ClassVar[type[Release]]  # what `tfds build` makes of the manual folder
     VERSION = tfds.core.Version(SpeechCorpus.VERSION)  # or that of the corpus, if it has its own
 
     def __init__(self, corpus: SpeechCorpus | None = None, **kwargs):

@@ -152,6 +152,18 @@ class SpeechCorpus(abc.ABC):
         return (stat.st_size, stat.st_mtime_ns)
 
 
+class Release(SpeechCorpus):
+    """A corpus that is read from the folder in which its authors ship it."""
+
+    FOLDER: ClassVar[str]  # what `data_dir` must be
+
+    def __init__(self, data_dir: str = ""):
+        super().__init__()
+        if not data_dir:
+            raise CorpusError(f"{self.name} needs data_dir, {self.FOLDER}")
+        self.data_dir = Path(data_dir)
+
+
 def is_litter(path: Path) -> bool:
     """Whether macOS left this file: `._NAME`, or anything in `__MACOSX`, holds no data of NAME."""
     return path.name.startswith("._") or "__MACOSX" in path.parts

@@ -1,25 +1,25 @@
 """The Berlin Database of Emotional Speech."""
 
 import re
-from pathlib import Path
 from typing import ClassVar
 
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,
-    SpeechCorpus,
+    Release,
     Utterance,
     is_litter,
 )
 
 
-class EmoDB(SpeechCorpus):
+class EmoDB(Release):
     """Berlin Database of Emotional Speech (Burkhardt et al., 2005): 535 utterances, 7 classes.
 
     Everything is in the file name: 03a01Fa.wav is speaker 03, text a01, emotion F (Freude), take a.
     """
 
     name = "emodb"
+    FOLDER = "the folder that holds wav/*.wav"
     EMOTIONS: ClassVar[dict[str, str]] = {
         "W": "anger",
         "L": "boredom",
@@ -50,12 +50,6 @@ class EmoDB(SpeechCorpus):
   pages={1517--1520}, year={2005}
 }"""
     FILE_NAME: ClassVar[re.Pattern] = re.compile(r"(\d\d)[ab]\d\d([WLEAFTN])[a-z]")
-
-    def __init__(self, data_dir: str = ""):
-        super().__init__()
-        if not data_dir:
-            raise CorpusError("EMO-DB needs data_dir, the folder that holds wav/*.wav")
-        self.data_dir = Path(data_dir)
 
     def list_utterances(self) -> list[Utterance]:
         """Lists `data_dir/wav/*.wav` or `data_dir/*.wav`."""

@@ -9,13 +9,13 @@ from typing import ClassVar
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,
-    SpeechCorpus,
+    Release,
     Utterance,
     is_litter,
 )
 
 
-class IEMOCAP(SpeechCorpus):
+class IEMOCAP(Release):
     """Interactive emotional dyadic motion capture database: acted dialogues of ten speakers.
 
     The four classes of the paper (Section 4.1.1): neutral, happy (happiness and excitement), sad,
@@ -26,6 +26,7 @@ class IEMOCAP(SpeechCorpus):
     """
 
     name = "iemocap"
+    FOLDER = "the folder IEMOCAP_full_release"
     EMOTIONS: ClassVar[dict[str, str]] = {
         "neu": "neutral",
         "hap": "happy",
@@ -72,12 +73,6 @@ class IEMOCAP(SpeechCorpus):
         r"\[\s*{0} - {0}\s*\]\t(\S+)\t(\w+)\t\[({0}), ({0}), ({0})\]\s*".format(r"\d+(?:\.\d+)?")
     )
     _TURN = re.compile(r"(Ses0([1-5])[FM]_(impro|script)\w*)_([FM])\d{3}")
-
-    def __init__(self, data_dir: str = ""):
-        super().__init__()
-        if not data_dir:
-            raise CorpusError("IEMOCAP needs data_dir, the folder IEMOCAP_full_release")
-        self.data_dir = Path(data_dir)
 
     def list_utterances(self) -> list[Utterance]:
         """Lists the turns of the four classes that the evaluation files name."""

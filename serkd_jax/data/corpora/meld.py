@@ -8,14 +8,14 @@ from typing import ClassVar
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,
-    SpeechCorpus,
+    Release,
     Utterance,
     is_litter,
 )
 from serkd_jax.data.corpora.manifest import read_rows
 
 
-class MELD(SpeechCorpus):
+class MELD(Release):
     """Multimodal EmotionLines Dataset: 13,708 utterances of the series Friends, seven emotions.
 
     Read from `data_dir`, which holds, at any place down to three folders deep, the annotations
@@ -25,6 +25,7 @@ class MELD(SpeechCorpus):
     """
 
     name = "meld"
+    FOLDER = "the folder MELD.Raw"
     CLASSES = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
     SPLITS = ("dev", "test", "train")
     EXTRAS: ClassVar[dict[str, type]] = {"text": str, "sentiment": str}
@@ -65,12 +66,6 @@ class MELD(SpeechCorpus):
 
     _COLUMNS = ("Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID")
     _SUFFIXES = (".wav", ".flac", ".mp4")  # in this order
-
-    def __init__(self, data_dir: str = ""):
-        super().__init__()
-        if not data_dir:
-            raise CorpusError("MELD needs data_dir, the folder MELD.Raw")
-        self.data_dir = Path(data_dir)
 
     def list_utterances(self) -> list[Utterance]:
         """Lists the rows of the annotation files."""
