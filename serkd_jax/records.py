@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     # Slow to import, so after the flags are parsed.
+    from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data import corpora, records
     from serkd_jax.data.counts import check_counts
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
         report = check_counts(table, corpus, _STRICT.value)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    hours = table.num_samples.sum() / 16_000 / 3600
+    hours = table.num_samples.sum() / SAMPLE_RATE / 3600
     print(f"{report}\n\n{len(table):,} utterances, {hours:.2f} h of audio, are in {folder}")
 
 
