@@ -116,7 +116,7 @@ class AudioFiles:
         return len(self.ids)
 
     def read(self, rows: range, max_samples: int) -> list[Clip]:
-        """See `Source`; several threads decode, but for what FFmpeg reads: there they are slower."""
+        """See `Source`; several threads decode, except what FFmpeg reads: they would be slower."""
 
         def read_one(row: int) -> Clip:
             values = self._values(self.ids[row])
