@@ -3,10 +3,8 @@
     python -m serkd_jax.main --config=configs/manifest.py:logmel \
         --config.manifest=FILE --workdir=runs/mine
 
-Columns: ``path`` and ``label``; optional ``id``, ``speaker``, ``session``, ``split``, ``fold``.
-Paths are relative to the manifest, or to ``--config.data_dir``. Say what to hold out with
-``--config.protocol.split_by=speaker|session|fold|split|random``. ``docs/corpora.md`` goes from a
-folder of recordings to a trained student.
+``docs/corpora.md`` goes from a folder of recordings to a trained student; it has the columns, what
+``--config.protocol.split_by`` can hold out, and EmoBox.
 """
 
 from ml_collections import ConfigDict

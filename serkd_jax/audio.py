@@ -81,8 +81,8 @@ def read_audio(
     if start and not len(audio):
         raise AudioError(f"{path}: ends before {start:g} s, the start of the utterance")
     missing = seconds - len(audio) / rate
-    if end is not None and end - start == seconds and missing > END_TOLERANCE:
-        raise AudioError(f"{path}: ends {missing:.2f} s before {end:g} s, the end of the utterance")
+    if end is not None and missing > END_TOLERANCE:
+        raise AudioError(f"{path}: ends {missing:.2f} s before {start + seconds:g} s are reached")
     return check_audio(resampled[:max_samples], path)
 
 

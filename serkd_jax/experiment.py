@@ -20,7 +20,7 @@ from serkd_jax.frontends import make_frontend, num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs, check_config
-from serkd_jax.splits import Fold, make_folds, speaker_note, write_folds
+from serkd_jax.splits import Fold, folds_as_json, make_folds, speaker_note
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.curriculum import CurriculumBatch, CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
@@ -55,10 +55,10 @@ class Experiment:
         corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
         records_dir = records.prepare_records(corpus, cache)
         self.table = records.load_table(records_dir)
-        self.data_report = counts.check_counts(self.table, corpus, config.strict, most_named=20)
+        counted = counts.check_counts(self.table, corpus, config.strict, most_named=20)
         self.folds = self._make_folds()
-        self.data_report += f"\n\n{speaker_note(self.folds, self.table.speakers)}"
-        splits = write_folds(self.folds, self.table.ids)
+        self.data_report = "\n\n".join([counted, *self._notes()])
+        splits = folds_as_json(self.folds, self.table.ids)
         # Enough batches for the largest fold's training part, so that all folds share programs.
         largest = max(len(fold.train) for fold in self.folds)
         self.steps_per_epoch = -(-largest // config.batch_size)
@@ -80,9 +80,7 @@ class Experiment:
             }
         )
         report.write_atomically(self.workdir / "splits.json", splits)
-        features_dir = features.prepare_features(
-            records_dir, frontend, max_frames, cache, corpus.fingerprint
-        )
+        features_dir = features.prepare_features(records_dir, frontend, max_frames, cache)
         ids, self.features, self.num_frames = features.load_features(features_dir, max_frames)
         self._check_rows(ids, features_dir)
         if config.teacher.input == "waveform":
@@ -122,7 +120,6 @@ class Experiment:
                 "teacher": _count_parameters(teacher_params),
                 "student": _count_parameters(student_params),
             },
-            self._notes(),
             self.data_report,
         )
 
@@ -311,10 +308,9 @@ class Experiment:
 
     def _notes(self) -> list[str]:
         """What a reader of the results must know of the data."""
-        notes = []
+        notes = [speaker_note(self.folds, self.table.speakers)]
         for fold in self.folds:
-            parts = (fold.train, fold.quiz, fold.validation, fold.test)
-            if unused := len(self.table) - sum(map(len, parts)):
+            if unused := len(self.table) - sum(map(len, fold.parts.values())):
                 notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
         sizes = np.bincount(self.table.labels, minlength=len(self.table.class_names))
         empty = [n for n, size in zip(self.table.class_names, sizes, strict=True) if size == 0]

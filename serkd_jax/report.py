@@ -19,7 +19,6 @@ def write_results(
     class_names: list[str],
     fold_predictions: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
     params: dict[str, int],
-    notes: list[str],
     data: str,
 ) -> str:
     """Scores the test predictions; writes ``results.json`` and ``results.md``.
@@ -31,8 +30,7 @@ def write_results(
         class_names: C names.
         fold_predictions: fold -> row -> (labels (n,), predictions (n,)).
         params: parameter counts of teacher and student.
-        notes: sentences for the report, such as how many clips were cut.
-        data: Markdown on the corpus: its counts, and what was left out.
+        data: Markdown on the corpus: its counts, and what was left out or cut.
 
     Returns:
         The Markdown report, less the data.
@@ -56,13 +54,13 @@ def write_results(
         "overall": overall,
         "params": params,
     }
-    report = _markdown(results, notes)
+    report = _markdown(results)
     write_atomically(workdir / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(workdir / "results.md", f"{report}\n## Data\n\n{data}\n")
     return report
 
 
-def _markdown(results: dict[str, Any], notes: list[str]) -> str:
+def _markdown(results: dict[str, Any]) -> str:
     overall, folds, names = results["overall"], results["folds"], results["classes"]
     lines = [
         f"# {results['corpus']}",
@@ -79,7 +77,7 @@ def _markdown(results: dict[str, Any], notes: list[str]) -> str:
         cells = "".join(f" {100 * score:.1f} |" for score in scores)
         lines.append(f"| {row.replace('_', ' ')} |{cells}")
     params = ", ".join(f"{name} {count:,}" for name, count in results["params"].items())
-    lines += ["", f"Parameters: {params}.", *notes]
+    lines += ["", f"Parameters: {params}."]
     lines += ["", "Confusion of the updated student (rows are true classes):", ""]
     lines += ["| |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
     for name, counts in zip(names, overall["updated_student"]["confusion"], strict=True):

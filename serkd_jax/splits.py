@@ -36,6 +36,11 @@ class Fold:
     validation: np.ndarray
     test: np.ndarray
 
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        """The four parts by name."""
+        return {part: getattr(self, part) for part in PARTS}
+
 
 def make_folds(
     labels: np.ndarray, columns: dict[str, Sequence[str]], config: ConfigDict, seed: int
@@ -48,7 +53,7 @@ def make_folds(
         config: ``split_by``: ``speaker``, ``session`` or ``fold`` hold out ``groups_per_fold``
             of that column's values in turn; ``split`` is one fold by the corpus's own train, dev
             and test; ``random`` is ``num_folds`` stratified folds that ignore speakers; ``file``
-            reads ``file``, which `write_folds` wrote. ``validation`` and ``quiz`` are shares of
+            reads ``file``, which `folds_as_json` made. ``validation`` and ``quiz`` are shares of
             the training data, stratified by class; with ``speakers_apart`` they are of speakers
             that the rest of the training data does not have.
         seed: of the random choices.
@@ -77,11 +82,11 @@ def make_folds(
     return folds
 
 
-def write_folds(folds: Sequence[Fold], ids: np.ndarray) -> str:
+def folds_as_json(folds: Sequence[Fold], ids: np.ndarray) -> str:
     """JSON of fold name -> {held_out, and of each part the list of its ids}."""
     described = {
         fold.name: {"held_out": fold.held_out}
-        | {part: ids[getattr(fold, part)].tolist() for part in PARTS}
+        | {part: ids[rows].tolist() for part, rows in fold.parts.items()}
         for fold in folds
     }
     return json.dumps(described, indent=1, ensure_ascii=False) + "\n"
@@ -130,6 +135,8 @@ def _draw_folds(
             "or file"
         )
     speakers = np.asarray(columns["speaker"]) if config.speakers_apart else None
+    if speakers is not None:
+        _refuse_empty("speakers_apart=True", "speaker", speakers)
     folds = []
     for number, (held_out, test, validation) in enumerate(parts, start=1):
         taken = test if validation is None else np.concatenate([test, validation])
@@ -147,8 +154,8 @@ def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tu
     """Test parts that hold out ``groups_per_fold`` of the column's values each."""
     values = np.asarray(values)
     _refuse_empty(f"split_by={column}", column, values)
-    # By number where they have one: fold 10 comes after fold 9.
-    names = sorted(sorted(set(values.tolist())), key=lambda name: name.isdigit() and int(name))
+    # Fold 10 comes after fold 9.
+    names = sorted(set(values.tolist()), key=lambda n: (int(n) if n.isdecimal() else 0, n))
     if len(names) <= groups_per_fold:
         raise UserError(
             f"cannot hold out {groups_per_fold} {column}(s): the corpus has only {len(names)} "
@@ -222,7 +229,6 @@ def _whole_speakers(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """All rows of some speakers: of 100 draws the nearest to ``share`` of every class."""
-    _refuse_empty("speakers_apart=True", "speaker", speakers)
     names, speaker = np.unique(speakers[rows], return_inverse=True)
     if len(names) < 2:
         raise UserError(
@@ -242,7 +248,7 @@ def _whole_speakers(
 
 
 def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
-    """The folds that `write_folds` wrote, of the same utterances; some may be in no part."""
+    """The folds that `folds_as_json` made, of the same utterances; some may be in no part."""
     try:
         described = {
             str(int(name)): (str(fold["held_out"]), [list(map(str, fold[part])) for part in PARTS])
@@ -270,8 +276,7 @@ def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
 
 def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
     """Refuses empty parts, untrainable classes, and utterances in two parts."""
-    parts = {part: getattr(fold, part) for part in PARTS}
-    for part, rows in parts.items():
+    for part, rows in fold.parts.items():
         if len(rows) == 0:
             raise UserError(
                 f"fold {fold.name} ({fold.held_out}): the {part} part is empty. Check the "
@@ -283,7 +288,7 @@ def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
             f"fold {fold.name} ({fold.held_out}): no training example of the classes numbered "
             f"{unseen}, which the test part has. Use larger folds or merge the classes"
         )
-    rows, counts = np.unique(np.concatenate(list(parts.values())), return_counts=True)
+    rows, counts = np.unique(np.concatenate([*fold.parts.values()]), return_counts=True)
     if (counts > 1).any():
         twice = ", ".join(ids[row] for row in rows[counts > 1][:5])
         raise UserError(f"fold {fold.name}: {twice} are in two parts, or twice in one")

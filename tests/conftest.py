@@ -12,15 +12,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched at run time
 import numpy as np
 import pytest
 
-from layouts import write_wav
+from layouts import make_iemocap, make_meld, write_wav
+
+
+@pytest.fixture(scope="session")
+def iemocap(tmp_path_factory):
+    """All five sessions; in each, two dialogs of two speakers who say every label once."""
+    return make_iemocap(tmp_path_factory.mktemp("iemocap"))
+
+
+@pytest.fixture(scope="session")
+def meld(tmp_path_factory):
+    """A dialogue of all emotions in each part, and all the flaws of the real release."""
+    return make_meld(tmp_path_factory.mktemp("meld"), dialogues=1)
 
 
 @pytest.fixture
 def emodb(tmp_path):
     """Seven emotions, with the litter that macOS and people leave."""
-    for seed, name in enumerate(["03a01Wa", "03a01Lb", "08b02Ea", "08a05Ab"]):
-        write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
-    for seed, name in enumerate(["16b10Fa", "16b10Tc", "16b10Na"]):
+    names = ("03a01Wa", "03a01Lb", "08b02Ea", "08a05Ab", "16b10Fa", "16b10Tc", "16b10Na")
+    for seed, name in enumerate(names):
         write_wav(tmp_path / "emodb" / "wav" / f"{name}.wav", seed)
     (tmp_path / "emodb" / "wav" / "._03a01Wa.wav").write_bytes(b"litter")
     (tmp_path / "emodb" / "wav" / "readme.txt").write_text("hello")
@@ -28,7 +39,7 @@ def emodb(tmp_path):
 
 
 @pytest.fixture
-def audio_folder(tmp_path):
+def three_wavs(tmp_path):
     for seed, name in enumerate("abc"):
         write_wav(tmp_path / "data" / f"{name}.wav", seed)
     return tmp_path / "data"

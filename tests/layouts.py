@@ -10,7 +10,8 @@ import soundfile
 
 from serkd_jax.data.corpora import Manifest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "corpora"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "corpora"
 needs_corpora = pytest.mark.skipif(
     not (SHARED / "emobox").is_dir(), reason="no ../shared/corpora beside the repository"
 )
@@ -34,6 +35,11 @@ MELD_TONES = {
     "sadness": 1100,
     "surprise": 1600,
 }
+MELD_FOLDERS = {
+    "train": "train_splits",
+    "dev": "dev_splits_complete",
+    "test": "output_repeated_splits_test",
+}
 MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode"
 MELD_HEADER += ",StartTime,EndTime"
 
@@ -42,6 +48,10 @@ def tone(hertz, seed=0, seconds=0.3, rate=16_000):
     time = np.arange(int(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(0, 0.01, len(time))
     return (0.3 * np.sin(2 * np.pi * hertz * time) + noise).astype(np.float32)
+
+
+def peak_hz(waveform):
+    return np.abs(np.fft.rfft(waveform)).argmax() * 16_000 / len(waveform)
 
 
 def write_wav(path, seed=0, num_samples=2000):
@@ -56,11 +66,8 @@ def manifest_of(tmp_path, text, name="m.csv", **settings):
     return Manifest(str(tmp_path / name), data_dir=str(tmp_path / "data"), **settings)
 
 
-def make_iemocap(root, sessions=range(1, 6), takes=1, emotions=IEMOCAP_TONES):
-    """Writes IEMOCAP_full_release: in each session two dialogs, in each both speakers.
-
-    Every speaker says `takes` turns of each emotion in each dialog.
-    """
+def make_iemocap(root, sessions=range(1, 6)):
+    """Writes IEMOCAP_full_release: in each of two dialogs of a session, both say every label."""
     release = root / "IEMOCAP_full_release"
     for session in sessions:
         folder = release / f"Session{session}"
@@ -69,7 +76,7 @@ def make_iemocap(root, sessions=range(1, 6), takes=1, emotions=IEMOCAP_TONES):
             wavs = folder / "sentences" / "wav" / dialog
             wavs.mkdir(parents=True)
             for sex in "FM":
-                for number, emotion in enumerate([*emotions] * takes):
+                for number, (emotion, hertz) in enumerate(IEMOCAP_TONES.items()):
                     turn = f"{dialog}_{sex}{number:03d}"
                     lines += [
                         f"[{number + 6.2901:.4f} - {number + 8.2357:.4f}]\t{turn}\t{emotion}\t"
@@ -79,8 +86,7 @@ def make_iemocap(root, sessions=range(1, 6), takes=1, emotions=IEMOCAP_TONES):
                         "A-E3:\tval 3; act 2; dom  2;\t()",
                         "",
                     ]
-                    audio = tone(IEMOCAP_TONES[emotion], number)
-                    soundfile.write(wavs / f"{turn}.wav", audio, 16_000)
+                    soundfile.write(wavs / f"{turn}.wav", tone(hertz, number), 16_000)
             annotations = folder / "dialog" / "EmoEvaluation"
             (annotations / "Categorical").mkdir(parents=True, exist_ok=True)
             (annotations / "Categorical" / f"{dialog}_e2_cat.txt").write_text(f"{turn} :Neutral;\n")
@@ -88,6 +94,16 @@ def make_iemocap(root, sessions=range(1, 6), takes=1, emotions=IEMOCAP_TONES):
             (annotations / f"._{dialog}.txt").write_bytes(b"\x00\x05\x16\x07 [1.0 - 2.0]\tlitter")
             (wavs / f"._{turn}.wav").write_bytes(b"\x00\x05\x16\x07")
     return release
+
+
+def encode_aac(container, track, audio):
+    """Fills the track with the audio, the same in every channel."""
+    for start in range(0, len(audio), 1024):
+        samples = np.tile(audio[start : start + 1024], (track.layout.nb_channels, 1))
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=track.layout.name)
+        frame.sample_rate, frame.pts = track.rate, start
+        container.mux(track.encode(frame))
+    container.mux(track.encode(None))
 
 
 def write_mp4(path, audio, rate=16_000, *, channels=2, options=None):
@@ -104,13 +120,8 @@ def write_mp4(path, audio, rate=16_000, *, channels=2, options=None):
             grey = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 128, np.uint8), format="rgb24")
             container.mux(video.encode(grey))
         container.mux(video.encode(None))
-        for start in range(0, 0 if audio is None else len(audio), 1024):
-            samples = np.tile(audio[start : start + 1024], (channels, 1))
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts = rate, start
-            container.mux(track.encode(frame))
         if audio is not None:
-            container.mux(track.encode(None))
+            encode_aac(container, track, audio)
     return path
 
 
@@ -131,11 +142,7 @@ def make_meld(root, dialogues=3):
     recordings that are no utterances.
     """
     release = root / "MELD.Raw"
-    folders = {
-        "train": release / "train" / "train_splits",
-        "dev": release / "dev" / "dev_splits_complete",
-        "test": release / "test" / "output_repeated_splits_test",
-    }
+    folders = {part: release / part / name for part, name in MELD_FOLDERS.items()}
     for part, folder in folders.items():
         rows = [
             (dialogue, utterance, ("Ross", "Phoebe")[utterance % 2], emotion, "Oh, it’s “lost” it!")
@@ -157,20 +164,3 @@ def make_meld(root, dialogues=3):
     (folders["test"] / "final_videos_testdia0_utt0.mp4").write_bytes(whole)
     (folders["test"] / "final_videos_testdia1_utt1.mp4").write_bytes(whole)
     return release
-
-
-def make_table(corpus, utterances):
-    """What records without audio would say of (id, row of the published table, label)."""
-    from serkd_jax.data.records import Table  # with TensorFlow
-
-    ids, rows, labels = map(np.array, zip(*sorted(utterances), strict=True))
-    columns = dict.fromkeys(("speakers", "sessions", "splits", "folds"), np.full(len(ids), ""))
-    columns[f"{corpus.PUBLISHED.column}s"] = rows
-    return Table(
-        ids=ids,
-        labels=np.searchsorted(corpus.CLASSES, labels).astype(np.int32),
-        class_names=corpus.CLASSES,
-        num_samples=np.full(len(ids), 16_000, np.int32),
-        skipped=[],
-        **columns,
-    )

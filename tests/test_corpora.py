@@ -1,4 +1,4 @@
-"""Corpora: what is listed, what a fingerprint sees, what becomes of unusable files."""
+"""EMO-DB and the synthetic corpus: what is listed; make_corpus; what a fingerprint sees."""
 
 import os
 import shutil
@@ -142,21 +142,21 @@ def test_make_corpus_ignores_empty_settings_and_refuses_unknown_ones(emodb):
 
 
 @pytest.mark.parametrize("change", ["size", "time", "label", "removed", "fold"])
-def test_fingerprint_sees_every_change(tmp_path, audio_folder, change):
+def test_fingerprint_sees_every_change(tmp_path, three_wavs, change):
     rows = "path,label,fold\na.wav,x,1\nb.wav,y,2\n"
     before = manifest_of(tmp_path, rows).fingerprint
     assert manifest_of(tmp_path, rows).fingerprint == before
     match change:
         case "size":
-            stat = (audio_folder / "a.wav").stat()
-            write_wav(audio_folder / "a.wav", num_samples=2001)
-            os.utime(audio_folder / "a.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            stat = (three_wavs / "a.wav").stat()
+            write_wav(three_wavs / "a.wav", num_samples=2001)
+            os.utime(three_wavs / "a.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
         case "time":
-            os.utime(audio_folder / "a.wav", ns=(0, 12345))
+            os.utime(three_wavs / "a.wav", ns=(0, 12345))
         case "label":
             rows = rows.replace("a.wav,x", "a.wav,y")
         case "removed":
-            (audio_folder / "a.wav").unlink()
+            (three_wavs / "a.wav").unlink()
         case "fold":
             rows = rows.replace("y,2", "y,1")
     assert manifest_of(tmp_path, rows).fingerprint != before

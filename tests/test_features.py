@@ -64,13 +64,7 @@ class Recorder:
 
 def prepare(records_dir, frontend, cache, **settings):
     settings = {"max_frames": MAX_FRAMES, "shard_size": 6} | settings
-    return prepare_features(
-        records_dir,
-        frontend,
-        cache_dir=cache,
-        corpus_fingerprint=CORPUS.fingerprint,
-        **settings,
-    )
+    return prepare_features(records_dir, frontend, cache_dir=cache, **settings)
 
 
 def contents(folder):

@@ -30,7 +30,7 @@ def write_jsonl(path, rows):
 # Rows
 
 
-def test_csv_manifest_with_all_columns(tmp_path, audio_folder):
+def test_csv_manifest_with_all_columns(tmp_path, three_wavs):
     corpus = manifest_of(
         tmp_path,
         "id,path,label,speaker,session,split,fold,comment\n"
@@ -41,10 +41,10 @@ def test_csv_manifest_with_all_columns(tmp_path, audio_folder):
     assert (first.id, first.label, first.speaker) == ("u1", "happy", "s2")
     assert (second.session, second.split, second.fold) == ("1", "train", "2")
     assert corpus.class_names == ("happy", "sad")
-    assert Path(first.path) == audio_folder / "b.wav"
+    assert Path(first.path) == three_wavs / "b.wav"
 
 
-def test_csv_and_jsonl_of_the_same_rows_are_the_same_corpus(tmp_path, audio_folder):
+def test_csv_and_jsonl_of_the_same_rows_are_the_same_corpus(tmp_path, three_wavs):
     csv = manifest_of(tmp_path, "\ufeffpath,label\na.wav,sad\nb.wav,happy\n")
     jsonl = manifest_of(
         tmp_path,
@@ -69,7 +69,18 @@ def test_two_rows_that_find_the_same_file_are_refused(tmp_path):
         _ = Manifest(str(tmp_path / "m.csv")).utterances
 
 
-def test_label_map_merges_labels_and_forgives_case(tmp_path, audio_folder):
+def test_a_missing_file_is_not_taken_from_another_folder(tmp_path):
+    touch(tmp_path / "data" / "001.wav")
+    (tmp_path / "data" / "s1").mkdir()
+    corpus = manifest_of(tmp_path, "path,label\ns1/001.wav,x\nelsewhere/001.wav,y\n")
+    paths = {u.id: Path(u.path).relative_to(tmp_path / "data") for u in corpus.utterances}
+    assert paths == {
+        "s1/001.wav": Path("s1/001.wav"),  # missing, and reported when it is read
+        "elsewhere/001.wav": Path("001.wav"),
+    }
+
+
+def test_label_map_merges_labels_and_forgives_case(tmp_path, three_wavs):
     (tmp_path / "map.json").write_text('{"exc": "happy", "hap": "happy", "Neutral": "neutral"}')
     rows = "path,label\na.wav,exc\nb.wav,hap\nc.wav,neutral\n"
     corpus = manifest_of(tmp_path, rows, label_map=str(tmp_path / "map.json"))
@@ -86,7 +97,7 @@ BAD_MANIFESTS = {
 
 
 @pytest.mark.parametrize("problem", BAD_MANIFESTS)
-def test_faulty_csv_manifest_is_told_with_its_line(tmp_path, audio_folder, problem):
+def test_faulty_csv_manifest_is_told_with_its_line(tmp_path, three_wavs, problem):
     with pytest.raises(CorpusError, match=problem):
         manifest_of(tmp_path, BAD_MANIFESTS[problem]).utterances  # noqa: B018
 
@@ -100,12 +111,12 @@ BAD_JSONL = {
 
 
 @pytest.mark.parametrize("problem", BAD_JSONL)
-def test_faulty_jsonl_manifest_is_told_with_its_line(tmp_path, audio_folder, problem):
+def test_faulty_jsonl_manifest_is_told_with_its_line(tmp_path, three_wavs, problem):
     with pytest.raises(CorpusError, match=problem):
         manifest_of(tmp_path, BAD_JSONL[problem], "m.jsonl").utterances  # noqa: B018
 
 
-def test_faulty_manifest_files_and_maps_are_told(tmp_path, audio_folder):
+def test_faulty_manifest_files_and_maps_are_told(tmp_path, three_wavs):
     rows = "path,label\na.wav,x\n"
     (tmp_path / "map.json").write_text('{"sad": "Sad"}')
     (tmp_path / "list.json").write_text("[]")
@@ -134,8 +145,8 @@ def test_faulty_manifest_files_and_maps_are_told(tmp_path, audio_folder):
 # Parts of files
 
 
-def test_rows_are_parts_of_files(tmp_path, audio_folder):
-    soundfile.write(audio_folder / "a.wav", np.linspace(-0.5, 0.5, 32_000), 16_000)
+def test_rows_are_parts_of_files(tmp_path, three_wavs):
+    soundfile.write(three_wavs / "a.wav", np.linspace(-0.5, 0.5, 32_000), 16_000)
     corpus = manifest_of(
         tmp_path,
         "id,path,label,start,end\n1,a.wav,x,,0.5\n2,a.wav,x,0.5,1.25\n3,a.wav,y,1.25,\n"
@@ -147,7 +158,7 @@ def test_rows_are_parts_of_files(tmp_path, audio_folder):
         (1.25, None),
         (0, None),
     ]
-    whole, _ = soundfile.read(audio_folder / "a.wav", dtype="float32")
+    whole, _ = soundfile.read(three_wavs / "a.wav", dtype="float32")
     parts = [corpus.read_waveform(u) for u in corpus.utterances[:3]]
     assert [len(part) for part in parts] == [8_000, 12_000, 12_000]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
@@ -166,7 +177,12 @@ def test_emobox_start_time_and_end_time_are_the_part(tmp_path):
     assert len({u.path for u in corpus.utterances}) == 1
 
 
-def test_a_moved_part_changes_the_fingerprint(tmp_path, audio_folder):
+def test_parts_without_ids_are_named_by_their_file_and_times(tmp_path, three_wavs):
+    corpus = manifest_of(tmp_path, "path,label,start,end\na.wav,x,0,0.5\na.wav,y,0.5,\n")
+    assert [u.id for u in corpus.utterances] == ["a.wav#0-0.5", "a.wav#0.5-"]
+
+
+def test_a_moved_part_changes_the_fingerprint(tmp_path, three_wavs):
     rows = "path,label,start,end\na.wav,x,0.5,1\nb.wav,y,,\n"
     fingerprints = {
         manifest_of(tmp_path, text).fingerprint
@@ -176,17 +192,15 @@ def test_a_moved_part_changes_the_fingerprint(tmp_path, audio_folder):
 
 
 BAD_PARTS = {
-    r"line 3: file .*a\.wav, start 0\.5, end 1 is also at": "1,a.wav,x,0.5,1\n2,a.wav,y,0.5,1",
-    r"line 3: file .*a\.wav, end 1 is also at .*line 2": "1,a.wav,x,,1\n2,a.wav,y,,1",
+    r"line 3: file .*a\.wav#0\.5-1 is also at": "1,a.wav,x,0.5,1\n2,a.wav,y,0.5,1",
+    r"line 3: file .*a\.wav#-1 is also at .*line 2": "1,a.wav,x,,1\n2,a.wav,y,,1",
     "line 3: start and end are seconds; .*'0:30'": "1,a.wav,x,,1\n2,b.wav,y,0:30,",
     "line 2: start and end are seconds; .*'1,5'": '1,a.wav,x,,"1,5"',
 }
 
 
 @pytest.mark.parametrize("problem", BAD_PARTS)
-def test_a_part_listed_twice_or_of_no_numbers_is_told_with_its_line(
-    tmp_path, audio_folder, problem
-):
+def test_a_part_listed_twice_or_of_no_numbers_is_told_with_its_line(tmp_path, three_wavs, problem):
     rows = f"id,path,label,start,end\n{BAD_PARTS[problem]}\n"
     with pytest.raises(CorpusError, match=problem):
         manifest_of(tmp_path, rows).utterances  # noqa: B018
@@ -204,7 +218,7 @@ def test_a_part_listed_twice_or_of_no_numbers_is_told_with_its_line(
         (r"(?P<who>[FM]\d)", ["F7", "M8"]),
     ],
 )
-def test_a_pattern_finds_speakers_in_ids(tmp_path, audio_folder, pattern, speakers):
+def test_a_pattern_finds_speakers_in_ids(tmp_path, three_wavs, pattern, speakers):
     rows = "id,path,label\ns1a_F7,a.wav,x\ns12b_M8,b.wav,y\n"
     corpus = manifest_of(tmp_path, rows, speaker_pattern=pattern)
     assert {u.id: u.speaker for u in corpus.utterances} == dict(
@@ -212,13 +226,13 @@ def test_a_pattern_finds_speakers_in_ids(tmp_path, audio_folder, pattern, speake
     )
 
 
-def test_the_speaker_column_goes_before_the_pattern(tmp_path, audio_folder):
+def test_the_speaker_column_goes_before_the_pattern(tmp_path, three_wavs):
     rows = "path,label,speaker\na.wav,x,Ann\nb.wav,y,\n"
     corpus = manifest_of(tmp_path, rows, speaker_pattern="^.")
     assert [u.speaker for u in corpus.utterances] == ["Ann", "b"]
 
 
-def test_a_pattern_that_finds_nothing_or_is_none_is_refused(tmp_path, audio_folder):
+def test_a_pattern_that_finds_nothing_or_is_none_is_refused(tmp_path, three_wavs):
     rows = "path,label\na.wav,x\nb.wav,y\n"
     with pytest.raises(
         CorpusError, match=r"line 3: speaker_pattern '\^a' finds no speaker in the id 'b\.wav'"
@@ -246,16 +260,42 @@ def test_emobox_says_who_speaks_in_data_seg_wrd_stm(tmp_path):
     )
 
 
+def test_the_speaker_of_an_emobox_turn_of_iemocap_is_not_that_of_the_dialog(tmp_path):
+    """Lines of the published files, which name the dialog's speaker."""
+    turns = {"Ses01F_impro04_M000": "Ses01M", "Ses01M_script01_1_F004": "Ses01F"}
+    turns |= {"Ses03M_impro05a_M003": "Ses03M"}
+    rows = [
+        {"key": f"iemocap-{turn}", "dataset": "iemocap", "wav": f"{turn}.wav", "emo": "neu"}
+        for turn in turns
+    ]
+    (tmp_path / "data.seg.wrd.stm").write_text(
+        "".join(
+            f"iemocap-{turn} 1 {turn[:6]} 0 2.1 "
+            f"<id=iemocap-{turn},lang=en,spk={turn[:6]},emotion=neu> neu\n"
+            for turn in turns
+        )
+    )
+    corpus = Manifest(write_jsonl(tmp_path / "iemocap.jsonl", rows))
+    speakers = {u.id.removeprefix("iemocap-"): u.speaker for u in corpus.utterances}
+    assert speakers == turns
+
+
+def test_speakers_that_are_names_of_files_are_no_speakers(tmp_path):
+    names = [f"sample_{n:08d}" for n in range(4)]
+    rows = [{"key": f"mer2023-{n}.mp4", "wav": f"{n}.mp4", "emo": "sad"} for n in names]
+    (tmp_path / "data.seg.wrd.stm").write_text(
+        "".join(
+            f"mer2023-{n}.mp4 1 {n} 0 2 <id=mer2023-{n}.mp4,lang=en,spk={n},emotion=sad> sad\n"
+            for n in names
+        )
+    )
+    corpus = Manifest(write_jsonl(tmp_path / "mer2023.jsonl", rows))
+    assert {u.speaker for u in corpus.utterances} == {""}
+
+
 # EmoBox
 
 NAMES = {"03a01Lb": "boredem", "08b02Ea": "neutral", "16b10Na": "neutral"}
-
-
-@pytest.fixture
-def emodb(tmp_path):
-    for name in NAMES:
-        touch(tmp_path / "emodb" / "wav" / f"{name}.wav")
-    return tmp_path / "emodb"
 
 
 def emobox(folder, lists):
@@ -334,7 +374,7 @@ def test_lists_of_parts_of_a_test_part_are_not_parts_of_their_own(tmp_path):
     assert splits_of(emobox(tmp_path, {1: lists})) == ["test", "test", "train"]  # as MER2023 is
 
 
-def test_the_label_map_of_emovo_has_another_name(tmp_path, audio_folder):
+def test_the_label_map_of_emovo_has_another_name(tmp_path, three_wavs):
     (tmp_path / "label_dict.json").write_text('{"gio": "Happy", "tri": "Sad"}')
     assert manifest_of(tmp_path, "path,label\na.wav,gio\nb.wav,tri\n").class_names == (
         "Happy",
@@ -431,52 +471,3 @@ def test_the_folds_of_the_real_emobox_are_not_speaker_independent(real_emodb):
 
     assert "In 5 of 5 fold(s), test speakers are also trained on (fold 1: 10 of 10)" in note("fold")
     assert note("speaker").startswith("No test speaker is trained on")
-
-
-def test_the_speaker_of_an_emobox_turn_of_iemocap_is_not_that_of_the_dialog(tmp_path):
-    """Lines of the published files, which name the dialog's speaker."""
-    turns = {"Ses01F_impro04_M000": "Ses01M", "Ses01M_script01_1_F004": "Ses01F"}
-    turns |= {"Ses03M_impro05a_M003": "Ses03M"}
-    rows = [
-        {"key": f"iemocap-{turn}", "dataset": "iemocap", "wav": f"{turn}.wav", "emo": "neu"}
-        for turn in turns
-    ]
-    (tmp_path / "data.seg.wrd.stm").write_text(
-        "".join(
-            f"iemocap-{turn} 1 {turn[:6]} 0 2.1 "
-            f"<id=iemocap-{turn},lang=en,spk={turn[:6]},emotion=neu> neu\n"
-            for turn in turns
-        )
-    )
-    corpus = Manifest(write_jsonl(tmp_path / "iemocap.jsonl", rows))
-    speakers = {u.id.removeprefix("iemocap-"): u.speaker for u in corpus.utterances}
-    assert speakers == turns
-
-
-def test_speakers_that_are_names_of_files_are_no_speakers(tmp_path):
-    names = [f"sample_{n:08d}" for n in range(4)]
-    rows = [{"key": f"mer2023-{n}.mp4", "wav": f"{n}.mp4", "emo": "sad"} for n in names]
-    (tmp_path / "data.seg.wrd.stm").write_text(
-        "".join(
-            f"mer2023-{n}.mp4 1 {n} 0 2 <id=mer2023-{n}.mp4,lang=en,spk={n},emotion=sad> sad\n"
-            for n in names
-        )
-    )
-    corpus = Manifest(write_jsonl(tmp_path / "mer2023.jsonl", rows))
-    assert {u.speaker for u in corpus.utterances} == {""}
-
-
-def test_a_missing_file_is_not_taken_from_another_folder(tmp_path):
-    touch(tmp_path / "data" / "001.wav")
-    (tmp_path / "data" / "s1").mkdir()
-    corpus = manifest_of(tmp_path, "path,label\ns1/001.wav,x\nelsewhere/001.wav,y\n")
-    paths = {u.id: Path(u.path).relative_to(tmp_path / "data") for u in corpus.utterances}
-    assert paths == {
-        "s1/001.wav": Path("s1/001.wav"),  # missing, and reported when it is read
-        "elsewhere/001.wav": Path("001.wav"),
-    }
-
-
-def test_parts_without_ids_are_named_by_their_file_and_times(tmp_path, audio_folder):
-    corpus = manifest_of(tmp_path, "path,label,start,end\na.wav,x,0,0.5\na.wav,y,0.5,\n")
-    assert [u.id for u in corpus.utterances] == ["a.wav#0-0.5", "a.wav#0.5-"]

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from layouts import make_iemocap, make_meld, tone
+from layouts import ROOT, make_iemocap, make_meld, tone
 from serkd_jax.report import ROWS
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("teacher", "student", "distill", "curriculum")
 SMALL = {
     "num_devices": 1,

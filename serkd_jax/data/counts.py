@@ -44,9 +44,7 @@ def check_counts(
     return report
 
 
-def count_utterances(
-    table: Table, column: str, rows: Sequence[str], classes: Sequence[str]
-) -> np.ndarray:
+def _count(table: Table, column: str, rows: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """Utterances (len(rows), len(classes)) of each value of a column; '' has one, "all"."""
     values = _values(table, column)
     names = np.array(table.class_names, str)[table.labels]
@@ -61,7 +59,7 @@ def _values(table: Table, column: str) -> np.ndarray:
 def _plain_counts(table: Table) -> list[str]:
     column = "split" if any(table.splits) else "session" if any(table.sessions) else ""
     rows = sorted(set(_values(table, column).tolist()))
-    counts = _with_sums(count_utterances(table, column, rows, table.class_names))
+    counts = _with_sums(_count(table, column, rows, table.class_names))
     cells = [[f"{count:,}" for count in row] for row in counts]
     return _markdown(column, rows, table.class_names, cells)
 
@@ -80,7 +78,7 @@ def _compared_counts(table: Table, corpus: SpeechCorpus) -> tuple[list[str], boo
         mark = " known" if here + flaws == there else ""
         return f"{here:,} / {there:,}" + (f" ({here - there:+,}{mark})" if here != there else "")
 
-    counts = count_utterances(table, published.column, rows, classes)
+    counts = _count(table, published.column, rows, classes)
     sums = (_with_sums(array).tolist() for array in (counts, expected, known))
     cells = [list(map(cell, *row)) for row in zip(*sums, strict=True)]
     lines = _markdown(published.column, rows, classes, cells)
@@ -111,7 +109,7 @@ def _markdown(
     column: str, rows: Sequence[str], classes: Sequence[str], cells: list[list[str]]
 ) -> list[str]:
     """A Markdown table that can be read on a terminal too."""
-    titles = [*(row or f"no {column}" for row in rows), "sum"][: len(cells)]
+    titles = [row or f"no {column}" for row in rows] + ["sum"] * (len(rows) > 1)
     lines = [[column, *classes, "total"]]
     lines += [[title, *row] for title, row in zip(titles, cells, strict=True)]
     widths = [max(3, *map(len, texts)) for texts in zip(*lines, strict=True)]

@@ -48,7 +48,6 @@ def prepare_features(
     frontend: Frontend,
     max_frames: int,
     cache_dir: str | os.PathLike,
-    corpus_fingerprint: str,
     *,
     shard_size: int = 0,
 ) -> Path:
@@ -59,7 +58,6 @@ def prepare_features(
       frontend: see `serkd_jax.frontends`.
       max_frames: T, at 50 frames a second.
       cache_dir: the folder is made in `cache_dir/features/`.
-      corpus_fingerprint: of the corpus in `records_dir`.
       shard_size: see `extract_features`.
 
     Returns:
@@ -68,7 +66,7 @@ def prepare_features(
     Raises:
       RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
     """
-    source = RecordsSource(records_dir, corpus_fingerprint)
+    source = RecordsSource(records_dir)
     settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / "features" / f"{source.name}-{frontend.name}-{digest}"

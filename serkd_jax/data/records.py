@@ -82,19 +82,22 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     CORPUS: ClassVar[type[Release]]  # what `tfds build` makes of the manual folder
-    VERSION = tfds.core.Version(SpeechCorpus.VERSION)  # or that of the corpus, if it has its own
+    VERSION = tfds.core.Version(SpeechCorpus.VERSION)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.VERSION = tfds.core.Version(cls.CORPUS.VERSION)
+        cls.MANUAL_DOWNLOAD_INSTRUCTIONS = cls.CORPUS.HOW_TO_GET
 
     def __init__(self, corpus: SpeechCorpus | None = None, **kwargs):
         self.corpus = corpus
         self._described = corpus or self.CORPUS
-        self._use_beam = False
         self.name = self._described.name
         self.VERSION = tfds.core.Version(self._described.VERSION)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         corpus = self._described
-        class_names = self.corpus.class_names if self.corpus else corpus.CLASSES
         audio = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
         kinds = {str: tfds.features.Text(), float: tfds.features.Scalar(np.float32)}
         return tfds.core.DatasetInfo(
@@ -105,7 +108,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             license=corpus.LICENSE,
             features=tfds.features.FeaturesDict(
                 {
-                    **utterance_features(class_names),
+                    **utterance_features(corpus.CLASSES or corpus.class_names),
                     **{name: kinds[kind] for name, kind in corpus.EXTRAS.items()},
                     "audio": audio,
                     "num_samples": tfds.features.Scalar(np.int32),
@@ -120,14 +123,14 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self, *, download_config: tfds.download.DownloadConfig | None = None, **kwargs
     ) -> None:
         """Writes the records; by Apache Beam if the config names a runner or options for it."""
-        beam = download_config and (download_config.beam_runner or download_config.beam_options)
-        self._use_beam = bool(beam)
+        config = download_config or tfds.download.DownloadConfig()
+        self._use_beam = bool(config.beam_runner or config.beam_options)
         try:
-            super().download_and_prepare(download_config=download_config, **kwargs)
+            super().download_and_prepare(download_config=config, **kwargs)
         except Exception as error:  # Beam raises whatever a worker did
-            if not beam or isinstance(error, UserError):
+            if not self._use_beam or isinstance(error, UserError):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RecordsError(f"{self.name}: Apache Beam failed: {reason}") from error
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -140,23 +143,18 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             except AudioError as error:
                 missing.append({"id": utterance.id, "reason": str(error)})
         if not present:
-            raise CorpusError(
-                f"{corpus.name}: none of {len(missing)} audio files can be used; "
-                f"the first: {missing[0]['reason']}. {' '.join(corpus.notes)}".rstrip(". ")
-            )
+            problem = f"{corpus.name}: none of {len(missing)} audio files can be used; the first: "
+            raise CorpusError(" ".join([f"{problem}{missing[0]['reason']}.", *corpus.notes]))
         self.info.metadata["corpus_fingerprint"] = corpus.fingerprint
         _write_skipped(self._skipped_path("missing"), missing)
         parts = {}
         for utterance in present:
             parts.setdefault(utterance.split if corpus.SPLITS else SPLIT, []).append(utterance)
-        return {split: self._generate_examples(corpus, split, u) for split, u in parts.items()}
-
-    def _generate_examples(self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]):
         if self._use_beam:
-            return _beam_examples(corpus, utterances, str(self._skipped_path(split)))
-        return self._examples(corpus, split, utterances)
+            return {s: _beam_examples(corpus, u, self._skipped_path(s)) for s, u in parts.items()}
+        return {s: self._generate_examples(corpus, s, u) for s, u in parts.items()}
 
-    def _examples(
+    def _generate_examples(
         self, corpus: SpeechCorpus, split: str, utterances: list[Utterance]
     ) -> Iterator[tuple[int, dict]]:
         skipped = []
@@ -185,21 +183,18 @@ class Iemocap(AudioRecords):
     """`tfds build iemocap --imports=serkd_jax.data.records --manual_dir=IEMOCAP_full_release`."""
 
     CORPUS = corpora.IEMOCAP
-    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
 
 
 class Meld(AudioRecords):
     """`tfds build meld --imports=serkd_jax.data.records --manual_dir=MELD.Raw`."""
 
     CORPUS = corpora.MELD
-    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
 
 
 class Emodb(AudioRecords):
     """`tfds build emodb --imports=serkd_jax.data.records --manual_dir=EMODB`."""
 
     CORPUS = corpora.EmoDB
-    MANUAL_DOWNLOAD_INSTRUCTIONS = CORPUS.HOW_TO_GET
 
 
 @contextlib.contextmanager
@@ -221,7 +216,9 @@ def _parallel_map(size: int) -> Iterator[Callable]:
         ) from error
 
 
-def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: str) -> Any:
+def _beam_examples(
+    corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: tfds.core.Path
+) -> Any:
     """A Beam transform that gives the (index, record) of the usable utterances."""
     import apache_beam as beam  # the extra `beam`
 
@@ -237,7 +234,7 @@ def _beam_examples(corpus: SpeechCorpus, utterances: list[Utterance], skipped_pa
     def examples(pipeline):
         listed = pipeline | beam.Create(list(enumerate(utterances))) | beam.Reshuffle()
         outputs = listed | beam.FlatMap(read).with_outputs("skipped", main="examples")
-        _ = outputs.skipped | beam.io.WriteToText(skipped_path, shard_name_template="")
+        _ = outputs.skipped | beam.io.WriteToText(str(skipped_path), shard_name_template="")
         return outputs.examples
 
     return examples()
@@ -287,7 +284,7 @@ def _parse_beam_options(text: str) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise CorpusError("Apache Beam is missing: pip install apache-beam") from error
+        raise RecordsError("Apache Beam is missing: pip install apache-beam") from error
     return PipelineOptions(flags=[f"--{option}" for option in text.split(",")])
 
 

@@ -48,15 +48,15 @@ class Source(Protocol):
 class RecordsSource:
     """The audio records that `records.prepare_records` has written."""
 
-    def __init__(self, records_dir: str | os.PathLike, corpus_fingerprint: str):
+    def __init__(self, records_dir: str | os.PathLike):
         """Raises a RecordsError if the folder is missing or damaged."""
         info = records.load_info(records_dir)
         self.records_dir, self.name = records_dir, info.name
         self.schema = records.utterance_features(info.features["label"].names)
         self._size = info.splits.total_num_examples
         self._stream, self._next = iter(()), self._size  # examples, and the row of the next one
-        skipped = sorted(skip["id"] for skip in records.load_skipped(records_dir))
-        self.fingerprint = _digest([corpus_fingerprint, skipped])
+        skipped = [skip["id"] for skip in records.load_skipped(records_dir)]
+        self.fingerprint = _digest([info.metadata["corpus_fingerprint"], skipped])
 
     def __len__(self) -> int:
         return self._size
@@ -152,8 +152,9 @@ def _find_audio(folder: Path) -> Iterator[str]:
 
     for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not is_litter(Path(name)):
-                yield Path(place, name).relative_to(folder).as_posix()
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not is_litter(path):
+                yield path.relative_to(folder).as_posix()
 
 
 def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:

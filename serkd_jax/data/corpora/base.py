@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from serkd_jax.audio import AudioError, check_audio, check_file, read_audio, to_int16
+from serkd_jax.audio import AudioError, check_file, read_audio, to_int16
 from serkd_jax.errors import UserError
 
 
@@ -68,7 +68,6 @@ class SpeechCorpus(abc.ABC):
     HOMEPAGE: ClassVar[str | None] = None
     CITATION: ClassVar[str | None] = None
     LICENSE: ClassVar[str | None] = None
-    HOW_TO_GET: ClassVar[str | None] = None
 
     def __init__(self):
         self.skipped: list[dict[str, str]] = []
@@ -100,7 +99,7 @@ class SpeechCorpus(abc.ABC):
         Runs in other processes; needs neither TensorFlow nor JAX.
         """
         try:
-            audio = to_int16(check_audio(self.read_waveform(utterance), utterance.id))
+            audio = to_int16(self.read_waveform(utterance))
         except AudioError as error:
             return {"id": utterance.id, "reason": str(error)}
         names = ("id", "label", "speaker", "session", "split", "fold")
@@ -109,8 +108,8 @@ class SpeechCorpus(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was listed: other processes get the utterances one by one."""
-        state = self.__dict__ | {"skipped": [], "notes": []}
-        return {name: value for name, value in state.items() if name != "utterances"}
+        listed = ("utterances", "skipped", "notes")
+        return {name: value for name, value in self.__dict__.items() if name not in listed}
 
     @cached_property
     def utterances(self) -> tuple[Utterance, ...]:
@@ -156,6 +155,7 @@ class Release(SpeechCorpus):
     """A corpus that is read from the folder in which its authors ship it."""
 
     FOLDER: ClassVar[str]  # what `data_dir` must be
+    HOW_TO_GET: ClassVar[str]
 
     def __init__(self, data_dir: str = ""):
         super().__init__()

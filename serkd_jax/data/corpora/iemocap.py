@@ -35,6 +35,7 @@ class IEMOCAP(Release):
         "ang": "angry",
     }
     CLASSES = ("angry", "happy", "neutral", "sad")
+    SESSIONS = ("1", "2", "3", "4", "5")
     EXTRAS: ClassVar[dict[str, type]] = {
         "emotion": str,  # before the merge: hap and exc
         "style": str,  # improvised or scripted
@@ -79,7 +80,7 @@ class IEMOCAP(Release):
         root = self._root()
         self.skipped, self.notes = [], []
         utterances, others = [], Counter()
-        for session in self.PUBLISHED.rows:
+        for session in self.SESSIONS:
             for turn in self._turns(root / f"Session{session}", session):
                 if turn.label:
                     utterances.append(turn)
@@ -99,7 +100,7 @@ class IEMOCAP(Release):
 
     def _root(self) -> Path:
         for root in (self.data_dir, self.data_dir / "IEMOCAP_full_release"):
-            if any((root / f"Session{number}").is_dir() for number in range(1, 6)):
+            if any((root / f"Session{session}").is_dir() for session in self.SESSIONS):
                 return root
         raise CorpusError(
             f"IEMOCAP: neither {self.data_dir} nor an IEMOCAP_full_release in it has folders "
@@ -123,20 +124,21 @@ class IEMOCAP(Release):
                 reason = f"{path}: has no turns; copy the file from the release again"
                 self.skipped.append({"id": path.name, "reason": reason})
             for number, line in turns:
-                yield from self._turn(line, f"{path}, line {number}", folder, session)
+                if turn := self._turn(line, f"{path}, line {number}", folder, session):
+                    yield turn
 
-    def _turn(self, line: str, where: str, folder: Path, session: str) -> Iterator[Utterance]:
+    def _turn(self, line: str, where: str, folder: Path, session: str) -> Utterance | None:
         fields = self._LINE.fullmatch(line)
         name = self._TURN.fullmatch(fields[1]) if fields else None
         if name is None or name[2] != session:
             problem = "not a turn of this session" if fields else "not a whole annotation"
             reason = f"{where}: {problem}: {line[:80]!r}; copy the file from the release again"
             self.skipped.append({"id": fields[1] if fields else where, "reason": reason})
-            return
+            return None
         dialog, _, style, sex = name.groups()
         _, emotion, *attributes = fields.groups()
         valence, arousal, dominance = map(float, attributes)
-        yield Utterance(
+        return Utterance(
             id=name[0],
             label=self.EMOTIONS.get(emotion, ""),
             path=str(folder / "sentences" / "wav" / dialog / f"{name[0]}.wav"),

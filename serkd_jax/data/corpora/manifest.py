@@ -63,13 +63,29 @@ class Manifest(SpeechCorpus):
         if not self.data_dir.is_dir():
             raise CorpusError(f"data_dir {self.data_dir} is no folder; it must hold the audio")
         self.notes = []
+        rows = self._read_rows()
+        if not rows:
+            raise CorpusError(f"{self.manifest} lists no utterances; it needs rows of path, label")
+        self._add_emobox_parts(rows)
+        self._add_speakers(rows)
+        return [self._utterance(values) for values in rows.values()]
+
+    def _read_rows(self) -> dict[str, dict[str, str]]:
+        """Id -> the values of its row, with the class as label and the file that was found."""
         classes = self._read_label_map()
         rows, places = {}, {}
         for where, values in read_manifest(self.manifest):
-            self._require(values, where)
+            for column in ("path", "label"):
+                if not values.get(column):
+                    raise CorpusError(
+                        f"{where}: no {column}; each row needs path and label, "
+                        f"this one has {', '.join(values)}"
+                    )
+            start, end = values.get("start", ""), values.get("end", "")
+            part = f"#{start}-{end}" if start or end else ""
+            values["id"] = values.get("id") or values["path"] + part
             values["label"] = self._class_of(values["label"], classes, where)
             values["path"] = str(find_file(values["path"], self.data_dir))
-            part = "".join(f", {key} {values[key]}" for key in ("start", "end") if values.get(key))
             for what in (f"id {values['id']!r}", f"file {values['path']}{part}"):
                 if what in places:
                     raise CorpusError(
@@ -78,23 +94,7 @@ class Manifest(SpeechCorpus):
                     )
                 places[what] = where
             rows[values["id"]] = values | {"where": where}
-        if not rows:
-            raise CorpusError(f"{self.manifest} lists no utterances; it needs rows of path, label")
-        self._add_emobox_parts(rows)
-        self._add_speakers(rows)
-        return [self._utterance(values) for values in rows.values()]
-
-    @staticmethod
-    def _require(values: dict[str, str], where: str) -> None:
-        for column in ("path", "label"):
-            if not values.get(column):
-                raise CorpusError(
-                    f"{where}: no {column}; each row needs path and label, "
-                    f"this one has {', '.join(values)}"
-                )
-        part = [values.get(key) or "" for key in ("start", "end")]
-        whole = values["path"] if not any(part) else f"{values['path']}#{'-'.join(part)}"
-        values["id"] = values.get("id") or whole
+        return rows
 
     @staticmethod
     def _utterance(values: dict[str, str]) -> Utterance:
@@ -137,17 +137,24 @@ class Manifest(SpeechCorpus):
         """Adds EmoBox's folds, or its split, unless the manifest has some of its own."""
         if any(values.get("fold") or values.get("split") for values in rows.values()):
             return
-        folds, unlisted = self._read_emobox_folds(rows), 0
-        if len(folds) == 1:
-            parts = folds.popitem()[1]
-            for key in list(rows):
-                if key in parts:
-                    rows[key]["split"] = parts[key]
-                else:
-                    del rows[key]
-                    unlisted += 1
-            if unlisted:
-                self.notes.append(f"{unlisted} utterances are in no list of fold_1: left out.")
+        folds = self._read_emobox_folds(rows)
+        if list(folds) == ["1"]:
+            self._add_split(rows, folds["1"])
+        else:
+            self._add_folds(rows, folds)
+
+    def _add_split(self, rows: dict[str, dict[str, str]], parts: dict[str, str]) -> None:
+        """Adds the part to each row; leaves out the rows that are in none."""
+        unlisted = rows.keys() - parts.keys()
+        for key in unlisted:
+            del rows[key]
+        for key, values in rows.items():
+            values["split"] = parts[key]
+        if unlisted:
+            self.notes.append(f"{len(unlisted)} utterances are in no list of fold_1: left out.")
+
+    def _add_folds(self, rows: dict[str, dict[str, str]], folds: dict[str, dict[str, str]]) -> None:
+        """Adds to each row the fold that tests on it."""
         for fold, parts in folds.items():
             for key in (key for key, part in parts.items() if part == "test"):
                 if other := rows[key].get("fold"):

@@ -20,8 +20,9 @@ class MELD(Release):
 
     Read from `data_dir`, which holds, at any place down to three folders deep, the annotations
     `train_sent_emo.csv`, `dev_sent_emo.csv` and `test_sent_emo.csv` and the recordings
-    `dia{D}_utt{U}.mp4` in `train_splits`, `dev_splits_complete` and `output_repeated_splits_test`.
-    Where a `.wav` or `.flac` of the same name lies beside or instead, it is read.
+    `dia{D}_utt{U}.mp4` in `train_splits`, `dev_splits_complete` and `output_repeated_splits_test`,
+    or in `train`, `dev` and `test`. Where a `.wav` or `.flac` of the same name lies beside or
+    instead, it is read.
     """
 
     name = "meld"
@@ -29,10 +30,10 @@ class MELD(Release):
     CLASSES = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
     SPLITS = ("dev", "test", "train")
     EXTRAS: ClassVar[dict[str, type]] = {"text": str, "sentiment": str}
-    FOLDERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "train": ("train_splits", "train"),
-        "dev": ("dev_splits_complete", "dev"),
-        "test": ("output_repeated_splits_test", "test"),
+    FOLDERS: ClassVar[dict[str, str]] = {
+        "train": "train_splits",
+        "dev": "dev_splits_complete",
+        "test": "output_repeated_splits_test",
     }
     PUBLISHED = PublishedCounts(
         source="Table 2 of the paper",  # whose sum of sadness should read 1,002
@@ -96,11 +97,11 @@ class MELD(Release):
 
     def _split(self, split: str, annotations: Path) -> list[Utterance]:
         """One part, with its recordings; those that the annotations do not name are skipped."""
-        names = self.FOLDERS[split]
-        folder = next(filter(None, map(self._find, names)), None)
+        name = self.FOLDERS[split]
+        folder = self._find(name) or self._find(split)
         if folder is None:
-            self.notes.append(f"No folder {names[0]} below {self.data_dir}.")
-            folder = self.data_dir / names[0]
+            self.notes.append(f"No folder {name} below {self.data_dir}.")
+            folder = self.data_dir / name
         files = {
             path.name.lower(): path
             for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
