@@ -132,11 +132,12 @@ def test_second_call_computes_nothing(records_dir, tmp_path):
 def test_other_settings_are_other_features(records_dir, tmp_path):
     other = Recorder()
     other.fingerprint = "recorder-2"
+    another = prepare_records(Synthetic(2, 1, 0.2, 0.3, seed=1), tmp_path)
     folders = {
         prepare(records_dir, Recorder(), tmp_path),
         prepare(records_dir, Recorder(), tmp_path, max_frames=10),
         prepare(records_dir, other, tmp_path),
-        prepare_features(records_dir, Recorder(), MAX_FRAMES, tmp_path, "another corpus"),
+        prepare(another, Recorder(), tmp_path),
     }
     assert len(folders) == 4
 
