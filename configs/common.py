@@ -74,7 +74,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     )
     config.contrastive = ConfigDict(
         {
-            "weight": 0.05 if iemocap else 0.2,  # λ
+            "weight": 0.05 if iemocap else 0.2,  # λ; 0 is cross-entropy alone
             "temperature": 0.07 if iemocap else 1.0,  # τ1
             "momentum": 0.999,  # ours
             "queue_size": 1024,  # ours
@@ -87,7 +87,8 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.distill = ConfigDict(
         {
             "alpha": 0.1 if iemocap else 0.5,
-            "beta": 100.0,
+            "beta": 100.0,  # 0 is no PKD
+            "soft": True,  # False drops L^soft and leaves the weights of the other terms
             "temperature": 5.0 if iemocap else 6.0,  # τ2
             "direction": "teacher_student",  # KL(p_t || p_s); student_teacher is Eq. 5 as printed
             "learning_rate": 1e-4,
@@ -97,7 +98,9 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     # Section 3.3.
     config.meta = ConfigDict(
         {
-            "order": "second_order",  # or first_order: no gradient through the pilot step
+            # second_order, through the pilot step; second_order_forward, the same for less;
+            # first_order, no gradient through it; none, the teacher stays as it is
+            "order": "second_order",
             "learning_rate": 1e-3,
             "pilot_learning_rate": 1e-4,  # ours: that of the student
         }
@@ -110,6 +113,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "epochs": 100,
             "task_by": "difficulty",  # tiers by the meta-teacher's true-class probability; or class
             "num_tasks": 4,
+            "sampling": "policy",  # or uniform: any task, no curriculum
             "episode_steps": 16,
             "discount": 0.9,
             "running_rate": 0.1,  # of the running accuracy and reward that the policy sees

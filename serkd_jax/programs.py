@@ -25,8 +25,9 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "teacher.input": ("waveform", "features"),
     "distill.direction": ("teacher_student", "student_teacher"),
-    "meta.order": ("second_order", "first_order"),
+    "meta.order": ("second_order", "second_order_forward", "first_order", "none"),
     "curriculum.task_by": ("difficulty", "class"),
+    "curriculum.sampling": ("policy", "uniform"),
 }
 
 

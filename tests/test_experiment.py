@@ -116,7 +116,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("meta.order", "third_order", "second_order or first_order"),
+        ("meta.order", "third_order", "first_order or none"),
         ("optimizer.schedule", "linear", "constant or cosine"),
         ("contrastive.queue_size", 8, "at least the batch_size 16"),
         ("teacher.input", "waveform", "needs a HuBERT checkpoint"),

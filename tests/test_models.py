@@ -13,6 +13,7 @@ from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.models.transformer import EncoderLayer
+from torch_oracle import InvertedTransformer, torch_names
 
 B, T, N, D = 3, 10, 6, 8
 SIZES = {
@@ -29,36 +30,19 @@ def random_params(model, *inputs):
     """Parameters without zeros or ones, so that a bias or a norm that is left out shows."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes)
+
+    def draw(x):
+        scale = 0.4 if x.ndim == 1 else x.shape[0] ** -0.5
+        return rng.normal(0, scale, x.shape).astype(np.float32)
+
+    return jax.tree.map(draw, shapes)
 
 
-def as_torch(x):
-    return torch.tensor(np.array(x))
-
-
-def torch_layer(params, pre_norm):
-    layer = torch.nn.TransformerEncoderLayer(
-        D, 2, 12, 0.0, "gelu", batch_first=True, norm_first=pre_norm
-    )
-    attention = params["attention"]
-    weights = {
-        "self_attn.in_proj_weight": np.concatenate(
-            [attention[n]["kernel"].T for n in ("q_proj", "k_proj", "v_proj")]
-        ),
-        "self_attn.in_proj_bias": np.concatenate(
-            [attention[n]["bias"] for n in ("q_proj", "k_proj", "v_proj")]
-        ),
-        "self_attn.out_proj.weight": attention["out_proj"]["kernel"].T,
-        "self_attn.out_proj.bias": attention["out_proj"]["bias"],
-    }
-    for ours, theirs in (("intermediate_dense", "linear1"), ("output_dense", "linear2")):
-        weights[f"{theirs}.weight"] = params[ours]["kernel"].T
-        weights[f"{theirs}.bias"] = params[ours]["bias"]
-    for ours, theirs in (("layer_norm", "norm1"), ("final_layer_norm", "norm2")):
-        weights[f"{theirs}.weight"] = params[ours]["scale"]
-        weights[f"{theirs}.bias"] = params[ours]["bias"]
-    layer.load_state_dict({name: as_torch(w) for name, w in weights.items()})
-    return layer
+def load(module, params):
+    """A torch module with the weights of ours."""
+    weights = {name: torch.tensor(w) for name, w in torch_names(params).items()}
+    module.load_state_dict(weights)
+    return module
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -67,7 +51,10 @@ def test_the_encoder_layer_equals_torch_with_and_without_a_mask(pre_norm):
     mask = np.arange(T) < np.array([10, 4, 7])[:, None]
     layer = EncoderLayer(2, 12, pre_norm=pre_norm)
     params = random_params(layer, tokens)
-    oracle = torch_layer(params, pre_norm).train()  # eval takes another path for masked tokens
+    oracle = torch.nn.TransformerEncoderLayer(
+        D, 2, 12, 0.0, "gelu", batch_first=True, norm_first=pre_norm
+    )
+    load(oracle, params).train()  # eval takes another path for masked tokens
     for m in (None, mask):
         ours = layer.apply({"params": params}, tokens, m)
         padding = None if m is None else torch.tensor(~m)
@@ -92,21 +79,59 @@ def features():
     return np.random.default_rng(2).normal(size=(B, T, N)).astype(np.float32)
 
 
-def test_the_inverted_student_equals_a_torch_model_of_variate_tokens(features):
-    student = Student(3, **SIZES)
-    lengths = np.full(B, T)
+def assert_equal_to_torch(student, oracle, features, lengths):
+    """All outputs to 1e-5; gradients of a random function of them to 1e-4 of the largest."""
     params = random_params(student, features, lengths)
-    out = student.apply({"params": params}, features, lengths)
+    rng = np.random.default_rng(3)
 
-    def dense(name, x):
-        return x @ as_torch(params[name]["kernel"]) + as_torch(params[name]["bias"])
+    def apply(params):
+        return student.apply({"params": params}, features, lengths)
 
-    tokens = dense("embed", torch.tensor(features).permute(0, 2, 1))
-    hidden = torch_layer(params["layers_0"], False)(tokens).mean(1)
-    logits = dense("classifier_1", torch.relu(dense("classifier_0", hidden)))
-    projection = torch.nn.functional.normalize(dense("projection", hidden))
-    for ours, theirs in zip(out, (hidden, logits, projection), strict=True):
-        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
+    weights = [rng.normal(size=x.shape).astype(np.float32) for x in jax.eval_shape(apply, params)]
+
+    def outputs_and_gradients(params):
+        out, vjp = jax.vjp(apply, params)
+        return out, vjp(type(out)(*weights))[0]
+
+    out, gradients = jax.jit(outputs_and_gradients)(params)
+    theirs = load(oracle, params)(torch.tensor(features))
+    for a, b in zip(out, theirs, strict=True):
+        np.testing.assert_allclose(a, b.detach(), atol=1e-5)
+    sum((y * torch.tensor(w)).sum() for y, w in zip(theirs, weights, strict=True)).backward()
+    ours = torch_names(gradients)
+    assert ours.keys() == dict(oracle.named_parameters()).keys()
+    for name, parameter in oracle.named_parameters():
+        size = np.abs(ours[name]).max()
+        np.testing.assert_allclose(ours[name], parameter.grad, atol=1e-4 * size, err_msg=name)
+
+
+def test_the_inverted_student_equals_a_torch_model_of_variate_tokens(features):
+    student = Student(3, **SIZES | {"num_layers": 2})
+    oracle = InvertedTransformer(student, T, 3)
+    assert_equal_to_torch(student, oracle, features, np.full(B, T))
+
+
+@pytest.mark.slow
+def test_the_student_of_the_paper_equals_torch_at_its_full_size():
+    """11.9M parameters on one clip of IEMOCAP's shape."""
+    student = Student(4)
+    features = np.random.default_rng(2).normal(size=(1, 326, 1024)).astype(np.float32)
+    oracle = InvertedTransformer(student, 326, 4)
+    assert_equal_to_torch(student, oracle, features, np.full(1, 326))
+
+
+def test_the_time_token_student_equals_a_torch_model_of_frame_tokens(features):
+    """The first row of Table 4: an ordinary encoder, positions of Vaswani et al. (2017)."""
+
+    class FrameTransformer(InvertedTransformer):
+        def tokens(self, features):
+            position = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, D, 2) / D)
+            waves = torch.stack([position.sin(), position.cos()], -1).reshape(T, D)
+            return self.embed(features) + waves
+
+    student = Student(3, **SIZES, inverted=False)
+    oracle = FrameTransformer(student, N, 3)
+    assert_equal_to_torch(student, oracle, features, np.full(B, T))
 
 
 @pytest.mark.parametrize("options", [{"inverted": False}, {"inverted": False, "use_norm": True}])

@@ -1,4 +1,4 @@
-"""Every stage's step: one device against eight, the meta-gradient, and that it learns."""
+"""Every stage's step: one device against eight, and that it learns; the curriculum's tasks."""
 
 from functools import partial
 
@@ -7,168 +7,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
-from transformers import HubertConfig
 
 from serkd_jax import parallel
 from serkd_jax.augmentation import example_keys, spec_augment
-from serkd_jax.models.hubert import HubertEmbed, num_frames
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.student import Adapter, Student
-from serkd_jax.models.teacher import Classifier, Teacher
-from serkd_jax.stages import curriculum, distill, student, teacher
+from serkd_jax.stages import curriculum
 from serkd_jax.stages.common import make_optimizer
-
-B, T, N, D, H, C, P, K = 16, 12, 6, 8, 16, 3, 8, 3
-CONFIG = ConfigDict(
-    {
-        "contrastive": {
-            "weight": 0.3,
-            "temperature": 0.1,
-            "momentum": 0.9,
-            "queue_size": 40,
-            "max_frequency_mask": 3,
-            "max_time_mask": 3,
-        },
-        "distill": {"alpha": 0.3, "beta": 10.0, "temperature": 2.0, "direction": "teacher_student"},
-        "meta": {"order": "second_order", "pilot_learning_rate": 0.5},
-        "curriculum": {"episode_steps": 4, "discount": 0.9, "running_rate": 0.1},
-        "teacher": {"max_frequency_mask": 3, "max_time_mask": 3},
-    }
+from tiny_stages import (
+    CLASSIFIER,
+    POLICY,
+    POLICY_OPTIMIZER,
+    RNG,
+    STUDENT,
+    B,
+    D,
+    K,
+    changed,
+    curriculum_stage,
+    distill_stage,
+    make_batch,
+    student_stage,
+    teacher_stage,
+    waveform_teacher_stage,
 )
-HUBERT = HubertConfig(
-    hidden_size=H,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=24,
-    conv_dim=(8, 8),
-    conv_kernel=(10, 5),
-    conv_stride=(50, 5),
-    num_conv_pos_embeddings=8,
-    num_conv_pos_embedding_groups=2,
-    feat_extract_norm="layer",
-    do_stable_layer_norm=True,
-    hidden_dropout=0.1,
-    attention_dropout=0.1,
-    activation_dropout=0.1,
-)
-STUDENT = Student(
-    C,
-    width=D,
-    mlp_dim=16,
-    num_heads=2,
-    num_layers=1,
-    classifier_dim=8,
-    projection_dim=P,
-    dropout=0.1,
-)
-ADAPTER, CLASSIFIER, POLICY = Adapter(H), Classifier(C), Policy(K, width=8)
-# Adam's usual epsilon would blow the rounding noise in a zero gradient up to a full step.
-OPTIMIZER, META_OPTIMIZER, POLICY_OPTIMIZER = (
-    optax.adamw(rate, eps=1e-3) for rate in (3e-3, 1e-2, 1e-2)
-)
-RNG = jax.random.key(7)
-
-
-def make_batch(seed, inputs=None):
-    rng = np.random.default_rng(seed)
-    label = rng.integers(0, C, B).astype(np.int32)
-    length = rng.integers(T // 2, T + 1, B).astype(np.int32)
-    if inputs is None:  # classes differ in their mean, so that a step can learn
-        inputs = rng.normal(size=(B, T, N)) + label[:, None, None]
-        inputs = (inputs * (np.arange(T) < length[:, None])[..., None]).astype(np.float16)
-    hidden = rng.normal(size=(B, H)).astype(np.float32) + label[:, None]
-    index = rng.permutation(1000)[:B].astype(np.int32)
-    return {
-        "inputs": inputs,
-        "length": length,
-        "label": label,
-        "index": index,
-        "teacher_hidden": hidden,
-    }
-
-
-def make_pair(seed):
-    return {"train": make_batch(seed), "quiz": make_batch(seed + 100)}
-
-
-def teacher_stage():
-    model = Teacher(HUBERT, C, patch_frames=2)
-    params = model.init(RNG, jnp.zeros((1, T, N)), jnp.ones((1, T), bool))["params"]
-    make_step = partial(
-        teacher.make_step, model, teacher.make_frames(None, False), OPTIMIZER, CONFIG.teacher
-    )
-    return make_step, lambda: teacher.init_state(params, OPTIMIZER), make_batch
-
-
-def waveform_teacher_stage():
-    model, embed = Teacher(HUBERT, C), HubertEmbed(HUBERT)
-    samples = 3000
-    frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
-    frames = num_frames(HUBERT, samples)
-    params = model.init(RNG, jnp.zeros((1, frames, H)), jnp.ones((1, frames), bool))["params"]
-    make_step = partial(
-        teacher.make_step, model, teacher.make_frames(embed, True), OPTIMIZER, CONFIG.teacher
-    )
-
-    def batch(seed):
-        rng = np.random.default_rng(seed)
-        waveform = rng.integers(-9999, 9999, (B, samples)).astype(np.int16)
-        return make_batch(seed, waveform) | {
-            "length": rng.integers(1000, samples, B).astype(np.int32)
-        }
-
-    return make_step, lambda: teacher.init_state(params, OPTIMIZER, frozen), batch
-
-
-def student_params():
-    return STUDENT.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))["params"]
-
-
-def student_stage():
-    make_step = partial(student.make_step, STUDENT, OPTIMIZER, CONFIG.contrastive)
-    init = lambda: student.init_state(student_params(), OPTIMIZER, CONFIG.contrastive, P)  # noqa: E731
-    return make_step, init, make_batch
-
-
-def distill_init():
-    params = {
-        "student": student_params(),
-        "adapter": ADAPTER.init(RNG, jnp.zeros((1, D)))["params"],
-    }
-    meta = CLASSIFIER.init(RNG, jnp.zeros((1, H)))["params"]
-    return distill.init_state(params, meta, OPTIMIZER, META_OPTIMIZER, CONFIG.contrastive, P)
-
-
-def distill_stage(order="second_order"):
-    config = ConfigDict({**CONFIG, "meta": {**CONFIG.meta, "order": order}})
-    make_step = partial(
-        distill.make_step, STUDENT, ADAPTER, CLASSIFIER, OPTIMIZER, META_OPTIMIZER, config
-    )
-    return make_step, distill_init, make_pair
-
-
-def curriculum_stage():
-    make_step = partial(
-        curriculum.make_step, STUDENT, ADAPTER, CLASSIFIER, POLICY, OPTIMIZER, POLICY_OPTIMIZER,
-        CONFIG, 50,
-    )  # fmt: skip
-
-    def init():
-        return curriculum.init_state(
-            distill_init(), OPTIMIZER, POLICY, POLICY_OPTIMIZER, CONFIG.curriculum, D, RNG
-        )
-
-    return make_step, init, make_pair
-
 
 STAGES = {
     "teacher": teacher_stage,
     "waveform_teacher": waveform_teacher_stage,
     "student": student_stage,
     "distill": distill_stage,
-    "first_order_distill": partial(distill_stage, "first_order"),
+    "distill_forward": partial(distill_stage, changed(meta={"order": "second_order_forward"})),
     "curriculum": curriculum_stage,
 }
 
@@ -189,9 +58,7 @@ def as_arrays(state):
     return [np.asarray(x, np.float64) for x in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize(
-    "name", ["teacher", "waveform_teacher", "student", "distill", "curriculum"]
-)
+@pytest.mark.parametrize("name", STAGES)
 def test_eight_devices_take_the_same_steps_as_one(name):
     stage = STAGES[name]()
     one, metrics_of_one = run(stage, 1)
@@ -207,8 +74,7 @@ def test_every_trained_parameter_moves_and_every_frozen_one_stays(name):
     make_step, init, batch = STAGES[name]()
     before = init()
     after, _ = jax.jit(make_step())(before, batch(0), RNG)
-    frozen = {"frozen", "adapter_params", "meta_params"} if name != "first_order_distill" else set()
-    frozen -= {"meta_params"} if "distill" in name else set()
+    frozen = {"frozen", "adapter_params"} | ({"meta_params"} if name == "curriculum" else set())
     for field in ("params", "meta_params", "momentum_params", "frozen", "adapter_params"):
         if not hasattr(before, field):
             continue
@@ -229,55 +95,6 @@ def test_the_loss_falls_on_learnable_data(name):
         state, metrics = step(state, batch(seed % 4), RNG)
         history.append(float(metrics["accuracy"]))
     assert np.mean(history[-8:]) > np.mean(history[:8]) + 0.2
-
-
-@pytest.fixture(scope="module")
-def meta_gradient():
-    """(order, pilot rate, T' as a vector or None) -> (gradient of Eq. 9, its value), in float64.
-
-    T' takes a step of plain unit-rate descent; how far it moves is its gradient.
-    """
-    plain, steps = optax.sgd(1.0), {}
-
-    def to_float64(x):
-        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    with jax.enable_x64(True):
-        state = jax.tree.map(to_float64, distill_init()).replace(meta_opt_state=plain.init({}))
-        start, unflatten = ravel_pytree(state.meta_params)
-        start = np.asarray(start)
-
-    def run(order, rate, meta_vector=start):
-        if (order, rate) not in steps:
-            meta = {"order": order, "pilot_learning_rate": rate}
-            config = ConfigDict({**CONFIG, "meta": meta})
-            step = distill.make_step(STUDENT, ADAPTER, CLASSIFIER, OPTIMIZER, plain, config)
-            steps[order, rate] = jax.jit(step)
-        with jax.enable_x64(True):
-            before = state.replace(meta_params=unflatten(jnp.asarray(meta_vector)))
-            after, metrics = steps[order, rate](before, make_pair(0), RNG)
-            moved = np.asarray(ravel_pytree(after.meta_params)[0])
-            return meta_vector - moved, float(metrics["meta_loss"])
-
-    return start, run
-
-
-def test_the_meta_gradient_is_the_slope_of_equation_9_through_the_pilot_step(meta_gradient):
-    start, run = meta_gradient
-    second, first = (run(order, 0.5)[0] for order in ("second_order", "first_order"))
-    direction = second / np.linalg.norm(second)
-    epsilon = 1e-5
-    plus, minus = (
-        run("second_order", 0.5, start + sign * epsilon * direction)[1] for sign in (1, -1)
-    )
-    slope = (plus - minus) / (2 * epsilon)
-    assert second @ direction == pytest.approx(slope, rel=1e-4)
-    assert abs(first @ direction - slope) > 0.01 * slope  # the part through the pilot step
-
-
-def test_at_pilot_rate_zero_first_and_second_order_agree(meta_gradient):
-    _, run = meta_gradient
-    np.testing.assert_allclose(run("second_order", 0.0)[0], run("first_order", 0.0)[0], atol=1e-9)
 
 
 def test_an_episode_is_what_was_seen_done_and_earned_and_moves_the_policy_by_reinforce():
@@ -333,6 +150,64 @@ def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step(
     )
     expected = STUDENT.apply({"params": other}, masked, examples["length"]).projection
     np.testing.assert_allclose(keys, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["student", "distill", "curriculum"])
+def test_the_query_is_never_masked(name):
+    """Masks change the contrastive loss, through the keys, and no other part of the loss."""
+    metrics = []
+    for width in (0, 6):
+        masks = {"max_frequency_mask": width, "max_time_mask": width}
+        config = changed(contrastive=masks, meta={"order": "none"})
+        stage = {"student": student_stage, "distill": distill_stage, "curriculum": curriculum_stage}
+        make_step, init, batch = stage[name](config)
+        metrics.append(jax.jit(make_step())(init(), batch(0), RNG)[1])
+    clean, masked = metrics
+    for part in {"cross_entropy", "accuracy", "soft", "patient", "consistency"} & clean.keys():
+        assert clean[part] == masked[part], part
+    assert abs(clean["contrastive"] - masked["contrastive"]) > 1e-3
+
+
+def test_the_policy_finds_the_task_that_pays_against_its_first_bias():
+    """The student beats the teacher on the quiz after batches of the last task alone."""
+    make_step, init, _ = curriculum_stage()
+    step, state = jax.jit(make_step()), init()
+    train, hidden = make_batch(0), 1000 * make_batch(0)["teacher_hidden"]  # T' is sure of a class
+    logits = CLASSIFIER.apply({"params": state.meta_params}, hidden)
+    quizzes = {
+        pays: train | {"teacher_hidden": hidden, "label": np.asarray(label, np.int32)}
+        for pays, label in ((True, logits.argmin(-1)), (False, logits.argmax(-1)))
+    }
+    tasks, rewards = [], []
+    for _ in range(600):
+        tasks.append(int(state.task))
+        state, metrics = step(state, {"train": train, "quiz": quizzes[tasks[-1] == K - 1]}, RNG)
+        rewards.append(float(metrics["reward"]))
+    assert rewards == [float(task == K - 1) for task in tasks]
+    assert np.mean(rewards[:40]) < 0.35
+    assert np.mean(rewards[-100:]) > 0.9
+
+
+@pytest.mark.parametrize("sampling", ["policy", "uniform"])
+def test_uniform_sampling_takes_any_task_and_leaves_the_rest_of_the_step_alone(sampling):
+    make_step, init, batch = curriculum_stage(changed(curriculum={"sampling": sampling}))
+    step, state = make_step(), init()
+    rngs = jax.random.split(RNG, 400)
+    tasks = jax.jit(jax.vmap(lambda rng: step(state, batch(0), rng)[0].task))(rngs)
+    shares = np.bincount(tasks, minlength=K) / len(rngs)
+    first_bias = np.exp(np.linspace(1, -1, K))
+    expected = first_bias / first_bias.sum() if sampling == "policy" else np.full(K, 1 / K)
+    np.testing.assert_allclose(shares, expected, atol=0.07)
+    before, compiled = state, jax.jit(step)
+    for seed in range(4):
+        state, _ = compiled(state, batch(seed), RNG)
+    moved = [
+        bool(np.any(a != b))
+        for a, b in zip(
+            jax.tree.leaves(before.policy_params), jax.tree.leaves(state.policy_params), strict=True
+        )
+    ]
+    assert any(moved) == (sampling == "policy")
 
 
 def test_the_optimizer_warms_up_then_follows_the_cosine_and_clips():

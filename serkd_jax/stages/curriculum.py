@@ -137,7 +137,6 @@ def init_state(
     observation = jnp.zeros(student_width + 2 * num_tasks + 1)
     init_rng, task_rng = jax.random.split(rng)
     policy_params = policy.init(init_rng, observation)["params"]
-    first_logits = policy.apply({"params": policy_params}, observation)
     return CurriculumState(
         step=jnp.int32(0),
         params=params,
@@ -154,7 +153,7 @@ def init_state(
             jnp.zeros(config.episode_steps),
         ),
         observation=observation,
-        task=jax.random.categorical(task_rng, first_logits).astype(jnp.int32),
+        task=_sample_task(policy, policy_params, observation, config, task_rng),
         task_accuracy=jnp.zeros(num_tasks),
         task_reward=jnp.zeros(num_tasks),
     )
@@ -265,18 +264,28 @@ def make_step(
                 state.episode.rewards.at[slot].set(reward),
             ),
         )
-        episode_ended = slot == curriculum.episode_steps - 1
-        state = jax.lax.cond(episode_ended, update_policy, lambda s: s, state)
+        if curriculum.sampling == "policy":
+            episode_ended = slot == curriculum.episode_steps - 1
+            state = jax.lax.cond(episode_ended, update_policy, lambda s: s, state)
         progress = state.step / total_steps
         observation = jnp.concatenate(
             [embedding, state.task_accuracy, state.task_reward, progress[None]]
         )
-        logits = policy.apply({"params": state.policy_params}, observation)
-        next_task = jax.random.categorical(task_rng, logits).astype(jnp.int32)
+        next_task = _sample_task(policy, state.policy_params, observation, curriculum, task_rng)
         state = state.replace(observation=observation, task=next_task)
         return state, {**metrics, "reward": reward, "task": task.astype(jnp.float32)}
 
     return step
+
+
+def _sample_task(
+    policy: Policy, policy_params: Any, observation: jax.Array, config: ConfigDict, rng: jax.Array
+) -> jax.Array:
+    """The next task, () int32: of the policy, or for the ablation any with equal probability."""
+    logits = policy.apply({"params": policy_params}, observation)
+    if config.sampling == "uniform":
+        logits = jnp.zeros_like(logits)
+    return jax.random.categorical(rng, logits).astype(jnp.int32)
 
 
 def _follow(running: jax.Array, task: jax.Array, value: jax.Array, rate: float) -> jax.Array:

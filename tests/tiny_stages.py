@@ -1,0 +1,175 @@
+"""Tiny models, batches and steps of every stage, for the tests of the method."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from transformers import HubertConfig
+
+from serkd_jax.models.hubert import HubertEmbed, num_frames
+from serkd_jax.models.policy import Policy
+from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.teacher import Classifier, Teacher
+from serkd_jax.stages import curriculum, distill, student, teacher
+
+B, T, N, D, H, C, P, K = 16, 12, 6, 8, 16, 3, 8, 3
+CONFIG = ConfigDict(
+    {
+        "contrastive": {
+            "weight": 0.3,
+            "temperature": 0.1,
+            "momentum": 0.9,
+            "queue_size": 40,
+            "max_frequency_mask": 3,
+            "max_time_mask": 3,
+        },
+        "distill": {
+            "alpha": 0.3,
+            "beta": 10.0,
+            "temperature": 2.0,
+            "soft": True,
+            "direction": "teacher_student",
+        },
+        "meta": {"order": "second_order", "pilot_learning_rate": 0.5},
+        "curriculum": {
+            "sampling": "policy",
+            "episode_steps": 4,
+            "discount": 0.9,
+            "running_rate": 0.1,
+        },
+        "teacher": {"max_frequency_mask": 3, "max_time_mask": 3},
+    }
+)
+HUBERT = HubertConfig(
+    hidden_size=H,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=(8, 8),
+    conv_kernel=(10, 5),
+    conv_stride=(50, 5),
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    activation_dropout=0.1,
+)
+STUDENT = Student(
+    C,
+    width=D,
+    mlp_dim=16,
+    num_heads=2,
+    num_layers=1,
+    classifier_dim=8,
+    projection_dim=P,
+    dropout=0.1,
+)
+TEACHER = Teacher(HUBERT, C, patch_frames=2)
+ADAPTER, CLASSIFIER, POLICY = Adapter(H), Classifier(C), Policy(K, width=8)
+# Adam's usual epsilon would blow the rounding noise in a zero gradient up to a full step.
+OPTIMIZER, META_OPTIMIZER, POLICY_OPTIMIZER = (
+    optax.adamw(rate, eps=1e-3) for rate in (3e-3, 1e-2, 1e-2)
+)
+RNG = jax.random.key(7)
+
+
+def make_batch(seed, inputs=None):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, C, B).astype(np.int32)
+    length = rng.integers(T // 2, T + 1, B).astype(np.int32)
+    if inputs is None:  # classes differ in their mean, so that a step can learn
+        inputs = rng.normal(size=(B, T, N)) + label[:, None, None]
+        inputs = (inputs * (np.arange(T) < length[:, None])[..., None]).astype(np.float16)
+    hidden = rng.normal(size=(B, H)).astype(np.float32) + label[:, None]
+    index = rng.permutation(1000)[:B].astype(np.int32)
+    return {
+        "inputs": inputs,
+        "length": length,
+        "label": label,
+        "index": index,
+        "teacher_hidden": hidden,
+    }
+
+
+def make_pair(seed):
+    return {"train": make_batch(seed), "quiz": make_batch(seed + 100)}
+
+
+def teacher_stage(config=CONFIG, model=TEACHER, optimizer=OPTIMIZER):
+    params = model.init(RNG, jnp.zeros((1, T, N)), jnp.ones((1, T), bool))["params"]
+    to_frames = teacher.make_frames(None, False)
+    make_step = partial(teacher.make_step, model, to_frames, optimizer, config.teacher)
+    return make_step, lambda: teacher.init_state(params, optimizer), make_batch
+
+
+def waveform_teacher_stage():
+    model, embed = Teacher(HUBERT, C), HubertEmbed(HUBERT)
+    samples = 3000
+    frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
+    frames = num_frames(HUBERT, samples)
+    params = model.init(RNG, jnp.zeros((1, frames, H)), jnp.ones((1, frames), bool))["params"]
+    make_step = partial(
+        teacher.make_step, model, teacher.make_frames(embed, True), OPTIMIZER, CONFIG.teacher
+    )
+
+    def batch(seed):
+        rng = np.random.default_rng(seed)
+        waveform = rng.integers(-9999, 9999, (B, samples)).astype(np.int16)
+        return make_batch(seed, waveform) | {
+            "length": rng.integers(1000, samples, B).astype(np.int32)
+        }
+
+    return make_step, lambda: teacher.init_state(params, OPTIMIZER, frozen), batch
+
+
+def student_params(model):
+    return model.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))["params"]
+
+
+def student_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
+    def init():
+        return student.init_state(student_params(model), optimizer, config.contrastive, P)
+
+    return partial(student.make_step, model, optimizer, config.contrastive), init, make_batch
+
+
+def distill_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER, meta_optimizer=META_OPTIMIZER):
+    def init():
+        params = {
+            "student": student_params(model),
+            "adapter": ADAPTER.init(RNG, jnp.zeros((1, D)))["params"],
+        }
+        meta = CLASSIFIER.init(RNG, jnp.zeros((1, H)))["params"]
+        return distill.init_state(params, meta, optimizer, meta_optimizer, config.contrastive, P)
+
+    make_step = partial(
+        distill.make_step, model, ADAPTER, CLASSIFIER, optimizer, meta_optimizer, config
+    )
+    return make_step, init, make_pair
+
+
+def curriculum_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
+    make_step = partial(
+        curriculum.make_step, model, ADAPTER, CLASSIFIER, POLICY, optimizer, POLICY_OPTIMIZER,
+        config, 50,
+    )  # fmt: skip
+    _, init_distill, _ = distill_stage(config, model)
+
+    def init():
+        return curriculum.init_state(
+            init_distill(), optimizer, POLICY, POLICY_OPTIMIZER, config.curriculum, D, RNG
+        )
+
+    return make_step, init, make_pair
+
+
+def changed(**settings):
+    """CONFIG with some values changed, such as ``meta={"order": "none"}``."""
+    config = ConfigDict(CONFIG.to_dict())
+    config.update(settings)
+    return config
