@@ -19,7 +19,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.frontends import make_frontend, num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
-from serkd_jax.programs import Programs, check_config
+from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages
 from serkd_jax.splits import Fold, folds_as_json, make_folds, speaker_note
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.curriculum import CurriculumBatch, CurriculumState, assign_tasks
@@ -30,8 +30,8 @@ from serkd_jax.training import Stage, train
 
 # Config keys that say where and how a run is done, not what it computes.
 PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
-PLACE_KEYS += ("protocol.file",)
-STAGE_NUMBER = {"teacher": 1, "student": 2, "distill": 3, "curriculum": 4}
+PLACE_KEYS += ("protocol.file", "stages")
+STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
 
 
 class Experiment:
@@ -83,7 +83,7 @@ class Experiment:
         features_dir = features.prepare_features(records_dir, frontend, max_frames, cache)
         ids, self.features, self.num_frames = features.load_features(features_dir, max_frames)
         self._check_rows(ids, features_dir)
-        if config.teacher.input == "waveform":
+        if config.teacher.input == "waveform" and "teacher" in chosen_stages(config):
             ids, self.waveforms, self.num_samples = records.load_waveforms(
                 records_dir, num_samples(max_frames)
             )
@@ -106,7 +106,7 @@ class Experiment:
             raise UserError(f"{place} does not hold the utterances of the records: delete it")
 
     def run(self) -> str:
-        """Does what is left to do and returns the scores as Markdown."""
+        """Does what is left to do of the chosen stages; returns the scores as Markdown."""
         predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
         teacher_params = jax.eval_shape(self.programs.init_teacher).params
         student_params = jax.eval_shape(self.programs.new_student_params, jax.random.key(0))
@@ -124,26 +124,30 @@ class Experiment:
         )
 
     def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """All stages of one fold; returns the test labels and predictions of every row."""
+        """The stages of one fold; returns the test labels and predictions of every row."""
         saved = self._directory(fold, "predictions.npz")
-        if not saved.exists():
-            teacher, teacher_out = self.train_teacher(fold)
-            student = self.train_student(fold)
-            distilled = self.distill(fold, teacher, teacher_out.hidden)
-            updated = self.train_updated_student(fold, distilled, teacher_out.hidden)
-            hidden = teacher_out.hidden[fold.test]
-            _save_arrays(
-                saved,
-                ids=self.table.ids[fold.test],
-                label=self.table.labels[fold.test],
-                teacher=teacher_out.logits[fold.test],
-                student=self._student_logits(student.params, fold.test),
-                meta_teacher=self.programs.classify(distilled.meta_params, hidden),
-                distilled_student=self._student_logits(distilled.params["student"], fold.test),
-                updated_student=self._student_logits(updated.params, fold.test),
-            )
+        stages = chosen_stages(self.config)
+        rows = [row for row in report.ROWS if report.STAGE_OF_ROW[row] in stages]
+        if not _has_arrays(saved, rows):
+            logits, test = {}, fold.test
+            if "teacher" in stages:
+                teacher, teacher_out = self.train_teacher(fold)
+                hidden = teacher_out.hidden
+                logits["teacher"] = teacher_out.logits[test]
+            if "student" in stages:
+                student = self.train_student(fold)
+                logits["student"] = self._student_logits(student.params, test)
+            if "distill" in stages:
+                distilled = self.distill(fold, teacher, hidden)
+                logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
+                params = distilled.params["student"]
+                logits["distilled_student"] = self._student_logits(params, test)
+            if "curriculum" in stages:
+                updated = self.train_updated_student(fold, distilled, hidden)
+                logits["updated_student"] = self._student_logits(updated.params, test)
+            _save_arrays(saved, ids=self.table.ids[test], label=self.table.labels[test], **logits)
         with np.load(saved) as arrays:
-            return {row: (arrays["label"], arrays[row].argmax(-1)) for row in report.ROWS}
+            return {row: (arrays["label"], arrays[row].argmax(-1)) for row in rows}
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Stage 1; the hidden vectors and logits of every utterance are computed once."""
@@ -363,6 +367,13 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat
+
+
+def _has_arrays(path: Path, names: list[str]) -> bool:
+    if not path.exists():
+        return False
+    with np.load(path) as arrays:
+        return set(names) <= set(arrays.files)
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:

@@ -31,6 +31,16 @@ CHOICES = {
 }
 
 
+STAGES = ("teacher", "student", "distill", "curriculum")
+# What a stage starts from.
+NEEDED = {"distill": ("teacher",), "curriculum": ("teacher", "distill")}
+
+
+def chosen_stages(config: ConfigDict) -> list[str]:
+    """The names in ``config.stages``, which are divided by commas."""
+    return [name.strip() for name in config.stages.split(",")]
+
+
 def check_config(config: ConfigDict) -> None:
     """Refuses, before anything is computed, what no stage could run.
 
@@ -52,7 +62,12 @@ def check_config(config: ConfigDict) -> None:
         width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
         if width % heads:
             raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
-    for stage in ("teacher", "student", "distill", "curriculum"):
+    chosen = chosen_stages(config)
+    if unknown := set(chosen) - set(STAGES):
+        raise UserError(f"stages has {unknown.pop()!r}: use {', '.join(STAGES)}")
+    for stage in chosen:
+        if missing := set(NEEDED.get(stage, ())) - set(chosen):
+            raise UserError(f"stages has {stage} but not {missing.pop()}, which it starts from")
         if config[stage].epochs < 1:
             raise UserError(f"{stage}.epochs must be at least 1")
 

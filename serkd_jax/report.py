@@ -9,7 +9,14 @@ import numpy as np
 
 from serkd_jax.metrics import classification_metrics
 
-ROWS = ("teacher", "student", "meta_teacher", "distilled_student", "updated_student")
+STAGE_OF_ROW = {
+    "teacher": "teacher",
+    "student": "student",
+    "meta_teacher": "distill",
+    "distilled_student": "distill",
+    "updated_student": "curriculum",
+}
+ROWS = tuple(STAGE_OF_ROW)
 
 
 def write_results(
@@ -40,10 +47,11 @@ def write_results(
         return classification_metrics(labels, predictions, len(class_names))
 
     folds = {
-        fold: {row: score(*rows[row]) for row in ROWS} for fold, rows in fold_predictions.items()
+        fold: {row: score(*predictions) for row, predictions in rows.items()}
+        for fold, rows in fold_predictions.items()
     }
     overall = {}
-    for row in ROWS:
+    for row in next(iter(folds.values())):
         labels, predictions = zip(*(rows[row] for rows in fold_predictions.values()), strict=True)
         overall[row] = score(np.concatenate(labels), np.concatenate(predictions))
     results = {
@@ -62,25 +70,26 @@ def write_results(
 
 def _markdown(results: dict[str, Any]) -> str:
     overall, folds, names = results["overall"], results["folds"], results["classes"]
+    *_, last = overall
     lines = [
         f"# {results['corpus']}",
         "",
-        f"{overall['student']['n']} test utterances in {len(folds)} fold(s), {len(names)} classes; "
+        f"{overall[last]['n']} test utterances in {len(folds)} fold(s), {len(names)} classes; "
         f"chance UA {100 / len(names):.1f} %. Scores in %, over the pooled test predictions.",
         "",
         "| model | UA | WA | wF1 |" + "".join(f" UA fold {fold} |" for fold in folds),
         "|---|---|---|---|" + "---|" * len(folds),
     ]
-    for row in ROWS:
+    for row in overall:
         scores = [overall[row][m] for m in ("ua", "wa", "wf1")]
         scores += [fold[row]["ua"] for fold in folds.values()]
         cells = "".join(f" {100 * score:.1f} |" for score in scores)
         lines.append(f"| {row.replace('_', ' ')} |{cells}")
     params = ", ".join(f"{name} {count:,}" for name, count in results["params"].items())
     lines += ["", f"Parameters: {params}."]
-    lines += ["", "Confusion of the updated student (rows are true classes):", ""]
+    lines += ["", f"Confusion of the {last.replace('_', ' ')} (rows are true classes):", ""]
     lines += ["| |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
-    for name, counts in zip(names, overall["updated_student"]["confusion"], strict=True):
+    for name, counts in zip(names, overall[last]["confusion"], strict=True):
         lines.append(f"| {name} |" + "".join(f" {count} |" for count in counts))
     return "\n".join(lines) + "\n"
 

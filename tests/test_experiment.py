@@ -73,6 +73,22 @@ def test_a_second_start_reuses_everything(finished, monkeypatch):
     assert Experiment(get_config(), workdir).run() == report
 
 
+@pytest.mark.slow
+def test_chosen_stages_alone_are_run_and_the_others_can_follow(finished, tmp_path):
+    """Table 4 needs the student alone; its numbers are those of a whole run."""
+    config = get_config()
+    config.cache_dir = str(finished[0] / "data")
+    config.stages = "student"
+    report = Experiment(config, tmp_path).run()
+    assert "Confusion of the student" in report
+    assert [path.name for path in (tmp_path / "fold_1").iterdir() if path.is_dir()] == ["student"]
+    config.stages = "teacher,student"
+    Experiment(config, tmp_path).run()
+    whole, part = (json.loads((w / "results.json").read_text()) for w in (finished[0], tmp_path))
+    for rows, all_rows in zip(part["folds"].values(), whole["folds"].values(), strict=True):
+        assert rows == {row: all_rows[row] for row in ("teacher", "student")}
+
+
 def test_the_splits_of_a_workdir_can_be_used_again(finished, tmp_path):
     written = finished[0] / "splits.json"
     config = get_config()
@@ -118,6 +134,9 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     [
         ("meta.order", "third_order", "first_order or none"),
         ("optimizer.schedule", "linear", "constant or cosine"),
+        ("curriculum.sampling", "greedy", "policy or uniform"),
+        ("stages", "student,teachers", "'teachers': use teacher, student"),
+        ("stages", "student,distill", "distill but not teacher"),
         ("contrastive.queue_size", 8, "at least the batch_size 16"),
         ("teacher.input", "waveform", "needs a HuBERT checkpoint"),
         ("student.num_heads", 3, "not divisible"),
