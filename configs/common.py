@@ -101,8 +101,8 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     # Section 3.3.
     config.meta = ConfigDict(
         {
-            # second_order, through the pilot step; second_order_forward, the same for less;
-            # first_order, no gradient through it; none, the teacher stays as it is
+            # second_order, through the pilot step; second_order_forward, the same by forward
+            # mode; first_order, no gradient through it; none, the teacher stays as it is
             "order": "second_order",
             "learning_rate": 1e-3,
             "pilot_learning_rate": 1e-4,  # ours: that of the student
@@ -119,7 +119,8 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "sampling": "policy",  # or uniform: any task, no curriculum
             "episode_steps": 16,
             "discount": 0.9,
-            "running_rate": 0.1,  # of the running accuracy and reward that the policy sees
+            # of the running accuracy and reward that the policy sees, and of its baseline
+            "running_rate": 0.1,
             "policy_width": 64,
             "policy_learning_rate": 1e-3,
             "easy_bias": 2.0,

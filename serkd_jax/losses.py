@@ -46,7 +46,8 @@ def supervised_contrastive(
         temperature: τ1 of Eq. 3.
     """
     filled = candidate_labels >= 0
-    similarity = anchors.astype(jnp.float32) @ candidates.astype(jnp.float32).T / temperature
+    precise = jnp.promote_types(anchors.dtype, jnp.float32)
+    similarity = anchors.astype(precise) @ candidates.astype(precise).T / temperature
     similarity = jnp.where(filled, similarity, -jnp.inf)
     # An empty dictionary has no softmax; its anchors have no positives and contribute 0.
     similarity = jnp.where(filled.any(), similarity, 0.0)
@@ -149,16 +150,18 @@ def discounted_returns(rewards: jax.Array, discount: float) -> jax.Array:
     return jax.lax.scan(accumulate, jnp.zeros((), rewards.dtype), rewards, reverse=True)[1]
 
 
-def reinforce(policy_logits: jax.Array, actions: jax.Array, returns: jax.Array) -> jax.Array:
-    """REINFORCE objective (Williams 1992) of one episode, with the mean return as baseline.
+def reinforce(policy_logits: jax.Array, actions: jax.Array, advantages: jax.Array) -> jax.Array:
+    """REINFORCE objective (Williams 1992) of one episode, a mean over its steps.
 
     Args:
         policy_logits: (E, K) the policy's logits at each step.
         actions: (E,) int, the tasks that were sampled.
-        returns: (E,) discounted returns.
+        advantages: (E,) discounted returns less a baseline, taken as constants. The gradient is
+            that of the expected return as long as the baseline does not depend on the actions
+            of this episode; its own mean return does.
     """
-    advantage = jax.lax.stop_gradient(returns - returns.mean())
-    return -(true_class_log_probability(policy_logits, actions) * advantage).mean()
+    advantages = jax.lax.stop_gradient(advantages)
+    return -(true_class_log_probability(policy_logits, actions) * advantages).mean()
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

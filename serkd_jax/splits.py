@@ -69,7 +69,7 @@ def make_folds(
     if config.split_by == "file":
         folds = _read_folds(config.file, columns["id"])
     else:
-        folds = _draw_folds(labels, columns, config, np.random.default_rng([seed, 1]))
+        folds = _draw_folds(labels, columns, config, seed)
     speakers = np.asarray(columns["speaker"])
     for fold in folds:
         _check_parts(fold, labels, columns["id"])
@@ -117,12 +117,12 @@ def _draw_folds(
     labels: np.ndarray,
     columns: dict[str, Sequence[str]],
     config: ConfigDict,
-    rng: np.random.Generator,
+    seed: int,
 ) -> list[Fold]:
     if config.split_by == "split":
         parts = [_official_split(columns["split"])]
     elif config.split_by == "random":
-        part = _deal(labels, config.num_folds, rng)
+        part = _deal(labels, config.num_folds, np.random.default_rng([seed, 1]))
         parts = [
             (f"random part {k + 1}", np.flatnonzero(part == k), None)
             for k in range(config.num_folds)
@@ -139,6 +139,8 @@ def _draw_folds(
         _refuse_empty("speakers_apart=True", "speaker", speakers)
     folds = []
     for number, (held_out, test, validation) in enumerate(parts, start=1):
+        # Of its own: the draws of other folds depend on the labels that this one tests.
+        rng = np.random.default_rng([seed, 1, number])
         taken = test if validation is None else np.concatenate([test, validation])
         train = np.setdiff1d(np.arange(len(labels)), taken)
         if validation is None:
@@ -212,12 +214,17 @@ def _draw_share(
     """About ``share`` of each class among ``rows``; of whole speakers where these are given."""
     if speakers is not None and share > 0 and len(rows):
         return _whole_speakers(rows, labels, speakers, share, rng)
-    chosen = []
-    for label in np.unique(labels[rows]):
-        of_class = rng.permutation(rows[labels[rows] == label])
-        # At least one where the class has two.
-        count = max(round(share * len(of_class)), int(share > 0 and len(of_class) > 1))
-        chosen.append(of_class[:count])
+    classes, sizes = np.unique(labels[rows], return_counts=True)
+    wanted = share * sizes
+    # At least one where the class has two.
+    counts = np.maximum(np.floor(wanted), (share > 0) & (sizes > 1)).astype(int)
+    # The largest remainders make up the share of all, which so does not depend on the labels.
+    missing = max(round(share * len(rows)) - counts.sum(), 0)
+    counts[np.argsort(counts - wanted, kind="stable")[:missing]] += 1
+    chosen = [
+        rng.permutation(rows[labels[rows] == label])[:count]
+        for label, count in zip(classes, counts, strict=True)
+    ]
     return np.sort(np.concatenate(chosen)) if chosen else rows[:0]
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from ml_collections import ConfigDict
 
+from serkd_jax.stages import distill
 from tiny_stages import RNG, changed, distill_stage, make_pair
 
 EXACT = ("second_order", "second_order_forward")
@@ -47,6 +49,26 @@ def meta_step():
             return meta_vector - moved, float(metrics["meta_loss"])
 
     return start, run
+
+
+@pytest.mark.parametrize("order", [*EXACT, "first_order"])
+def test_on_quadratics_the_meta_gradient_is_the_one_worked_out_by_hand(order):
+    """With L = |s - A t|²/2 and L^col = |s+ - y|²/2 + |t|²/2 it is η Aᵀ(s+ - y) + t."""
+    rng, rate = np.random.default_rng(0), 0.3
+    a, s, t, y = (rng.normal(size=n).astype(np.float32) for n in ((4, 3), 4, 3, 4))
+    loss, gradient = distill.meta_value_and_grad(
+        ConfigDict({"order": order, "pilot_learning_rate": rate}),
+        s,
+        t,
+        gradient=lambda t: s - a @ t,
+        slope_along=lambda v, t: -v @ (a @ t),
+        quiz_loss=lambda t, s: jnp.square(s - y).sum() / 2 + jnp.square(t).sum() / 2,
+        axis=None,
+    )
+    pilot = s - rate * (s - a @ t)
+    assert loss == pytest.approx((np.square(pilot - y).sum() + np.square(t).sum()) / 2, rel=1e-5)
+    through = 0 if order == "first_order" else rate * a.T @ (pilot - y)
+    np.testing.assert_allclose(gradient, through + t, rtol=1e-5)
 
 
 @pytest.mark.parametrize("order", EXACT)

@@ -78,9 +78,22 @@ def test_folds_are_in_the_order_of_their_numbers():
 
 
 def test_validation_and_quiz_are_stratified_shares_of_the_training_data():
+    """The share of all is exact, so that it does not depend on the labels; classes round."""
     for fold in folds():
-        assert np.bincount(LABELS[fold.validation]).tolist() == [3, 3, 3]  # 10 % of about 27
-        assert np.bincount(LABELS[fold.quiz]).tolist() == [5, 5, 5]
+        left = np.concatenate(parts(fold)[:3])
+        for part, share in ((fold.validation, 0.1), (fold.quiz, 0.2)):
+            assert len(part) == round(share * len(left))
+            wanted = share * np.bincount(LABELS[left])
+            assert (np.abs(np.bincount(LABELS[part]) - wanted) < 1).all()
+            left = np.setdiff1d(left, part)
+
+
+def test_a_class_of_two_has_one_in_validation():
+    labels = np.array([0] * 40 + [1] * 40 + [2] * 2)
+    columns = {"split": ["train"] * 82 + ["test"] * 20, "id": [str(i) for i in range(102)]}
+    columns["speaker"] = [""] * 102
+    (fold,) = folds(columns, np.append(labels, [0, 1] * 10), split_by="split")
+    assert np.bincount(labels[fold.validation], minlength=3).tolist() == [4, 4, 1]
 
 
 def test_sessions_of_two_speakers_are_held_out_in_five_folds_and_speakers_in_ten():

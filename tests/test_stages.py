@@ -42,8 +42,8 @@ STAGES = {
 }
 
 
-def run(stage, num_devices, num_steps=5):
-    """Five steps: the queue wraps around and one episode of the policy ends."""
+def run(stage, num_devices, num_steps=9):
+    """Nine steps: the queue wraps around and two episodes of the policy end."""
     make_step, init, batch = stage
     step = parallel.compile_step(make_step, jax.devices()[:num_devices])
     state, history = jax.tree.map(jnp.array, init()), []  # the step donates its state
@@ -98,13 +98,17 @@ def test_the_loss_falls_on_learnable_data(name):
 
 
 def test_an_episode_is_what_was_seen_done_and_earned_and_moves_the_policy_by_reinforce():
-    """Four steps watched from outside, then the update written from Williams (1992)."""
+    """Two episodes watched from outside, then the updates written from Williams (1992).
+
+    The first sets the baseline, against which the second is held.
+    """
     make_step, init, batch = curriculum_stage()
     step, state = jax.jit(make_step()), init()
-    policy_params, policy_opt_state = state.policy_params, state.policy_opt_state
-    seen, done, earned = [], [], []
+    seen, done, earned, policies = [], [], [], []
     accuracy, running_reward = np.zeros(K), np.zeros(K)
-    for seed in range(4):
+    for seed in range(8):
+        if seed % 4 == 0:
+            policies.append((state.policy_params, state.policy_opt_state))
         seen.append(np.asarray(state.observation))
         done.append(task := int(state.task))
         state, metrics = step(state, batch(seed), RNG)
@@ -115,20 +119,28 @@ def test_an_episode_is_what_was_seen_done_and_earned_and_moves_the_policy_by_rei
         np.testing.assert_allclose(state.observation[D : D + K], accuracy, rtol=1e-5)
         np.testing.assert_allclose(state.observation[D + K : -1], running_reward, rtol=1e-5)
         assert state.observation[-1] == pytest.approx((seed + 1) / 50)
-    returns = [sum(0.9 ** (u - t) * earned[u] for u in range(t, 4)) for t in range(4)]
-    advantage = np.array(returns) - np.mean(returns)
+    policies.append((state.policy_params, state.policy_opt_state))
+    first, second = (
+        np.array(
+            [sum(0.9 ** (u - t) * earned[u] for u in range(t, end)) for t in range(end - 4, end)]
+        )
+        for end in (4, 8)
+    )
+    np.testing.assert_allclose(state.baseline, 0.9 * first + 0.1 * second, rtol=1e-5)
+    advantages = second - first
 
     def objective(params):
-        logits = POLICY.apply({"params": params}, np.stack(seen))
-        log_probability = jax.nn.log_softmax(logits)[np.arange(4), np.array(done)]
-        return -(log_probability * advantage).mean()
+        logits = POLICY.apply({"params": params}, np.stack(seen[4:]))
+        log_probability = jax.nn.log_softmax(logits)[np.arange(4), np.array(done[4:])]
+        return -(log_probability * advantages).mean()
 
-    grads = jax.grad(objective)(policy_params)
-    updates, _ = POLICY_OPTIMIZER.update(grads, policy_opt_state, policy_params)
-    expected = optax.apply_updates(policy_params, updates)
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.policy_params, expected
-    )
+    for k, gradient in enumerate((lambda p: jax.tree.map(jnp.zeros_like, p), jax.grad(objective))):
+        params, opt_state = policies[k]
+        updates, _ = POLICY_OPTIMIZER.update(gradient(params), opt_state, params)
+        expected = optax.apply_updates(params, updates)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), policies[k + 1][0], expected
+        )
 
 
 def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step():
@@ -199,7 +211,7 @@ def test_uniform_sampling_takes_any_task_and_leaves_the_rest_of_the_step_alone(s
     expected = first_bias / first_bias.sum() if sampling == "policy" else np.full(K, 1 / K)
     np.testing.assert_allclose(shares, expected, atol=0.07)
     before, compiled = state, jax.jit(step)
-    for seed in range(4):
+    for seed in range(8):
         state, _ = compiled(state, batch(seed), RNG)
     moved = [
         bool(np.any(a != b))

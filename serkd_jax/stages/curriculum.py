@@ -55,6 +55,7 @@ class CurriculumState(struct.PyTreeNode):
         policy_params: of :class:`Policy`.
         policy_opt_state: of its optimiser.
         episode: the policy's present episode.
+        baseline: (E,) running mean of earlier episodes' returns, step by step.
         observation: (S,) what the policy saw when it chose ``task``.
         task: () int32, the task of the next batch.
         task_accuracy: (K,) running accuracy of S' on each task's batches.
@@ -71,6 +72,7 @@ class CurriculumState(struct.PyTreeNode):
     policy_params: Any
     policy_opt_state: Any
     episode: Episode
+    baseline: jax.Array
     observation: jax.Array
     task: jax.Array
     task_accuracy: jax.Array
@@ -152,6 +154,7 @@ def init_state(
             jnp.zeros(config.episode_steps, jnp.int32),
             jnp.zeros(config.episode_steps),
         ),
+        baseline=jnp.zeros(config.episode_steps),
         observation=observation,
         task=_sample_task(policy, policy_params, observation, config, task_rng),
         task_accuracy=jnp.zeros(num_tasks),
@@ -236,17 +239,24 @@ def make_step(
     def update_policy(state: CurriculumState) -> CurriculumState:
         """REINFORCE on the finished episode."""
         returns = losses.discounted_returns(state.episode.rewards, curriculum.discount)
+        # Nothing is learned from the first episode, for there is nothing to hold it against.
+        first = state.step <= curriculum.episode_steps
+        baseline = jnp.where(first, returns, state.baseline)
+        advantages = returns - baseline
 
         def objective(policy_params: Any) -> jax.Array:
             logits = policy.apply({"params": policy_params}, state.episode.observations)
-            return losses.reinforce(logits, state.episode.actions, returns)
+            return losses.reinforce(logits, state.episode.actions, advantages)
 
         grads = jax.grad(objective)(state.policy_params)
         updates, opt_state = policy_optimizer.update(
             grads, state.policy_opt_state, state.policy_params
         )
-        policy_params = optax.apply_updates(state.policy_params, updates)
-        return state.replace(policy_params=policy_params, policy_opt_state=opt_state)
+        return state.replace(
+            policy_params=optax.apply_updates(state.policy_params, updates),
+            policy_opt_state=opt_state,
+            baseline=baseline + curriculum.running_rate * advantages,
+        )
 
     def step(state: CurriculumState, batch: CurriculumBatch, rng: jax.Array) -> tuple:
         train_rng, task_rng = jax.random.split(jax.random.fold_in(rng, state.step))

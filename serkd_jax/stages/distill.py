@@ -81,6 +81,50 @@ def init_state(
     )
 
 
+def meta_value_and_grad(
+    config: ConfigDict,
+    params: Any,
+    meta_params: Any,
+    *,
+    gradient: Callable[[Any], Any],
+    slope_along: Callable[[Any, Any], jax.Array],
+    quiz_loss: Callable[[Any, Any], jax.Array],
+    axis: str | None,
+) -> tuple[jax.Array, Any]:
+    """L^col(θ_T', θ_S+) after the pilot step θ_S+ = θ_S - η ∇_S L(θ_S, θ_T'), Section 3.3.
+
+    Args:
+        config: the config's ``meta`` part. ``order`` is ``second_order`` (a gradient through a
+            gradient), ``second_order_forward`` (the same number, by the chain rule written out)
+            or ``first_order`` (θ_S+ is taken as given).
+        params: θ_S.
+        meta_params: θ_T'.
+        gradient: θ_T' -> ∇_S L(θ_S, θ_T'), the mean over the devices.
+        slope_along: (v, θ_T') -> v · ∇_S L(θ_S, θ_T'), less what does not depend on θ_T'.
+        quiz_loss: (θ_T', θ_S) -> L^col, Eq. 9.
+        axis: name of the device axis under pmap.
+
+    Returns:
+        The loss and its gradient in θ_T', means over the devices.
+    """
+    rate = config.pilot_learning_rate
+
+    def pilot_step(meta_params: Any) -> Any:
+        return jax.tree.map(lambda p, g: p - rate * g, params, gradient(meta_params))
+
+    if config.order == "second_order":
+        result = jax.value_and_grad(lambda m: quiz_loss(m, pilot_step(m)))(meta_params)
+    elif config.order == "first_order":
+        result = jax.value_and_grad(quiz_loss)(meta_params, pilot_step(meta_params))
+    else:  # ∂L^col/∂θ_T' - η ∂/∂θ_T' (v · ∇_S L(θ_S, θ_T')) with v = ∂L^col/∂θ_S+
+        both = jax.value_and_grad(quiz_loss, argnums=(0, 1))
+        loss, (direct, v) = both(meta_params, pilot_step(meta_params))
+        v = parallel.device_mean(v, axis)
+        through = jax.grad(slope_along, argnums=1)(v, meta_params)
+        result = loss, jax.tree.map(lambda d, t: d - rate * t, direct, through)
+    return parallel.device_mean(result, axis)
+
+
 def make_step(
     student: Student,
     adapter: Adapter,
@@ -94,9 +138,7 @@ def make_step(
 
     Each step (a) takes a pilot step of the student against the present T', (b) updates T' by the
     gradient of Eq. 9 on the quiz batch through that pilot step, and (c) takes the student's real
-    step against the new T'. ``meta.order`` says how far (b) goes: ``second_order`` is a gradient
-    through a gradient, ``second_order_forward`` the same number for less, ``first_order`` takes
-    the pilot student as given, and ``none`` leaves T' as it is.
+    step against the new T'. With ``meta.order='none'`` the third is the only one.
 
     Args:
         student: S.
@@ -107,7 +149,6 @@ def make_step(
         config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
         axis: name of the device axis under pmap.
     """
-    rate = config.meta.pilot_learning_rate
 
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
@@ -126,7 +167,7 @@ def make_step(
             config.distill.direction,
         )
 
-    def quiz_loss(meta_params: Any, params: dict[str, Any], quiz: Batch) -> jax.Array:
+    def quiz_loss(quiz: Batch, meta_params: Any, params: dict[str, Any]) -> jax.Array:
         """Eq. 9."""
         features = quiz["inputs"].astype(jnp.float32)
         hidden = forward(student, params["student"], features, quiz["length"]).hidden
@@ -167,41 +208,26 @@ def make_step(
             gradient = jax.grad(distillation_objective, has_aux=True)
             return parallel.device_mean(gradient(state.params, meta_params), axis)
 
-        def pilot_step(meta_params: Any) -> dict[str, Any]:
-            """θ_S+ = θ_S - η ∇_S L(θ_S, θ_T'), a plain gradient step."""
-            grads, _ = distillation_gradient(meta_params)
-            return jax.tree.map(lambda p, g: p - rate * g, state.params, grads)
-
         def slope_along(direction: dict[str, Any], meta_params: Any) -> jax.Array:
-            """The slope of (1-α) L^soft at θ_S along ``direction``: a forward-mode product."""
+            """Of (1-α) L^soft at θ_S, the one part of Eq. 4 that depends on θ_T'."""
             logits, tangent = jax.jvp(
                 lambda params: run_student(params).logits, (state.params,), (direction,)
             )
             soft = partial(soft_loss, meta_params=meta_params, train=train)
             return (1.0 - config.distill.alpha) * jax.jvp(soft, (logits,), (tangent,))[1]
 
-        def meta_gradient() -> tuple[jax.Array, Any]:
-            """Eq. 9 at θ_S+(θ_T'), and its gradient in θ_T' to the order of the config."""
-            if config.meta.order == "second_order":
-                return jax.value_and_grad(lambda m: quiz_loss(m, pilot_step(m), quiz))(
-                    state.meta_params
-                )
-            pilot = pilot_step(state.meta_params)
-            if config.meta.order == "first_order":
-                return jax.value_and_grad(quiz_loss)(state.meta_params, pilot, quiz)
-            # The chain rule by hand. Of ∇_S L only L^soft depends on θ_T', so that
-            # dL^col/dθ_T' = ∂L^col/∂θ_T' - η ∂/∂θ_T' (∂L^col/∂θ_S+ · ∇_S (1-α) L^soft).
-            loss, (direct, direction) = jax.value_and_grad(quiz_loss, argnums=(0, 1))(
-                state.meta_params, pilot, quiz
-            )
-            direction = parallel.device_mean(direction, axis)
-            through = jax.grad(partial(slope_along, direction))(state.meta_params)
-            return loss, jax.tree.map(lambda d, t: d - rate * t, direct, through)
-
         meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
         meta_metrics = {}
         if config.meta.order != "none":
-            meta_loss, meta_grads = parallel.device_mean(meta_gradient(), axis)
+            meta_loss, meta_grads = meta_value_and_grad(
+                config.meta,
+                state.params,
+                state.meta_params,
+                gradient=lambda meta_params: distillation_gradient(meta_params)[0],
+                slope_along=slope_along,
+                quiz_loss=partial(quiz_loss, quiz),
+                axis=axis,
+            )
             updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
             meta_params = optax.apply_updates(meta_params, updates)
             meta_metrics["meta_loss"] = meta_loss
