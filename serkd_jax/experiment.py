@@ -124,12 +124,11 @@ class Experiment:
         )
 
     def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The stages of one fold; returns the test labels and predictions of every row."""
+        """The chosen stages of a fold; returns test labels and predictions of all rows so far."""
         saved = self._directory(fold, "predictions.npz")
         stages = chosen_stages(self.config)
-        rows = [row for row in report.ROWS if report.STAGE_OF_ROW[row] in stages]
-        if not _has_arrays(saved, rows):
-            logits, test = {}, fold.test
+        logits, test = _load_arrays(saved), fold.test
+        if any(stage in stages and row not in logits for row, stage in report.STAGE_OF_ROW.items()):
             if "teacher" in stages:
                 teacher, teacher_out = self.train_teacher(fold)
                 hidden = teacher_out.hidden
@@ -145,9 +144,11 @@ class Experiment:
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
                 logits["updated_student"] = self._student_logits(updated.params, test)
-            _save_arrays(saved, ids=self.table.ids[test], label=self.table.labels[test], **logits)
-        with np.load(saved) as arrays:
-            return {row: (arrays["label"], arrays[row].argmax(-1)) for row in rows}
+            logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
+            _save_arrays(saved, **logits)
+        return {
+            row: (logits["label"], logits[row].argmax(-1)) for row in report.ROWS if row in logits
+        }
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Stage 1; the hidden vectors and logits of every utterance are computed once."""
@@ -369,11 +370,12 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _has_arrays(path: Path, names: list[str]) -> bool:
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What ``_save_arrays`` has left there, if anything."""
     if not path.exists():
-        return False
+        return {}
     with np.load(path) as arrays:
-        return set(names) <= set(arrays.files)
+        return dict(arrays)
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:

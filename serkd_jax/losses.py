@@ -49,8 +49,6 @@ def supervised_contrastive(
     precise = jnp.promote_types(anchors.dtype, jnp.float32)
     similarity = anchors.astype(precise) @ candidates.astype(precise).T / temperature
     similarity = jnp.where(filled, similarity, -jnp.inf)
-    # An empty dictionary has no softmax; its anchors have no positives and contribute 0.
-    similarity = jnp.where(filled.any(), similarity, 0.0)
     log_probability = jax.nn.log_softmax(similarity, axis=-1)
     positive = (anchor_labels[:, None] == candidate_labels[None, :]) & filled
     total = jnp.where(positive, log_probability, 0.0).sum(-1)
@@ -74,9 +72,8 @@ def soft_label_divergence(
         student_logits: (B, C).
         teacher_logits: (B, C).
         temperature: τ2.
-        direction: ``teacher_student`` is KL(p_t || p_s), what log-softmax of the student and
-            softmax of the teacher give in every framework; ``student_teacher`` is Eq. 5 as
-            printed, KL(p_s || p_t).
+        direction: ``teacher_student`` is KL(p_t || p_s), what Eqs. 6 and 7 are as arguments of
+            PyTorch's ``kl_div``; ``student_teacher`` is Eq. 5 as printed, KL(p_s || p_t).
     """
     log_s = jax.nn.log_softmax(student_logits / temperature)
     log_t = jax.nn.log_softmax(teacher_logits / temperature)
@@ -156,9 +153,9 @@ def reinforce(policy_logits: jax.Array, actions: jax.Array, advantages: jax.Arra
     Args:
         policy_logits: (E, K) the policy's logits at each step.
         actions: (E,) int, the tasks that were sampled.
-        advantages: (E,) discounted returns less a baseline, taken as constants. The gradient is
-            that of the expected return as long as the baseline does not depend on the actions
-            of this episode; its own mean return does.
+        advantages: (E,) discounted returns less a baseline, taken as constants. On average the
+            gradient is minus 1/E times that of what the policy is to raise, as long as the
+            baseline does not depend on the actions of this episode; its own mean return does.
     """
     advantages = jax.lax.stop_gradient(advantages)
     return -(true_class_log_probability(policy_logits, actions) * advantages).mean()

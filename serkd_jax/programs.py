@@ -29,15 +29,12 @@ CHOICES = {
     "curriculum.task_by": ("difficulty", "class"),
     "curriculum.sampling": ("policy", "uniform"),
 }
-
-
 STAGES = ("teacher", "student", "distill", "curriculum")
-# What a stage starts from.
-NEEDED = {"distill": ("teacher",), "curriculum": ("teacher", "distill")}
+STARTS_FROM = {"distill": ("teacher",), "curriculum": ("teacher", "distill")}
 
 
 def chosen_stages(config: ConfigDict) -> list[str]:
-    """The names in ``config.stages``, which are divided by commas."""
+    """The names in ``config.stages``, separated by commas."""
     return [name.strip() for name in config.stages.split(",")]
 
 
@@ -63,11 +60,12 @@ def check_config(config: ConfigDict) -> None:
         if width % heads:
             raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
     chosen = chosen_stages(config)
-    if unknown := set(chosen) - set(STAGES):
-        raise UserError(f"stages has {unknown.pop()!r}: use {', '.join(STAGES)}")
     for stage in chosen:
-        if missing := set(NEEDED.get(stage, ())) - set(chosen):
-            raise UserError(f"stages has {stage} but not {missing.pop()}, which it starts from")
+        if stage not in STAGES:
+            raise UserError(f"stages has {stage!r}: use {', '.join(STAGES)}")
+        for start in STARTS_FROM.get(stage, ()):
+            if start not in chosen:
+                raise UserError(f"stages has {stage} but not {start}, which it starts from")
         if config[stage].epochs < 1:
             raise UserError(f"{stage}.epochs must be at least 1")
 

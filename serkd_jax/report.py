@@ -35,7 +35,8 @@ def write_results(
         corpus: its name.
         config: the run's config.
         class_names: C names.
-        fold_predictions: fold -> row -> (labels (n,), predictions (n,)).
+        fold_predictions: fold -> row -> (labels (n,), predictions (n,)). Rows that all folds have
+            are pooled.
         params: parameter counts of teacher and student.
         data: Markdown on the corpus: its counts, and what was left out or cut.
 
@@ -51,7 +52,7 @@ def write_results(
         for fold, rows in fold_predictions.items()
     }
     overall = {}
-    for row in next(iter(folds.values())):
+    for row in (row for row in ROWS if all(row in rows for rows in folds.values())):
         labels, predictions = zip(*(rows[row] for rows in fold_predictions.values()), strict=True)
         overall[row] = score(np.concatenate(labels), np.concatenate(predictions))
     results = {

@@ -218,9 +218,11 @@ def _draw_share(
     wanted = share * sizes
     # At least one where the class has two.
     counts = np.maximum(np.floor(wanted), (share > 0) & (sizes > 1)).astype(int)
-    # The largest remainders make up the share of all, which so does not depend on the labels.
+    # The largest remainders make up the share of all, so that, rare classes apart, how many are
+    # drawn does not depend on the labels. No class gives its last row.
     missing = max(round(share * len(rows)) - counts.sum(), 0)
-    counts[np.argsort(counts - wanted, kind="stable")[:missing]] += 1
+    largest = np.argsort(counts - wanted, kind="stable")
+    counts[largest[(sizes - counts)[largest] > 1][:missing]] += 1
     chosen = [
         rng.permutation(rows[labels[rows] == label])[:count]
         for label, count in zip(classes, counts, strict=True)

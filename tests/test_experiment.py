@@ -20,11 +20,11 @@ from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
 from serkd_jax.models.hubert import HubertModel
 from serkd_jax.models.hubert_weights import load_hubert, save_hubert
+from serkd_jax.programs import STAGES
 from serkd_jax.report import ROWS
 from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("teacher", "student", "distill", "curriculum")
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +67,13 @@ def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished)
         assert 1 <= len(kept) <= 2
 
 
-def test_a_second_start_reuses_everything(finished, monkeypatch):
+@pytest.mark.parametrize("stages", ["teacher,student,distill,curriculum", "student"])
+def test_a_second_start_reuses_everything_and_forgets_nothing(finished, stages, monkeypatch):
     workdir, report = finished
     monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("trained again"))
-    assert Experiment(get_config(), workdir).run() == report
+    config = get_config()
+    config.stages = stages
+    assert Experiment(config, workdir).run() == report
 
 
 @pytest.mark.slow
@@ -82,7 +85,7 @@ def test_chosen_stages_alone_are_run_and_the_others_can_follow(finished, tmp_pat
     report = Experiment(config, tmp_path).run()
     assert "Confusion of the student" in report
     assert [path.name for path in (tmp_path / "fold_1").iterdir() if path.is_dir()] == ["student"]
-    config.stages = "teacher,student"
+    config.stages = "teacher"
     Experiment(config, tmp_path).run()
     whole, part = (json.loads((w / "results.json").read_text()) for w in (finished[0], tmp_path))
     for rows, all_rows in zip(part["folds"].values(), whole["folds"].values(), strict=True):

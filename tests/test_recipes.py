@@ -8,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from transformers import HubertConfig
 
 from layouts import ROOT, make_iemocap, make_meld, tone
+from serkd_jax.models.student import Student
+from serkd_jax.programs import STAGES
 from serkd_jax.report import ROWS
 
-STAGES = ("teacher", "student", "distill", "curriculum")
 SMALL = {
     "num_devices": 1,
     "batch_size": 16,
@@ -103,6 +107,34 @@ def test_strict_stops_before_anything_is_trained(tmp_path):
     assert "Session3 is missing" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("fold_*"))
+
+
+@pytest.mark.slow
+def test_the_page_on_the_paper_makes_a_row_of_table_4(hubert_folder, tmp_path):
+    """The command of the student that is not inverted, by cross-entropy alone."""
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`python (.*table4/row1)`", page)
+    release = make_iemocap(tmp_path, sessions=[1, 2])
+    command = command.replace("IEMOCAP", str(release)).replace("runs/", f"{tmp_path}/")
+    settings = SMALL | hubert(hubert_folder)
+    command = [
+        sys.executable,
+        *command.split(),
+        *(f"--config.{k}={v}" for k, v in settings.items()),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "table4" / "row1" / "results.json").read_text())
+    assert list(results["overall"]) == ["student"]
+    usual = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2).init
+    frames, width = 14, HubertConfig.from_pretrained(hubert_folder).hidden_size
+    params = jax.eval_shape(usual, jax.random.key(0), jnp.zeros((1, frames, width)), jnp.ones(1))
+    usual = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # A token is a frame, and embeds the features at a time rather than the course of one.
+    assert results["params"]["student"] == usual + 16 * (width - frames)
+    for log in tmp_path.glob("table4/row1/fold_*/student/metrics.jsonl"):
+        (row,) = map(json.loads, log.open())
+        assert row["train/loss"] == pytest.approx(row["train/cross_entropy"])
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from serkd_jax.programs import STAGES
+
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("teacher", "student", "distill", "curriculum")
 EPOCHS = 6
 
 

@@ -88,6 +88,14 @@ def test_validation_and_quiz_are_stratified_shares_of_the_training_data():
             left = np.setdiff1d(left, part)
 
 
+def test_no_class_gives_its_last_row_to_make_up_the_share():
+    labels = np.repeat([0, 1, 2, 3], [1, 2, 2, 25])  # the remainders of the rare ones are largest
+    columns = {"split": ["train"] * 29 + ["test"], "id": [str(i) for i in range(30)]}
+    columns["speaker"] = [""] * 30
+    (fold,) = folds(columns, labels, split_by="split", validation=0.3, quiz=0.3)
+    assert set(labels[fold.train]) == {0, 1, 2, 3}
+
+
 def test_a_class_of_two_has_one_in_validation():
     labels = np.array([0] * 40 + [1] * 40 + [2] * 2)
     columns = {"split": ["train"] * 82 + ["test"] * 20, "id": [str(i) for i in range(102)]}

@@ -168,6 +168,15 @@ def curriculum_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
     return make_step, init, make_pair
 
 
+def to_float64(tree):
+    """Every float of a tree in float64."""
+
+    def convert(x):
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(convert, tree)
+
+
 def changed(**settings):
     """CONFIG with some values changed, such as ``meta={"order": "none"}``."""
     config = ConfigDict(CONFIG.to_dict())

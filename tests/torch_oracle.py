@@ -1,4 +1,4 @@
-"""The student, T' and Eqs. 2-12 in torch, written from the paper: an oracle for whole steps.
+"""The student, T' and Eqs. 2-9 and 12 in torch, written from the paper: an oracle for whole steps.
 
 Models are torch's own layers; a model is applied to a dictionary of parameters, so that torch can
 differentiate through the pilot step.
@@ -104,10 +104,10 @@ _RENAMED = {
 }
 
 
-def tensors(params, dtype=torch.float64):
+def tensors(params):
     """A Flax tree as torch parameters to differentiate by."""
     return {
-        name: torch.tensor(np.array(array), dtype=dtype, requires_grad=True)
+        name: torch.tensor(np.array(array), dtype=torch.float64, requires_grad=True)
         for name, array in torch_names(params).items()
     }
 

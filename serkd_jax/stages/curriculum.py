@@ -239,7 +239,7 @@ def make_step(
     def update_policy(state: CurriculumState) -> CurriculumState:
         """REINFORCE on the finished episode."""
         returns = losses.discounted_returns(state.episode.rewards, curriculum.discount)
-        # Nothing is learned from the first episode, for there is nothing to hold it against.
+        # There is nothing to hold the first episode against: it only sets the baseline.
         first = state.step <= curriculum.episode_steps
         baseline = jnp.where(first, returns, state.baseline)
         advantages = returns - baseline
