@@ -164,6 +164,15 @@ def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step(
     np.testing.assert_allclose(keys, expected, atol=1e-5)
 
 
+def test_the_teacher_hears_masked_frames_if_the_recipe_says_so():
+    losses = []
+    for width in (0, 6):
+        masks = {"max_frequency_mask": width, "max_time_mask": width}
+        make_step, init, batch = teacher_stage(changed(teacher=masks))
+        losses.append(jax.jit(make_step())(init(), batch(0), RNG)[1]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("make_stage", "own"),
     [
