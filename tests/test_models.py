@@ -13,6 +13,7 @@ from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.models.transformer import EncoderLayer
+from tiny_stages import HUBERT
 from torch_oracle import InvertedTransformer, torch_names
 
 B, T, N, D = 3, 10, 6, 8
@@ -72,6 +73,26 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
     rngs = {"dropout": jax.random.key(0)}
     unfused = layer.apply({"params": params}, tokens, mask, deterministic=False, rngs=rngs)
     np.testing.assert_allclose(np.asarray(unfused)[mask], np.asarray(exact)[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_frames", [0, 2])
+def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_frames):
+    teacher = Teacher(HUBERT, 3, patch_frames)
+    frames = np.random.default_rng(2).normal(size=(2, 12, HUBERT.hidden_size)).astype(np.float32)
+    mask = np.arange(12) < np.array([12, 8])[:, None]
+    params = random_params(teacher, frames, mask)
+
+    @jax.jit
+    def apply(frames, mask):
+        of_layers = {"capture_intermediates": lambda module, _: module.name == "encoder"}
+        return teacher.apply({"params": params}, frames, mask, **of_layers)
+
+    padded, _ = apply(frames, mask)
+    alone, seen = apply(frames[1:, :8], mask[1:, :8])
+    np.testing.assert_allclose(padded.hidden[1], alone.hidden[0], atol=1e-5)
+    np.testing.assert_allclose(padded.logits[1], alone.logits[0], atol=1e-5)
+    ((encoded, _),) = seen["intermediates"]["encoder"]["__call__"]
+    np.testing.assert_allclose(alone.hidden, np.mean(encoded, axis=1), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
