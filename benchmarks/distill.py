@@ -15,13 +15,13 @@ import json
 import math
 import statistics
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from configs import common
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         compile_seconds[order] = time.perf_counter() - start
     for order, step in steps.items():  # also the warm-up; a step takes its state's buffers
         after, _ = step(jax.tree.map(jnp.copy, state), batch, rng)
-        gradients[order] = flatten(optax.tree_utils.tree_get(after.meta_opt_state, "mu"))
+        gradients[order] = ravel_pytree(optax.tree_utils.tree_get(after.meta_opt_state, "mu"))[0]
     times: dict[str, list[float]] = {order: [] for order in ORDERS}
     while len(times["none"]) < 3 or sum(map(sum, times.values())) < _SECONDS.value:
         for order, step in steps.items():
@@ -124,11 +124,6 @@ def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.nda
         "index": np.arange(size, dtype=np.int32),
         "teacher_hidden": rng.normal(size=(size, HIDDEN)).astype(np.float32),
     }
-
-
-def flatten(tree: Any) -> np.ndarray:
-    """All numbers of a tree."""
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ class Experiment:
         if not saved.exists():
             out = predict(state, np.arange(len(self.table)))
             _save_arrays(saved, ids=self.table.ids, hidden=out.hidden, logits=out.logits)
-        with np.load(saved) as arrays:
-            return state, TeacherOutput(arrays["hidden"], arrays["logits"])
+        arrays = _load_arrays(saved)
+        return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
     def train_student(self, fold: Fold) -> StudentState:
         """Stage 2."""

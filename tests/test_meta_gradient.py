@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from layouts import ROOT
+from serkd_jax.errors import UserError
 from serkd_jax.stages import distill
 from tiny_stages import RNG, changed, distill_stage, make_pair, to_float64
 
@@ -80,6 +81,13 @@ def test_on_quadratics_the_meta_gradient_is_the_one_worked_out_by_hand(order):
     assert loss == pytest.approx((np.square(pilot - y).sum() + np.square(t).sum()) / 2, rel=1e-5)
     through = 0 if order == "first_order" else rate * a.T @ (pilot - y)
     np.testing.assert_allclose(gradient, through + t, rtol=1e-5)
+
+
+def test_an_order_that_has_no_meta_gradient_is_refused():
+    config = ConfigDict({"order": "third_order", "pilot_learning_rate": 1.0})
+    parts = dict.fromkeys(("gradient", "slope_along", "quiz_loss", "axis"))
+    with pytest.raises(UserError, match="third_order"):
+        distill.meta_value_and_grad(config, {}, {}, **parts)
 
 
 @pytest.mark.parametrize("order", EXACT)

@@ -126,12 +126,14 @@ def test_the_page_on_the_paper_makes_a_row_of_table_4(hubert_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "table4" / "row1" / "results.json").read_text())
     assert list(results["overall"]) == ["student"]
-    usual = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2).init
+    inverted = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2)
     frames, width = 14, HubertConfig.from_pretrained(hubert_folder).hidden_size
-    params = jax.eval_shape(usual, jax.random.key(0), jnp.zeros((1, frames, width)), jnp.ones(1))
-    usual = sum(leaf.size for leaf in jax.tree.leaves(params))
+    params = jax.eval_shape(
+        inverted.init, jax.random.key(0), jnp.zeros((1, frames, width)), jnp.ones(1)
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     # A token is a frame, and embeds the features at a time rather than the course of one.
-    assert results["params"]["student"] == usual + 16 * (width - frames)
+    assert results["params"]["student"] == count + 16 * (width - frames)
     for log in tmp_path.glob("table4/row1/fold_*/student/metrics.jsonl"):
         (row,) = map(json.loads, log.open())
         assert row["train/loss"] == pytest.approx(row["train/cross_entropy"])

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys
 from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
+from serkd_jax.errors import UserError
 from serkd_jax.models.student import Adapter, Student, StudentOutput
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.common import Batch, forward
@@ -106,6 +107,9 @@ def meta_value_and_grad(
 
     Returns:
         The loss and its gradient in θ_T', means over the devices.
+
+    Raises:
+        UserError: there is no such order.
     """
     rate = config.pilot_learning_rate
 
@@ -116,12 +120,15 @@ def meta_value_and_grad(
         result = jax.value_and_grad(lambda m: quiz_loss(m, pilot_step(m)))(meta_params)
     elif config.order == "first_order":
         result = jax.value_and_grad(quiz_loss)(meta_params, pilot_step(meta_params))
-    else:  # ∂L^col/∂θ_T' - η ∂/∂θ_T' (v · ∇_S L(θ_S, θ_T')) with v = ∂L^col/∂θ_S+
+    elif config.order == "second_order_forward":
+        # ∂L^col/∂θ_T' - η ∂/∂θ_T' (v · ∇_S L(θ_S, θ_T')) with v = ∂L^col/∂θ_S+
         both = jax.value_and_grad(quiz_loss, argnums=(0, 1))
         loss, (direct, v) = both(meta_params, pilot_step(meta_params))
         v = parallel.device_mean(v, axis)
         through = jax.grad(slope_along, argnums=1)(v, meta_params)
         result = loss, jax.tree.map(lambda d, t: d - rate * t, direct, through)
+    else:
+        raise UserError(f"meta.order has no meta-gradient {config.order!r}")
     return parallel.device_mean(result, axis)
 
 
