@@ -1,20 +1,30 @@
-"""Which examples a step sees: a function of (seed, step), so that a resumed run sees the same."""
+"""Which examples a step sees, and how they come to the devices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 
+from serkd_jax import parallel
 
-def stream_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-    """The batch of ``step`` from an endless stream of shuffled passes over ``rows``.
+SHARE_OF_MEMORY = 0.4  # of a device, for the examples; the rest is for states and activations
 
-    Every pass holds each row once; a batch may end one pass and begin the next, so that no row
-    is left out and any number of rows is enough.
+
+def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[int]) -> np.ndarray:
+    """The batches (len(steps), B) of ``steps`` from an endless stream of shuffled passes over rows.
+
+    A function of (seed, step), so that a resumed run sees the same. Every pass holds each row
+    once; a batch may end one pass and begin the next, so that no row is left out and any number
+    of rows is enough.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    positions = np.arange(steps.start * batch_size, steps.stop * batch_size)
     passes = positions // len(rows)
     order = {p: np.random.default_rng([*seed, p]).permutation(rows) for p in np.unique(passes)}
-    return np.array([order[p][i % len(rows)] for p, i in zip(passes, positions, strict=True)])
+    taken = [order[p][i % len(rows)] for p, i in zip(passes, positions, strict=True)]
+    return np.array(taken).reshape(len(steps), batch_size)
 
 
 def sample_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int]) -> np.ndarray:
@@ -22,3 +32,89 @@ def sample_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int
     rng = np.random.default_rng([*seed, step])
     passes = -(-batch_size // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:batch_size]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What steps see of the utterances, row by row: on the devices, or read when needed.
+
+    Attributes:
+        columns: (n, ...) arrays by their name in `serkd_jax.stages.common.Batch`, of all
+            utterances; without ``inputs`` if these are read.
+        devices: of all processes.
+        read: (m,) rows -> their (m, ...) inputs, from records; None if ``columns`` has them, a
+            copy on each device.
+    """
+
+    columns: dict[str, Any]
+    devices: list[jax.Device]
+    read: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def with_columns(self, **columns: np.ndarray) -> "Examples":
+        """The same with more columns."""
+        if self.read is None:
+            columns = parallel.replicate(columns, self.devices)
+        return replace(self, columns=self.columns | columns)
+
+    def take(self, rows: Any) -> tuple[Any, Any]:
+        """What a program of :mod:`serkd_jax.parallel` needs for the tree of (..., B) ``rows``.
+
+        Returns:
+            Columns, and the rows' places in them: the whole corpus, or what this process's share
+            of the rows needs, with an axis for the devices.
+        """
+        shares = jax.tree.map(lambda x: parallel.share_of_batch(x, self.devices), rows)
+        if self.read is None:
+            return self.columns, shares
+        leaves, structure = jax.tree.flatten(shares)
+        wanted = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+        columns = {name: column[wanted] for name, column in self.columns.items()}
+        inputs = self.read(wanted.reshape(-1))
+        columns["inputs"] = inputs.reshape(*wanted.shape, *inputs.shape[1:])
+        places, start = [], 0
+        for leaf in leaves:
+            one_device = start + np.arange(leaf[0].size).reshape(leaf.shape[1:])
+            places.append(np.broadcast_to(one_device, leaf.shape))
+            start += leaf[0].size
+        return parallel.distribute(columns, self.devices), jax.tree.unflatten(structure, places)
+
+
+def are_resident(choice: str, num_bytes: int, devices: list[jax.Device]) -> bool:
+    """Whether the examples are to be on the devices: as chosen, or for ``auto`` if they fit."""
+    share = SHARE_OF_MEMORY * parallel.memory_of_device(devices)
+    return choice == "device" or (choice == "auto" and num_bytes <= share)
+
+
+def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yields what is read of each item, while a thread reads the next one."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = None
+        for item in items:
+            before, reading = reading, reader.submit(read, item)
+            if before:
+                yield before.result()
+        if reading:
+            yield reading.result()
+
+
+def predict_rows(
+    predict: Callable[[Any, Any, Any], Any],
+    params: Any,
+    examples: Examples,
+    rows: np.ndarray,
+    batch_size: int,
+) -> Any:
+    """Runs a program of :func:`serkd_jax.parallel.compile_predict` over any number of rows.
+
+    Returns:
+        A tree of (len(rows), ...) NumPy arrays. The last batch is filled up with copies of the
+        last row, so that there is one shape to compile.
+    """
+    starts = range(0, len(rows), batch_size)
+    batches = [rows[start : start + batch_size] for start in starts]
+    batches[-1] = np.pad(
+        batches[-1], (0, batch_size - len(batches[-1])), constant_values=batches[-1][0]
+    )
+    params = parallel.replicate(params, examples.devices)
+    outputs = [predict(params, *taken) for taken in read_ahead(examples.take, batches)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *jax.device_get(outputs))

@@ -21,8 +21,7 @@ from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages
 from serkd_jax.splits import Fold, folds_as_json, make_folds, speaker_note
-from serkd_jax.stages.common import Batch
-from serkd_jax.stages.curriculum import CurriculumBatch, CurriculumState, assign_tasks
+from serkd_jax.stages.curriculum import CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.student import StudentState
 from serkd_jax.stages.teacher import TeacherState
@@ -30,7 +29,7 @@ from serkd_jax.training import Stage, train
 
 # Config keys that say where and how a run is done, not what it computes.
 PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
-PLACE_KEYS += ("protocol.file", "stages")
+PLACE_KEYS += ("protocol.file", "stages", "examples", "steps_per_dispatch", "remat")
 STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
 
 
@@ -53,6 +52,9 @@ class Experiment:
         max_frames = config.max_frames
 
         corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
+        if parallel.is_first_process():
+            records.prepare_records(corpus, cache)
+        parallel.wait_for_processes("records written")
         records_dir = records.prepare_records(corpus, cache)
         self.table = records.load_table(records_dir)
         counted = counts.check_counts(self.table, corpus, config.strict, most_named=20)
@@ -63,13 +65,20 @@ class Experiment:
         largest = max(len(fold.train) for fold in self.folds)
         self.steps_per_epoch = -(-largest // config.batch_size)
 
-        frontend = make_frontend(config.frontend, devices)
+        frontend = make_frontend(config.frontend, parallel.local_devices(devices))
+        reads_waveforms = config.teacher.input == "waveform" and "teacher" in chosen_stages(config)
+        samples = num_samples(max_frames)
+        bytes_of_all = (
+            2 * len(self.table) * (max_frames * frontend.width + samples * reads_waveforms)
+        )
+        resident = batches.are_resident(config.examples, bytes_of_all, devices)
         self.programs = Programs(
             config,
             len(self.table.class_names),
             (max_frames, frontend.width),
             self.steps_per_epoch,
             devices,
+            resident,
         )
         self._claim_workdir(
             {
@@ -77,17 +86,31 @@ class Experiment:
                 "the splits": hashlib.sha256(splits.encode()).hexdigest()[:16],
                 "the front-end": frontend.fingerprint,
                 "the teacher's weights": self.programs.weights_hash,
-            }
+            },
+            splits,
         )
-        report.write_atomically(self.workdir / "splits.json", splits)
         features_dir = features.prepare_features(records_dir, frontend, max_frames, cache)
-        ids, self.features, self.num_frames = features.load_features(features_dir, max_frames)
-        self._check_rows(ids, features_dir)
-        if config.teacher.input == "waveform" and "teacher" in chosen_stages(config):
-            ids, self.waveforms, self.num_samples = records.load_waveforms(
-                records_dir, num_samples(max_frames)
-            )
-            self._check_rows(ids, records_dir)
+        self.features = self._open(features_dir, "features", max_frames)
+        self.teacher_inputs = self.features
+        if reads_waveforms:
+            self.teacher_inputs = self._open(records_dir, "audio", samples)
+
+    def _open(self, folder: Path, name: str, length: int) -> batches.Examples:
+        """The utterances with one array of records as their inputs."""
+        from serkd_jax.data import records
+
+        if self.programs.resident:
+            ids, inputs, lengths = records.load_arrays(folder, name, length)
+            columns, read = {"inputs": inputs}, None
+        else:
+            counted = {"features": "num_frames", "audio": "num_samples"}[name]
+            ids, lengths = records.load_lengths(folder, counted, length)
+            columns, read = {}, records.RandomReader(folder, name, length)
+        if not np.array_equal(ids, self.table.ids):  # everything is indexed by row
+            raise UserError(f"{folder} does not hold the utterances of the records: delete it")
+        columns |= {"length": lengths, "label": self.table.labels}
+        columns |= {"index": np.arange(len(ids), dtype=np.int32)}
+        return batches.Examples({}, self.programs.devices, read).with_columns(**columns)
 
     def _make_folds(self) -> list[Fold]:
         table, config = self.table, self.config
@@ -99,11 +122,6 @@ class Experiment:
             "split": table.splits,
         }
         return make_folds(table.labels, columns, config.protocol, config.seed)
-
-    def _check_rows(self, ids: np.ndarray, place: Path) -> None:
-        """Everything is indexed by row: the rows must be the table's."""
-        if not np.array_equal(ids, self.table.ids):
-            raise UserError(f"{place} does not hold the utterances of the records: delete it")
 
     def run(self) -> str:
         """Does what is left to do of the chosen stages; returns the scores as Markdown."""
@@ -145,6 +163,7 @@ class Experiment:
                 updated = self.train_updated_student(fold, distilled, hidden)
                 logits["updated_student"] = self._student_logits(updated.params, test)
             logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
+            parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
             _save_arrays(saved, **logits)
         return {
             row: (logits["label"], logits[row].argmax(-1)) for row in report.ROWS if row in logits
@@ -152,25 +171,24 @@ class Experiment:
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Stage 1; the hidden vectors and logits of every utterance are computed once."""
-        programs = self.programs
-
-        def predict(state: TeacherState, rows: np.ndarray) -> TeacherOutput:
-            return programs.teacher_predict(state, rows, self._teacher_batch)
-
+        programs, examples = self.programs, self.teacher_inputs
         stage = self._stage(
             fold,
             "teacher",
             init=programs.init_teacher,
-            step=programs.teacher_step,
-            batch_at=lambda step, _: self._teacher_batch(self._stream(fold, "teacher", step)),
-            logits=lambda state, rows: predict(state, rows).logits,
+            steps=programs.teacher_steps,
+            examples=examples,
+            rows_of=lambda steps: self._stream(fold, "teacher", steps),
+            logits=lambda state, rows: programs.teacher_predict(state, examples, rows).logits,
         )
         state = train(stage, self._directory(fold, "teacher"))
         saved = self._directory(fold, "teacher/outputs.npz")
-        if not saved.exists():
-            out = predict(state, np.arange(len(self.table)))
-            _save_arrays(saved, ids=self.table.ids, hidden=out.hidden, logits=out.logits)
         arrays = _load_arrays(saved)
+        parallel.wait_for_processes(f"fold {fold.name} teacher")  # all know what is saved
+        if not arrays:
+            out = programs.teacher_predict(state, examples, np.arange(len(self.table)))
+            arrays = {"ids": self.table.ids, "hidden": out.hidden, "logits": out.logits}
+            _save_arrays(saved, **arrays)
         return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
     def train_student(self, fold: Fold) -> StudentState:
@@ -179,8 +197,9 @@ class Experiment:
             fold,
             "student",
             init=lambda: self.programs.init_student(self._rng(fold, "student")),
-            step=self.programs.student_step,
-            batch_at=lambda step, _: self._batch(self._stream(fold, "student", step)),
+            steps=self.programs.student_steps,
+            examples=self.features,
+            rows_of=lambda steps: self._stream(fold, "student", steps),
             logits=lambda state, rows: self._student_logits(state.params, rows),
         )
         return train(stage, self._directory(fold, "student"))
@@ -188,19 +207,17 @@ class Experiment:
     def distill(self, fold: Fold, teacher: TeacherState, hidden: np.ndarray) -> DistillState:
         """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
 
-        def batch_at(step: int, _: DistillState) -> dict[str, Batch]:
-            return {
-                part: self._batch(self._stream(fold, "distill", step, part), hidden)
-                for part in ("train", "quiz")
-            }
+        def rows_of(steps: range) -> dict[str, np.ndarray]:
+            return {part: self._stream(fold, "distill", steps, part) for part in ("train", "quiz")}
 
         rng, classifier = self._rng(fold, "distill"), teacher.params["classifier"]
         stage = self._stage(
             fold,
             "distill",
             init=lambda: self.programs.init_distill(rng, classifier),
-            step=self.programs.distill_step,
-            batch_at=batch_at,
+            steps=self.programs.distill_steps,
+            examples=self.features.with_columns(teacher_hidden=hidden),
+            rows_of=rows_of,
             logits=lambda state, rows: self._student_logits(state.params["student"], rows),
         )
         return train(stage, self._directory(fold, "distill"))
@@ -211,23 +228,28 @@ class Experiment:
         """Stage 4: S' on the tasks that the policy picks."""
         rows_of_task = self._tasks(fold, distilled, hidden)
 
-        def batch_at(step: int, state: CurriculumState) -> CurriculumBatch:
-            task = int(state.task)
-            seed = [*self._seed(fold, "curriculum", "train"), task]
-            size = self.config.batch_size
-            quiz_rows = self._stream(fold, "curriculum", step, "quiz")
-            return {
-                "train": self._batch(batches.sample_rows(rows_of_task[task], size, step, seed)),
-                "quiz": self._batch(quiz_rows, hidden),
-            }
+        size, seed = self.config.batch_size, self._seed(fold, "curriculum", "train")
+
+        def rows_of(steps: range) -> dict[str, np.ndarray]:
+            """Batches of all tasks: which one a step takes, the policy says on the device."""
+            train = [
+                [
+                    batches.sample_rows(rows, size, step, [*seed, task])
+                    for task, rows in enumerate(rows_of_task)
+                ]
+                for step in steps
+            ]
+            quiz = self._stream(fold, "curriculum", steps, "quiz")
+            return {"train": np.array(train), "quiz": quiz}
 
         rng = self._rng(fold, "curriculum")
         stage = self._stage(
             fold,
             "curriculum",
             init=lambda: self.programs.init_curriculum(rng, distilled),
-            step=self.programs.curriculum_step,
-            batch_at=batch_at,
+            steps=self.programs.curriculum_steps,
+            examples=self.features.with_columns(teacher_hidden=hidden),
+            rows_of=rows_of,
             logits=lambda state, rows: self._student_logits(state.params, rows),
         )
         return train(stage, self._directory(fold, "curriculum"))
@@ -253,11 +275,12 @@ class Experiment:
         name: str,
         *,
         init: Callable[[], Any],
-        step: Callable,
-        batch_at: Callable[[int, Any], Any],
+        steps: Callable,
+        examples: batches.Examples,
+        rows_of: Callable[[range], Any],
         logits: Callable[[Any, np.ndarray], np.ndarray],
     ) -> Stage:
-        """A stage that is validated by the (n, C) ``logits`` of (state, rows)."""
+        """A stage on the ``rows_of`` its steps, validated by the ``logits`` of (state, rows)."""
         labels = self.table.labels[fold.validation]
 
         def validate(state: Any) -> dict[str, float]:
@@ -267,13 +290,20 @@ class Experiment:
             loss = float(losses.cross_entropy(predicted, labels))
             return {"loss": loss, **{metric: scores[metric] for metric in ("ua", "wa", "wf1")}}
 
+        count = min(self.config.steps_per_dispatch, self.steps_per_epoch)
+
+        def take(steps: range) -> tuple[Any, Any]:
+            return examples.take(rows_of(range(steps.start, steps.start + count)))
+
         return Stage(
             title=f"fold {fold.name}/{self.folds[-1].name} {name}",
             epochs=self.config[name].epochs,
             steps_per_epoch=self.steps_per_epoch,
+            steps_per_dispatch=count,
+            devices=self.programs.devices,
             init=init,
-            step=step,
-            batch_at=batch_at,
+            steps=steps,
+            take=take,
             validate=validate,
             selection_metric=self.config.selection_metric,
             rng=jax.random.fold_in(self._rng(fold, name), 2),
@@ -281,25 +311,12 @@ class Experiment:
 
     def _student_logits(self, params: Any, rows: np.ndarray) -> np.ndarray:
         """(n, C) logits of the utterances ``rows``."""
-        return self.programs.student_predict(params, rows, self._batch).logits
+        return self.programs.student_predict(params, self.features, rows).logits
 
-    def _batch(self, rows: np.ndarray, hidden: np.ndarray | None = None) -> Batch:
-        """Features of the utterances ``rows``, with the teacher's hidden vectors where given."""
-        batch = {"inputs": self.features[rows], "length": self.num_frames[rows]}
-        batch |= {"label": self.table.labels[rows], "index": rows.astype(np.int32)}
-        return batch if hidden is None else batch | {"teacher_hidden": hidden[rows]}
-
-    def _teacher_batch(self, rows: np.ndarray) -> Batch:
-        """What the teacher reads of the utterances ``rows``."""
-        batch = self._batch(rows)
-        if self.config.teacher.input == "waveform":
-            batch |= {"inputs": self.waveforms[rows], "length": self.num_samples[rows]}
-        return batch
-
-    def _stream(self, fold: Fold, stage: str, step: int, part: str = "train") -> np.ndarray:
-        """Row numbers of a stage's batch from the ``train`` or ``quiz`` part of the fold."""
+    def _stream(self, fold: Fold, stage: str, steps: range, part: str = "train") -> np.ndarray:
+        """Row numbers (steps, B) of a stage's batches from ``train`` or ``quiz`` of the fold."""
         seed = self._seed(fold, stage, part)
-        return batches.stream_rows(getattr(fold, part), self.config.batch_size, step, seed)
+        return batches.stream_rows(getattr(fold, part), self.config.batch_size, steps, seed)
 
     def _seed(self, fold: Fold, stage: str, part: str) -> list[int]:
         return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part == "quiz")]
@@ -330,7 +347,7 @@ class Experiment:
             )
         return notes
 
-    def _claim_workdir(self, sources: dict[str, str]) -> None:
+    def _claim_workdir(self, sources: dict[str, str], splits: str) -> None:
         """Writes what this run is, or refuses a workdir in which another one has trained."""
         path = self.workdir / "run.json"
         config = {k: v for k, v in _flatten(self.config.to_dict()).items() if k not in PLACE_KEYS}
@@ -345,7 +362,15 @@ class Experiment:
                     f"{self.workdir} holds checkpoints of another run ({changes}{more}). Use "
                     "another --workdir, or delete this one"
                 )
+        parallel.wait_for_processes("workdir claimed")
         report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
+        report.write_atomically(self.workdir / "splits.json", splits)
+        parallel.wait_for_processes("workdir described")
+        if not path.exists():
+            raise UserError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote: "
+                "--workdir must be on a file system that all processes share"
+            )
 
 
 def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:

@@ -7,13 +7,12 @@ start the same command in each, with ``--coordinator``.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
-from serkd_jax import parallel
+from serkd_jax import parallel, processes
 from serkd_jax.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "HuBERT: a folder or a name on the hub.")
@@ -31,9 +30,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the 
 _BATCH_FRAMES = flags.DEFINE_integer(
     "batch_frames", 0, "Of a device's batch, 50 a second; lower it if memory runs out. 0: default."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many share the work.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which one this is, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +37,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
+    processes.run(_extract)
+
+
+def _extract() -> None:
     # Slow to import, so after the flags are parsed.
     from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data.features import extract_features
@@ -48,32 +48,26 @@ def main(argv: list[str]) -> None:
     from serkd_jax.frontends import Hubert, default_batching, num_frames
 
     output = Path(_OUTPUT.value)
+    if not 0.025 <= _MAX_SECONDS.value <= 3600:
+        raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
+    max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
+    source = AudioFiles(_INPUT.value, _DATA_DIR.value)
+    frontend = Hubert(
+        model=_MODEL.value,
+        revision=_REVISION.value,
+        layer=_LAYER.value,
+        dtype=_DTYPE.value,
+        batching=default_batching()._replace(frames=_BATCH_FRAMES.value)
+        if _BATCH_FRAMES.value
+        else None,
+    )
     try:
-        if _COORDINATOR.value:
-            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        elif _NUM_PROCESSES.value or _PROCESS_ID.value:
-            raise UserError("several processes need a --coordinator, so that they share the work")
-        if not 0.025 <= _MAX_SECONDS.value <= 3600:
-            raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
-        max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
-        source = AudioFiles(_INPUT.value, _DATA_DIR.value)
-        frontend = Hubert(
-            model=_MODEL.value,
-            revision=_REVISION.value,
-            layer=_LAYER.value,
-            dtype=_DTYPE.value,
-            batching=default_batching()._replace(frames=_BATCH_FRAMES.value)
-            if _BATCH_FRAMES.value
-            else None,
-        )
         extract_features(source, frontend, max_frames, output, skip_bad=True)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(f"error: out of memory; lower --batch_frames or --max_seconds: {error}")
-    if jax.process_index() == 0:
+        raise UserError(f"out of memory; lower --batch_frames or --max_seconds: {error}") from error
+    if parallel.is_first_process():
         print(_summary(output))
 
 

@@ -3,10 +3,12 @@
 Also several processes, each with devices of its own.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
@@ -28,18 +30,27 @@ def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0
     Raises:
         UserError: there is no such process, or JAX cannot tell.
     """
+    # By default, those that are left notice the death of one after 100 seconds.
+    options = {"heartbeat_timeout_seconds": 30}
     if coordinator == "auto":
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**options)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the coordinator cannot be found ({error}): give HOST:PORT") from error
     elif 0 <= process_id < num_processes:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        # Otherwise, inside a Slurm task, JAX would use one GPU of those that the process has.
+        options["cluster_detection_method"] = "deactivate"
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
     else:
         raise UserError(
             f"process_id is {process_id} and num_processes {num_processes}: of N processes, give "
             "each a process_id from 0 to N-1"
         )
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes what all know."""
+    return jax.process_index() == 0
 
 
 def wait_for_processes(name: str) -> None:
@@ -63,14 +74,17 @@ def device_gather(tree: Any, axis: str | None) -> Any:
 
 
 def choose_devices(num_devices: int, batch_size: int) -> list[jax.Device]:
-    """The first ``num_devices`` local devices, or all of them for 0.
+    """The first ``num_devices`` devices, or for 0 all of them, those of all processes.
 
     Raises:
-        UserError: there are fewer devices, or they do not divide the batch.
+        UserError: there are fewer devices, several processes are to use some of them only, or
+            they do not divide the batch.
     """
-    devices = jax.local_devices()
+    devices = jax.devices()
     if num_devices > len(devices):
         raise UserError(f"num_devices is {num_devices}, but JAX sees {len(devices)} devices")
+    if num_devices and jax.process_count() > 1:
+        raise UserError("several processes use all their devices: leave num_devices at 0")
     devices = devices[: num_devices or None]
     if batch_size % len(devices):
         raise UserError(
@@ -80,31 +94,67 @@ def choose_devices(num_devices: int, batch_size: int) -> list[jax.Device]:
     return devices
 
 
-def compile_step(
-    make_step: Callable[[str | None], Callable], devices: list[jax.Device]
+def local_devices(devices: list[jax.Device]) -> list[jax.Device]:
+    """Those of this process."""
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
+def memory_of_device(devices: list[jax.Device]) -> int:
+    """Bytes that each has; CPU devices share what the machine has to spare."""
+    local = local_devices(devices)
+    if stats := local[0].memory_stats():
+        return stats["bytes_limit"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
+
+
+def compile_steps(
+    make_step: Callable[[str | None], Callable],
+    devices: list[jax.Device],
+    *,
+    shared_data: bool = True,
+    pick: Callable[[Any, Any], Any] = lambda _, rows: rows,
 ) -> Callable:
-    """Compiles ``step(state, batch, rng) -> (state, metrics)`` for one device or several.
+    """Compiles many training steps as one program, for one device or several.
+
+    A loop whose length is an argument, where `lax.scan` has it in its shape: it is compiled once,
+    and its bits do not depend on where a run was cut.
 
     Args:
-        make_step: makes the pure step from the name of the device axis (None on one device). On
-            several, the step sees its share of the batch and must return the same state and
-            metrics on each.
-        devices: where it runs.
+        make_step: makes the pure ``step(state, batch, rng) -> (state, metrics)`` from the name of
+            the device axis (None on one device). On several, the step sees its share of the batch
+            and must return the same state and metrics on each.
+        devices: where it runs; with several processes, those of all.
+        shared_data: whether all devices have the same data, or each its own.
+        pick: (state, a step's rows) -> those that make up its batch.
 
     Returns:
-        A function of (state, global batch, rng). The state's buffers are donated.
+        A function of (state, data, rows, count, rng), with data and rows from
+        :func:`serkd_jax.batches.Examples.take`, that takes the first ``count`` of the S steps that
+        rows have. It returns the state and the metrics, each (S,). The state's buffers are donated.
     """
-    if len(devices) == 1:
-        return jax.jit(make_step(None), donate_argnums=0)
-    mapped = jax.pmap(
-        make_step(AXIS),
-        AXIS,
-        in_axes=(None, 0, None),
-        out_axes=None,
-        devices=devices,
-        donate_argnums=0,
-    )
-    return lambda state, batch, rng: mapped(state, _split(batch, len(devices)), rng)
+
+    def make_run(axis: str | None) -> Callable:
+        step = make_step(axis)
+
+        def run(state: Any, data: Any, rows: Any, count: jax.Array, rng: jax.Array) -> tuple:
+            @jax.jit  # so that it is traced once
+            def one(state: Any, i: jax.Array) -> tuple:
+                picked = pick(state, jax.tree.map(lambda x: x[i], rows))
+                return step(state, _gather(data, picked), rng)
+
+            def body(i: jax.Array, carry: tuple) -> tuple:
+                state, metrics = one(carry[0], i)
+                return state, jax.tree.map(lambda all, x: all.at[i].set(x), carry[1], metrics)
+
+            length = jax.tree.leaves(rows)[0].shape[0]
+            shapes = jax.eval_shape(one, state, jnp.int32(0))[1]
+            metrics = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
+            return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+        return run
+
+    in_axes = (None, None if shared_data else 0, 0, None, None)
+    return _compile(make_run, devices, in_axes, None, donate_argnums=0)
 
 
 def compile_map(function: Callable[[Any, Any], Any], devices: list[jax.Device]) -> Callable:
@@ -114,49 +164,70 @@ def compile_map(function: Callable[[Any, Any], Any], devices: list[jax.Device]) 
         A function of (params, batches), which have a leading axis for the devices, as have the
         outputs. Put params on the devices once, by `replicate`.
     """
-    if len(devices) > 1:
-        return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
-
-    def only(params: Any, batches: Any) -> Any:
-        output = function(params, jax.tree.map(lambda x: x[0], batches))
-        return jax.tree.map(lambda x: x[None], output)
-
-    return jax.jit(only)
+    return _compile(lambda _: function, devices, (None, 0), 0)
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
-    """Puts a copy of every array on each device; those that are there are not sent again."""
-    everywhere = NamedSharding(Mesh(np.array(devices), AXIS), PartitionSpec())
-    return jax.device_put(tree, everywhere)
+    """Puts a copy of every array on each device of this process; those there are not sent again."""
+    return jax.device_put(tree, NamedSharding(_local_mesh(devices), PartitionSpec()))
+
+
+def distribute(tree: Any, devices: list[jax.Device]) -> Any:
+    """Puts each part of arrays that have an axis for this process's devices on its device."""
+    return jax.device_put(tree, NamedSharding(_local_mesh(devices), PartitionSpec(AXIS)))
+
+
+def _local_mesh(devices: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(local_devices(devices)), AXIS)
 
 
 def compile_predict(
-    predict: Callable[[Any, Any], Any], batch_size: int, devices: list[jax.Device]
-) -> Callable[[Any, np.ndarray, Callable[[np.ndarray], Any]], Any]:
-    """Compiles ``predict(params, batch) -> outputs`` for a set of any size.
+    predict: Callable[[Any, Any], Any], devices: list[jax.Device], *, shared_data: bool = True
+) -> Callable[[Any, Any, Any], Any]:
+    """Compiles ``predict(params, batch) -> outputs`` for one device or several.
 
     Returns:
-        A function of (params, rows, batch_of), where ``batch_of`` makes a batch of some row
-        numbers. It returns a tree of (len(rows), ...) NumPy arrays. It runs in batches of
-        ``batch_size``, the last one filled up with copies of its first row, so that it is
-        compiled once.
+        A function of (params, data, rows), with data and rows from
+        :func:`serkd_jax.batches.Examples.take`; the outputs are of the whole batch.
     """
-    mapped = compile_map(predict, devices)
 
-    def predict_rows(params: Any, rows: np.ndarray, batch_of: Callable[[np.ndarray], Any]) -> Any:
-        params = replicate(params, devices)
-        outputs = []
-        for start in range(0, len(rows), batch_size):
-            batch_rows = np.full(batch_size, rows[start])
-            taken = rows[start : start + batch_size]
-            batch_rows[: len(taken)] = taken
-            batch = mapped(params, _split(batch_of(batch_rows), len(devices)))
-            outputs.append(jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), batch))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
+    def make_run(axis: str | None) -> Callable:
+        return lambda params, data, rows: device_gather(predict(params, _gather(data, rows)), axis)
 
-    return predict_rows
+    return _compile(make_run, devices, (None, None if shared_data else 0, 0), None)
 
 
-def _split(batch: Any, num_devices: int) -> Any:
-    """(B, ...) -> (devices, B / devices, ...)."""
-    return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
+def share_of_batch(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
+    """(..., B) rows of the global batch -> (local devices, ..., B / devices), this process's."""
+    split = np.stack(np.split(rows, len(devices), axis=-1))
+    return split[[device.process_index == jax.process_index() for device in devices]]
+
+
+def _gather(data: Any, rows: Any) -> Any:
+    """The batch of each array of row numbers in the tree ``rows``."""
+    return jax.tree.map(lambda x: {name: column[x] for name, column in data.items()}, rows)
+
+
+def _compile(
+    make: Callable[[str | None], Callable],
+    devices: list[jax.Device],
+    in_axes: tuple[int | None, ...],
+    out_axes: int | None,
+    **options: Any,
+) -> Callable:
+    """Jit for one device and pmap for several; with axis 0, arrays have an axis for the devices."""
+    if len(devices) > 1:
+        chosen = None if devices == jax.devices() else devices
+        options |= {"in_axes": in_axes, "out_axes": out_axes, "devices": chosen}
+        return jax.pmap(make(AXIS), AXIS, **options)
+    function = make(None)
+
+    def only(*arguments: Any) -> Any:
+        given = (
+            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+            for arg, axis in zip(arguments, in_axes, strict=True)
+        )
+        out = function(*given)
+        return out if out_axes is None else jax.tree.map(lambda x: x[None], out)
+
+    return jax.jit(only, **options)

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 from transformers import HubertConfig
 
 from serkd_jax import parallel
+from serkd_jax.batches import Examples, predict_rows
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertEmbed
 from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
@@ -21,6 +23,8 @@ from serkd_jax.stages import curriculum, distill, student, teacher
 from serkd_jax.stages.common import make_optimizer
 
 CHOICES = {
+    "examples": ("auto", "device", "records"),
+    "dtype": ("auto", "float32", "bfloat16"),
     "selection_metric": ("ua", "wa", "wf1", "last"),
     "optimizer.schedule": ("constant", "cosine"),
     "teacher.input": ("waveform", "features"),
@@ -79,6 +83,7 @@ class Programs:
         feature_shape: (T, N) of the stored features.
         steps_per_epoch: of every stage.
         devices: where the steps run.
+        resident: whether the examples are on the devices, or come with every call.
     """
 
     def __init__(
@@ -88,9 +93,10 @@ class Programs:
         feature_shape: tuple[int, int],
         steps_per_epoch: int,
         devices: list[jax.Device],
+        resident: bool = True,
     ):
         self.config, self.num_classes, self.feature_shape = config, num_classes, feature_shape
-        self.steps_per_epoch, self.devices = steps_per_epoch, devices
+        self.steps_per_epoch, self.devices, self.resident = steps_per_epoch, devices, resident
 
     # Teacher (Section 3.1) ---------------------------------------------------------------------
 
@@ -120,12 +126,20 @@ class Programs:
             }
         dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout")
         sizes |= dict.fromkeys(dropouts, config.dropout)
-        return Teacher(HubertConfig(**sizes), self.num_classes, config.patch_frames)
+        return Teacher(
+            HubertConfig(**sizes),
+            self.num_classes,
+            config.patch_frames,
+            self.dtype,
+            self.config.remat,
+        )
 
     @cached_property
     def embed(self) -> HubertEmbed | None:
         """The frozen convolutional front, for waveform input."""
-        return HubertEmbed(self.checkpoint.config) if self._reads_waveforms else None
+        if not self._reads_waveforms:
+            return None
+        return HubertEmbed(self.checkpoint.config, self.dtype)
 
     @property
     def _reads_waveforms(self) -> bool:
@@ -161,7 +175,7 @@ class Programs:
         return self._optimizer(self.config.teacher.learning_rate, self.config.teacher.epochs)
 
     @cached_property
-    def teacher_step(self) -> Callable:
+    def teacher_steps(self) -> Callable:
         """Eq. 1."""
         optimizer, config = self.teacher_optimizer, self.config.teacher
         return self._compile(
@@ -170,7 +184,7 @@ class Programs:
 
     @cached_property
     def teacher_predict(self) -> Callable:
-        """(state, rows, batch_of) -> hidden vectors and logits."""
+        """(state, examples, rows) -> hidden vectors and logits."""
         return self._compile_predict(teacher.make_predict(self.teacher_model, self._to_frames))
 
     # Student (Section 3.2.1) -------------------------------------------------------------------
@@ -180,7 +194,7 @@ class Programs:
         """S, and S' of the curriculum."""
         config = self.config.student
         sizes = {k: v for k, v in config.items() if k not in ("learning_rate", "epochs")}
-        return Student(self.num_classes, **sizes)
+        return Student(self.num_classes, **sizes, dtype=self.dtype, remat=self.config.remat)
 
     @cached_property
     def new_student_params(self) -> Callable[[jax.Array], Any]:
@@ -207,14 +221,14 @@ class Programs:
         return self._optimizer(self.config.student.learning_rate, self.config.student.epochs)
 
     @cached_property
-    def student_step(self) -> Callable:
+    def student_steps(self) -> Callable:
         """Eqs. 2-3."""
         optimizer, config = self.student_optimizer, self.config.contrastive
         return self._compile(student.make_step, self.student_model, optimizer, config)
 
     @cached_property
     def student_predict(self) -> Callable:
-        """(student parameters, rows, batch_of) -> hidden vectors, logits and projections."""
+        """(student parameters, examples, rows) -> hidden vectors, logits and projections."""
         return self._compile_predict(student.make_predict(self.student_model))
 
     # Distillation and meta-teacher (Sections 3.2.2 and 3.3) ------------------------------------
@@ -261,7 +275,7 @@ class Programs:
         return self._optimizer(self.config.meta.learning_rate, self.config.distill.epochs)
 
     @cached_property
-    def distill_step(self) -> Callable:
+    def distill_steps(self) -> Callable:
         """Eqs. 4-9."""
         return self._compile(
             distill.make_step,
@@ -310,7 +324,7 @@ class Programs:
         )
 
     @cached_property
-    def curriculum_step(self) -> Callable:
+    def curriculum_steps(self) -> Callable:
         """Eqs. 10-13."""
         return self._compile(
             curriculum.make_step,
@@ -322,16 +336,32 @@ class Programs:
             self.policy_optimizer,
             self.config,
             self.config.curriculum.epochs * self.steps_per_epoch,
+            pick=curriculum.pick_task,
         )
 
     # What they share ---------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str | None:
+        """Of the models' computation; parameters and losses are float32. None is float32, too."""
+        name = self.config.dtype
+        if name == "auto":
+            name = "float32" if self.devices[0].platform == "cpu" else "bfloat16"
+        return None if name == "float32" else name
 
     def _optimizer(self, learning_rate: float, epochs: int) -> optax.GradientTransformation:
         total_steps = epochs * self.steps_per_epoch
         return make_optimizer(self.config.optimizer, learning_rate, total_steps)
 
-    def _compile(self, make_step: Callable, *parts: Any) -> Callable:
-        return parallel.compile_step(partial(make_step, *parts), self.devices)
+    def _compile(self, make_step: Callable, *parts: Any, **options: Any) -> Callable:
+        step = partial(make_step, *parts)
+        return parallel.compile_steps(step, self.devices, shared_data=self.resident, **options)
 
     def _compile_predict(self, predict: Callable) -> Callable:
-        return parallel.compile_predict(predict, self.config.batch_size, self.devices)
+        """The program; returns a function of (params, examples, rows)."""
+        compiled = parallel.compile_predict(predict, self.devices, shared_data=self.resident)
+
+        def run(params: Any, examples: Examples, rows: np.ndarray) -> Any:
+            return predict_rows(compiled, params, examples, rows, self.config.batch_size)
+
+        return run

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from serkd_jax import parallel
 from serkd_jax.metrics import classification_metrics
 
 STAGE_OF_ROW = {
@@ -96,7 +97,9 @@ def _markdown(results: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all; of several processes, the first does."""
+    if not parallel.is_first_process():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content

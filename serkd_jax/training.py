@@ -1,9 +1,9 @@
-"""The loop around every stage's step: progress, metrics, checkpoints, selection, resume."""
+"""The loop around every stage's steps: progress, metrics, checkpoints, selection, resume."""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from serkd_jax import parallel, preemption
+from serkd_jax.batches import read_ahead
 from serkd_jax.errors import UserError
 from serkd_jax.report import write_atomically
+
+History = dict[str, list[float]]  # a metric's values in the steps of the epoch so far
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,13 @@ class Stage:
         title: for the progress bar.
         epochs: how often validation, selection and checkpoints happen.
         steps_per_epoch: steps between them.
+        steps_per_dispatch: steps that are taken at once, at most; between, a notice of preemption
+            is heeded.
+        devices: where the steps run.
         init: makes the state before the first step.
-        step: (state, batch, rng) -> (state, metrics).
-        batch_at: (step number, state) -> batch.
+        steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
+            :func:`serkd_jax.parallel.compile_steps`.
+        take: steps -> (data, rows) of ``steps_per_dispatch`` steps, from the first of these.
         validate: state -> validation metrics.
         selection_metric: the validation metric whose best epoch is the stage's result, or
             ``last`` for the last epoch.
@@ -40,9 +48,11 @@ class Stage:
     title: str
     epochs: int
     steps_per_epoch: int
+    steps_per_dispatch: int
+    devices: list[jax.Device]
     init: Callable[[], Any]
-    step: Callable[[Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
-    batch_at: Callable[[int, Any], Any]
+    steps: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    take: Callable[[range], tuple[Any, Any]]
     validate: Callable[[Any], dict[str, float]]
     selection_metric: str
     rng: jax.Array
@@ -51,58 +61,69 @@ class Stage:
 def train(stage: Stage, directory: Path) -> Any:
     """Trains what is left of a stage and returns the state of its selected epoch.
 
-    Writes ``checkpoints/`` (the latest epoch and the best one), ``metrics.jsonl`` (a line an
-    epoch) and TensorBoard events to ``directory``. Stopped at any moment and called again, it
-    goes on from the last epoch that was saved and ends with the same numbers.
+    Writes ``checkpoints/`` (the latest epoch and the best one, by their last step),
+    ``metrics.jsonl`` (a line an epoch) and TensorBoard events to ``directory``. Stopped at any
+    moment and called again, it goes on from the last step that was saved, and ends with the same
+    numbers.
 
     Raises:
         UserError: a loss is not finite, or a checkpoint cannot be read.
+        Preempted: the process was told to end; the last step is saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _checkpoint_manager(directory) as checkpoints:
+    with _checkpoint_manager(directory) as checkpoints, preemption.heeded():
         done = checkpoints.latest_step() or 0
-        if done < stage.epochs:
-            # A copy: the step donates its state, and what made this one may be used again.
-            state = _restore(checkpoints, stage, done) if done else _copy(stage.init())
-            _train_epochs(stage, state, done, checkpoints, directory)
+        if done < stage.epochs * stage.steps_per_epoch:
+            state, history = _restore(checkpoints, stage, done) if done else (stage.init(), {})
+            # A copy: the steps donate their state, and what made this one may be used again.
+            state = parallel.replicate(jax.tree.map(jnp.array, state), stage.devices)
+            _train_epochs(stage, state, done, history, checkpoints, directory)
         checkpoints.wait_until_finished()
-        return _restore(checkpoints, stage, checkpoints.best_step())
+        return _restore(checkpoints, stage, checkpoints.best_step())[0]
 
 
 def _train_epochs(
-    stage: Stage, state: Any, done: int, checkpoints: ocp.CheckpointManager, directory: Path
+    stage: Stage,
+    state: Any,
+    done: int,
+    history: History,
+    checkpoints: ocp.CheckpointManager,
+    directory: Path,
 ) -> None:
-    log = directory / "metrics.jsonl"
-    _truncate_log(log, done)
-    by_last = stage.selection_metric == "last"
-    first_step = done * stage.steps_per_epoch
-    with (
-        SummaryWriter(str(directory), purge_step=first_step + 1) as board,
-        log.open("a") as log_file,
-        tqdm(
-            total=stage.epochs * stage.steps_per_epoch,
-            initial=first_step,
-            desc=stage.title,
-            unit="step",
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        for epoch in range(done + 1, stage.epochs + 1):
-            start = time.monotonic()
-            state, metrics = _train_epoch(stage, state, epoch, bar)
-            row = {f"train/{name}": value for name, value in metrics.items()}
-            row |= {f"validation/{k}": v for k, v in stage.validate(state).items()}
-            _check_finite(stage, epoch, row)
-            row["seconds"] = time.monotonic() - start
-            step = epoch * stage.steps_per_epoch
-            for name, value in row.items():
-                board.add_scalar(name, value, step)
-            log_file.write(json.dumps({"epoch": epoch, "step": step, **row}) + "\n")
-            log_file.flush()
-            score = epoch if by_last else row[f"validation/{stage.selection_metric}"]
-            checkpoints.save(
-                epoch, args=ocp.args.StandardSave(state), metrics={"score": float(score)}
-            )
+    """Takes the steps after ``done``; ``history`` is that of the epoch that ``done`` is in."""
+    start = time.monotonic()
+    with _Logs(stage, directory, done) as logs:
+        dispatches = read_ahead(lambda steps: (steps, *stage.take(steps)), _dispatches(stage, done))
+        for steps, data, rows in dispatches:
+            count = len(steps)
+            state, metrics = stage.steps(state, data, rows, np.int32(count), stage.rng)
+            for name, values in jax.device_get(metrics).items():
+                history[name] = history.get(name, []) + values[:count].tolist()
+            logs.advance(steps, history)
+            epoch, into_epoch = divmod(steps.stop, stage.steps_per_epoch)
+            if not into_epoch:
+                row = {f"train/{name}": float(np.mean(values)) for name, values in history.items()}
+                row |= {f"validation/{k}": v for k, v in stage.validate(state).items()}
+                _check_finite(stage, epoch, row)
+                logs.write(epoch, steps.stop, row | {"seconds": time.monotonic() - start})
+                by_last = stage.selection_metric == "last"
+                score = epoch if by_last else row[f"validation/{stage.selection_metric}"]
+                history, start = {}, time.monotonic()
+                _save(checkpoints, steps.stop, state, history, {"score": float(score)})
+            if preemption.noticed():
+                if into_epoch:
+                    _save(checkpoints, steps.stop, state, history, None)
+                checkpoints.wait_until_finished()
+                raise preemption.Preempted(f"{stage.title}: step {steps.stop} is saved")
+
+
+def _dispatches(stage: Stage, done: int) -> Iterator[range]:
+    """The steps after ``done`` in parts that are dispatched at once and end with the epochs."""
+    for epoch in range(done // stage.steps_per_epoch, stage.epochs):
+        end = (epoch + 1) * stage.steps_per_epoch
+        while done < end:
+            yield range(done, min(done + stage.steps_per_dispatch, end))
+            done = min(done + stage.steps_per_dispatch, end)
 
 
 def _check_finite(stage: Stage, epoch: int, row: dict[str, float]) -> None:
@@ -115,21 +136,50 @@ def _check_finite(stage: Stage, epoch: int, row: dict[str, float]) -> None:
         )
 
 
-def _train_epoch(stage: Stage, state: Any, epoch: int, bar: tqdm) -> tuple[Any, dict[str, float]]:
-    """Runs one epoch's steps; returns the state and the means of the steps' metrics."""
-    history = []
-    for step in range((epoch - 1) * stage.steps_per_epoch, epoch * stage.steps_per_epoch):
-        state, metrics = stage.step(state, stage.batch_at(step, state), stage.rng)
-        history.append(metrics)
-        bar.update()
-        if step % 10 == 0:
-            bar.set_postfix(epoch=epoch, loss=f"{float(metrics['loss']):.3f}")
-    names = history[0]
-    return state, {n: float(np.mean([float(metrics[n]) for metrics in history])) for n in names}
+class _Logs:
+    """Progress bar, metrics.jsonl and TensorBoard events, of the first process."""
+
+    def __init__(self, stage: Stage, directory: Path, done: int):
+        self._first = parallel.is_first_process()
+        self._bar = tqdm(
+            total=stage.epochs * stage.steps_per_epoch,
+            initial=done,
+            desc=stage.title,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._first,
+        )
+        if self._first:
+            path = directory / "metrics.jsonl"
+            _truncate_log(path, done)
+            self._file = path.open("a")
+            self._board = SummaryWriter(str(directory), purge_step=done + 1)
+
+    def __enter__(self) -> "_Logs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._first:
+            self._file.close()
+            self._board.close()
+
+    def advance(self, steps: range, history: History) -> None:
+        """Moves the bar."""
+        self._bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
+        self._bar.update(len(steps))
+
+    def write(self, epoch: int, step: int, row: dict[str, float]) -> None:
+        """Adds an epoch."""
+        if self._first:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+            self._file.write(json.dumps({"epoch": epoch, "step": step, **row}) + "\n")
+            self._file.flush()
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
-    """Keeps the latest epoch, to go on from, and the one of the best score."""
+    """Keeps the latest step that was saved, to go on from, and the epoch of the best score."""
 
     def score(metrics: dict[str, float]) -> float:
         return metrics["score"]
@@ -141,25 +191,35 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
 
 
-def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, epoch: int) -> Any:
-    """The state after ``epoch``, on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(stage.init),
+def _save(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    history: History,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Saves NumPy arrays, which any number of devices and processes can take up again."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(jax.device_get(state)), history=ocp.args.JsonSave(history)
+    )
+    checkpoints.save(step, args=items, metrics=metrics)
+
+
+def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, step: int) -> tuple[Any, History]:
+    """The state after ``step`` as NumPy arrays, and the metrics of the epoch so far."""
+    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(stage.init))
+    items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(template), history=ocp.args.JsonRestore()
     )
     try:
-        return checkpoints.restore(epoch, args=ocp.args.StandardRestore(template))
+        restored = checkpoints.restore(step, args=items)
     except Exception as error:  # orbax raises many kinds for a damaged file
         raise UserError(
-            f"{stage.title}: cannot read the checkpoint {checkpoints.directory / str(epoch)} "
+            f"{stage.title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
             f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "
             "the fold again"
         ) from error
-
-
-def _copy(state: Any) -> Any:
-    return jax.tree.map(jnp.array, state)
+    return restored.state, restored.history
 
 
 def _truncate_log(log: Path, done: int) -> None:
@@ -172,6 +232,6 @@ def _truncate_log(log: Path, done: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["epoch"] <= done:
+        if row["step"] <= done:
             kept.append(line + "\n")
     write_atomically(log, "".join(kept))

@@ -221,7 +221,8 @@ def test_hubert_features_and_teacher_on_a_folder_of_recordings(
     assert "silent.wav" in report
     assert "missing.wav" in report
     with ocp.CheckpointManager((tmp_path / "run/fold_1/teacher/checkpoints").absolute()) as saved:
-        params = saved.restore(1, args=ocp.args.StandardRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        params = saved.restore(saved.latest_step(), args=items).state
     assert ("feature_extractor" in params["frozen"]) == (teacher_input == "waveform")
     if teacher_input == "waveform":
         assert_saves_back(params, hubert_folder, tmp_path / "fine-tuned")

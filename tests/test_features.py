@@ -19,9 +19,10 @@ from serkd_jax import features as cli
 from serkd_jax import frontends
 from serkd_jax.audio import read_audio, to_float
 from serkd_jax.data.corpora import CorpusError, Synthetic
-from serkd_jax.data.features import extract_features, load_features, prepare_features
+from serkd_jax.data.features import extract_features, prepare_features
 from serkd_jax.data.records import (
     RecordsError,
+    load_arrays,
     load_table,
     prepare_records,
     read_examples,
@@ -73,7 +74,7 @@ def contents(folder):
 
 def test_features_are_those_of_the_front_end_in_the_order_of_the_ids(records_dir, tmp_path):
     folder = prepare(records_dir, frontends.LogMel(), tmp_path)
-    ids, features, num_frames = load_features(folder, MAX_FRAMES)
+    ids, features, num_frames = load_arrays(folder, "features", MAX_FRAMES)
     assert ids.tolist() == load_table(records_dir).ids.tolist() == sorted(ids)
     assert features.shape == (16, MAX_FRAMES, 80)
     assert features.dtype == np.float16
@@ -90,9 +91,9 @@ def test_features_are_those_of_the_front_end_in_the_order_of_the_ids(records_dir
 
 def test_features_can_be_loaded_shorter_or_longer(records_dir, tmp_path):
     folder = prepare(records_dir, Recorder(), tmp_path)
-    _, features, num_frames = load_features(folder, MAX_FRAMES)
-    _, short, num_short = load_features(folder, 5)
-    _, long, num_long = load_features(folder, 30)
+    _, features, num_frames = load_arrays(folder, "features", MAX_FRAMES)
+    _, short, num_short = load_arrays(folder, "features", 5)
+    _, long, num_long = load_arrays(folder, "features", 30)
     np.testing.assert_array_equal(short, features[:, :5])
     np.testing.assert_array_equal(num_short, np.minimum(num_frames, 5))
     np.testing.assert_array_equal(long[:, :MAX_FRAMES], features)
@@ -153,7 +154,7 @@ def test_interrupted_extraction_resumes_and_equals_an_uninterrupted_one(
         prepare(records_dir, Recorder(fail_at, num_devices=num_devices), tmp_path / "resumed")
     folder = tmp_path / "resumed" / "features" / whole.name
     with pytest.raises(RecordsError, match="missing or damaged"):
-        load_features(folder, MAX_FRAMES)
+        load_arrays(folder, "features", MAX_FRAMES)
     assert not list(folder.parent.glob("**/dataset_info.json"))
 
     second = Recorder(num_devices=num_devices)
@@ -221,7 +222,7 @@ def test_damaged_features_are_told_with_the_remedy(records_dir, tmp_path, damage
         case "description":
             (folder / "features.json").write_text("{")
     with pytest.raises(RecordsError, match="delete this folder and run again") as error:
-        load_features(folder, MAX_FRAMES)
+        load_arrays(folder, "features", MAX_FRAMES)
     assert str(folder) in str(error.value)
 
 
@@ -545,6 +546,9 @@ def test_two_processes_of_two_devices_share_the_files(
         ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "from 0 to N-1"),
     ],
 )
-def test_the_command_tells_what_is_wrong(flags, message, hubert_folder, audio_folder, tmp_path):
-    with pytest.raises(SystemExit, match=message):
+def test_the_command_tells_what_is_wrong(
+    flags, message, hubert_folder, audio_folder, tmp_path, capsys
+):
+    with pytest.raises(SystemExit, match="1"):
         run_here(flags_for(hubert_folder, audio_folder, tmp_path / "out") | flags)
+    assert message in capsys.readouterr().err

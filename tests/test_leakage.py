@@ -109,16 +109,18 @@ def fitted(done):
     workdir = done.workdir / f"fold_{fold.name}"
     rows = np.concatenate([fold.parts[part] for part in FITTED])
     arrays = {f"splits/{part}": ids for part, ids in fold.parts.items()}
-    arrays |= {f"batches/{name}": array for name, array in done._batch(rows).items()}
+    columns = done.features.columns
+    arrays |= {f"batches/{name}": np.asarray(columns[name])[rows] for name in columns}
     for log in workdir.glob("*/metrics.jsonl"):
         stage = log.parent.name
         for row in map(json.loads, log.open()):
             arrays |= {f"{stage}/{row['epoch']}/{k}": row[k] for k in row if k != "seconds"}
         with ocp.CheckpointManager(log.parent / "checkpoints") as checkpoints:
-            for epoch in checkpoints.all_steps():  # the last and the selected one
-                state = checkpoints.restore(epoch, args=ocp.args.StandardRestore())
+            for step in checkpoints.all_steps():  # the last and the selected one
+                items = ocp.args.Composite(state=ocp.args.StandardRestore())
+                state = checkpoints.restore(step, args=items).state
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-                    arrays[f"{stage}/{epoch}/{jax.tree_util.keystr(path)}"] = leaf
+                    arrays[f"{stage}/{step}/{jax.tree_util.keystr(path)}"] = leaf
     with np.load(workdir / "teacher" / "outputs.npz") as outputs:
         arrays |= {f"teacher/{name}": outputs[name][rows] for name in outputs.files}
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()}

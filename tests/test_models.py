@@ -1,7 +1,6 @@
 """The student and the shared encoder layer against torch; padding; what the options change."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -9,6 +8,7 @@ from transformers import HubertConfig
 
 from configs import common
 from serkd_jax import parallel
+from serkd_jax.batches import Examples, predict_rows
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
@@ -70,8 +70,7 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
     layer = EncoderLayer(2, 12, attention_dropout=1e-7)  # takes the unfused path, drops nothing
     params = random_params(layer, tokens)
     exact = layer.apply({"params": params}, tokens, mask)
-    rngs = {"dropout": jax.random.key(0)}
-    unfused = layer.apply({"params": params}, tokens, mask, deterministic=False, rngs=rngs)
+    unfused = layer.apply({"params": params}, tokens, mask, jax.random.split(jax.random.key(0), B))
     np.testing.assert_allclose(np.asarray(unfused)[mask], np.asarray(exact)[mask], atol=1e-5)
 
 
@@ -205,12 +204,12 @@ def test_time_pooling_averages_neighbouring_frames(features):
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("count", [1, 16, 21])
 def test_predictions_of_any_number_of_examples_come_back_in_order(num_devices, count):
-    predict = parallel.compile_predict(
-        lambda scale, batch: {"y": scale * batch["x"]}, 16, jax.devices()[:num_devices]
-    )
+    devices = jax.devices()[:num_devices]
+    predict = parallel.compile_predict(lambda scale, batch: {"y": scale * batch["x"]}, devices)
     x = np.arange(count, dtype=np.float32)
+    examples = Examples({}, devices).with_columns(x=x)
     rows = np.random.default_rng(0).permutation(count)
-    outputs = predict(jnp.float32(3), rows, lambda rows: {"x": x[rows]})
+    outputs = predict_rows(predict, np.float32(3), examples, rows, 16)
     np.testing.assert_array_equal(outputs["y"], 3 * x[rows])
 
 

@@ -242,11 +242,11 @@ def test_damaged_records_are_told_with_the_remedy(tmp_path):
         load_table(folder)
 
 
-def test_load_waveforms_cuts_and_pads(tmp_path, three_wavs):
+def test_load_arrays_cuts_and_pads(tmp_path, three_wavs):
     write_wav(three_wavs / "c.wav", num_samples=500)
     corpus = manifest_of(tmp_path, "path,label\na.wav,x\nc.wav,y\n")
     folder = prepare_records(corpus, tmp_path / "cache")
-    ids, audio, num_samples = records.load_waveforms(folder, 1000)
+    ids, audio, num_samples = records.load_arrays(folder, "audio", 1000)
     assert ids.tolist() == ["a.wav", "c.wav"]
     assert audio.shape == (2, 1000)
     assert audio.dtype == np.int16

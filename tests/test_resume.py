@@ -25,11 +25,7 @@ def start(workdir, cache):
     command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py"]
     command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
     command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES]
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | {"XLA_FLAGS": ""}
     output = (Path(cache) / "output.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
@@ -57,7 +53,8 @@ def final_arrays(workdir):
         for stage in STAGES:
             folder = workdir / fold / stage
             with ocp.CheckpointManager((folder / "checkpoints").absolute()) as checkpoints:
-                state = checkpoints.restore(EPOCHS, args=ocp.args.StandardRestore())
+                items = ocp.args.Composite(state=ocp.args.StandardRestore())
+                state = checkpoints.restore(checkpoints.latest_step(), args=items).state
             for path, leaf in jax.tree_util.tree_leaves_with_path(state):
                 arrays[f"{fold}/{stage}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import parallel
 from serkd_jax.augmentation import example_keys, spec_augment
+from serkd_jax.batches import Examples
 from serkd_jax.models.policy import Policy
 from serkd_jax.stages import curriculum
 from serkd_jax.stages.common import make_optimizer
@@ -42,14 +43,44 @@ STAGES = {
 }
 
 
-def run(stage, num_devices, num_steps=9):
-    """Nine steps: the queue wraps around and two episodes of the policy end."""
-    make_step, init, batch = stage
-    step = parallel.compile_step(make_step, jax.devices()[:num_devices])
-    state, history = jax.tree.map(jnp.array, init()), []  # the step donates its state
-    for seed in range(num_steps):
-        state, metrics = step(state, batch(seed), RNG)
-        history.append({k: float(v) for k, v in metrics.items()})
+STEPS = 9  # the queue wraps around and two episodes of the policy end
+
+
+def corpus(batch):
+    """The batches of all steps as the columns of a corpus, and the rows of each step."""
+    batches = [batch(seed) for seed in range(STEPS)]
+    parts = ("train", "quiz") if "train" in batches[0] else ("",)
+    found = [one[part] if part else one for part in parts for one in batches]
+    columns = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    rows = np.arange(len(parts) * STEPS * B).reshape(len(parts), STEPS, B)
+    return columns, dict(zip(parts, rows, strict=True)) if parts[0] else rows[0]
+
+
+def run(name, num_devices, *, dispatches=(STEPS,), streamed=False):
+    """The steps of a stage, so many in each dispatch; returns the state and each step's metrics."""
+    make_step, init, batch = STAGES[name]()
+    devices = jax.devices()[:num_devices]
+    columns, rows = corpus(batch)
+    options = {"shared_data": not streamed}
+    if name == "curriculum":  # the tasks' batches hold the same examples in other orders
+        tasks = [np.random.default_rng(task).permutation(B) for task in range(K)]
+        rows["train"] = rows["train"][:, np.stack(tasks)]
+        options["pick"] = curriculum.pick_task
+    steps = parallel.compile_steps(make_step, devices, **options)
+    if streamed:
+        inputs = columns.pop("inputs")
+        examples = Examples(columns, devices, lambda rows: inputs[rows])
+    else:
+        examples = Examples({}, devices).with_columns(**columns)
+    # A copy: the steps donate their state.
+    state, history, start = parallel.replicate(jax.tree.map(jnp.array, init()), devices), [], 0
+    for count in dispatches:
+        places = np.arange(start, start + STEPS) % STEPS  # what is after count is not used
+        data, taken = examples.take(jax.tree.map(lambda x, places=places: x[places], rows))
+        state, metrics = steps(state, data, taken, np.int32(count), RNG)
+        history += [{k: float(v[i]) for k, v in metrics.items()} for i in range(count)]
+        start += count
+    assert start == STEPS
     return state, history
 
 
@@ -60,13 +91,33 @@ def as_arrays(state):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_eight_devices_take_the_same_steps_as_one(name):
-    stage = STAGES[name]()
-    one, metrics_of_one = run(stage, 1)
-    eight, metrics_of_eight = run(stage, 8)
+    one, metrics_of_one = run(name, 1)
+    eight, metrics_of_eight = run(name, 8)
     for a, b in zip(as_arrays(one), as_arrays(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
     for a, b in zip(metrics_of_one, metrics_of_eight, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("name", ["student", "curriculum"])
+def test_steps_do_not_depend_on_how_they_are_dispatched_or_where_the_examples_are(
+    name, num_devices
+):
+    expected, metrics = run(name, num_devices)
+    for options in ({"dispatches": (4, 1, 3, 1)}, {"streamed": True}):
+        actual, others = run(name, num_devices, **options)
+        assert metrics == others
+        jax.tree.map(np.testing.assert_array_equal, expected, actual)
+
+
+def test_a_loop_of_steps_takes_the_steps_one_by_one():
+    make_step, init, batch = distill_stage()
+    step, state = jax.jit(make_step()), init()
+    for seed in range(STEPS):
+        state, _ = step(state, batch(seed), RNG)
+    for a, b in zip(as_arrays(run("distill", 1)[0]), as_arrays(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -19,11 +19,10 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +31,7 @@ from tqdm import tqdm
 import serkd_jax
 from serkd_jax import parallel
 from serkd_jax.audio import SAMPLE_RATE
+from serkd_jax.batches import read_ahead
 from serkd_jax.data import records
 from serkd_jax.data.records import SPLIT, RecordsError, tf, tfds
 from serkd_jax.data.sources import Clip, RecordsSource, Source
@@ -149,29 +149,6 @@ def _extract_shards(
     parallel.wait_for_processes(f"features described: {folder.name}")
 
 
-def load_features(
-    features_dir: str | os.PathLike, max_frames: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loads all features, cut or zero-padded to one length.
-
-    Returns:
-      ids (n,) str, sorted; features float16 (n, max_frames, width); num_frames int32 (n,), at most
-      max_frames.
-
-    Raises:
-      RecordsError: the folder is missing or damaged.
-    """
-    info = records.load_info(features_dir)
-    count, width = info.splits[SPLIT].num_examples, info.features["features"].shape[-1]
-    ids, num_frames = [], np.zeros(count, np.int32)
-    features = np.zeros((count, max_frames, width), np.float16)
-    for row, example in enumerate(records.read_examples(features_dir, ("id", "features"))):
-        ids.append(example["id"])
-        num_frames[row] = min(len(example["features"]), max_frames)
-        features[row, : num_frames[row]] = example["features"][:max_frames]
-    return np.array(ids, str), features, num_frames
-
-
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     """A TFRecord file of the utterances `rows`, and until the folder is whole, a report of them."""
@@ -223,7 +200,7 @@ class _Job:
         title = f"{self.source.name}: {self.frontend.name}"
         with _Progress(title, shards, todo) as progress, ThreadPoolExecutor(1) as writer:
             writing: list[Future] = []
-            for window, clips in zip(windows, _read_ahead(self._read, windows), strict=True):
+            for window, clips in zip(windows, read_ahead(self._read, windows), strict=True):
                 features = self._extract(clips, progress)
                 for written in writing:  # of the window before: no more than two are in memory
                     written.result()
@@ -301,18 +278,6 @@ class _Job:
         # Protobuf orders a map's keys anew in each process unless told not to.
         proto = tf.train.Example.FromString(self.schema.serialize_example(example))
         return proto.SerializeToString(deterministic=True)
-
-
-def _read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Yields what is read of each item, while a thread reads the next one."""
-    with ThreadPoolExecutor(1) as reader:
-        reading = None
-        for item in items:
-            before, reading = reading, reader.submit(read, item)
-            if before:
-                yield before.result()
-        if reading:
-            yield reading.result()
 
 
 class _Progress:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only r
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
+from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
 for kind in ("GPU", "TPU"):  # the accelerators belong to JAX
     tf.config.set_visible_devices([], kind)
@@ -324,23 +325,32 @@ def load_table(records_dir: str | os.PathLike) -> Table:
     )
 
 
-def load_waveforms(
-    records_dir: str | os.PathLike, max_samples: int
+def load_arrays(
+    folder: str | os.PathLike, name: str, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loads all audio, cut or zero-padded to one length.
+    """Loads one array of every example, cut or zero-padded to one length.
+
+    Args:
+      folder: audio or feature records.
+      name: audio, or features.
+      length: samples, or frames.
 
     Returns:
-      ids (n,) str, sorted; audio int16 (n, max_samples); num_samples int32 (n,), at most
-      max_samples.
+      ids (n,) str, sorted; arrays (n, length, ...) in their own dtype; their lengths (n,) int32, at
+      most ``length``.
+
+    Raises:
+      RecordsError: the folder is missing or damaged.
     """
-    count = load_info(records_dir).splits.total_num_examples
-    ids, audio = [], np.zeros((count, max_samples), np.int16)
-    num_samples = np.zeros(count, np.int32)
-    for row, example in enumerate(read_examples(records_dir, ("id", "audio"))):
+    info = load_info(folder)
+    feature, count = info.features[name], info.splits.total_num_examples
+    ids, lengths = [], np.zeros(count, np.int32)
+    arrays = np.zeros((count, length, *feature.shape[1:]), feature.np_dtype)
+    for row, example in enumerate(read_examples(folder, ("id", name))):
         ids.append(example["id"])
-        num_samples[row] = min(len(example["audio"]), max_samples)
-        audio[row, : num_samples[row]] = example["audio"][:max_samples]
-    return np.array(ids, str), audio, num_samples
+        lengths[row] = min(len(example[name]), length)
+        arrays[row, : lengths[row]] = example[name][:length]
+    return np.array(ids, str), arrays, lengths
 
 
 def load_info(folder: str | os.PathLike) -> tfds.core.DatasetInfo:
@@ -373,6 +383,76 @@ def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator
             yield example | {name: example[name].decode() for name in texts}
         if count != (whole := builder.info.splits.total_num_examples):
             raise ValueError(f"{count} of {whole} examples")
+
+
+def load_lengths(
+    folder: str | os.PathLike, name: str, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and lengths as of :func:`load_arrays`; ``name`` is num_samples, or num_frames."""
+    examples = list(read_examples(folder, ("id", name)))
+    ids = np.array([example["id"] for example in examples], str)
+    return ids, np.array([min(example[name], length) for example in examples], np.int32)
+
+
+class RandomReader:
+    """One array of any examples, in any order, for corpora that fit in no memory.
+
+    Called with (m,) row numbers, as :func:`read_examples` counts them, it gives the arrays
+    (m, length, ...), cut or zero-padded.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, length: int):
+        """Finds where each example begins.
+
+        Raises:
+          RecordsError: the folder is missing or damaged.
+        """
+        self._folder, self._name, self._length = folder, name, length
+        with _readable_errors(folder):
+            builder = tfds.builder_from_directory(folder)
+            self._places = [
+                (path, start)
+                for split in sorted(builder.info.splits)
+                for path in builder.info.splits[split].filepaths
+                for start in _record_starts(path)
+            ]
+            if len(self._places) != (whole := builder.info.splits.total_num_examples):
+                raise ValueError(f"{len(self._places)} of {whole} examples")
+        self._feature = builder.info.features[name]
+        decoders = tfds.decode.PartialDecoding({name: True})
+        wanted = decoders.extract_features(builder.info.features)
+        self._parse = tf.function(
+            lambda record: wanted.deserialize_example(record)[name],
+            input_signature=[tf.TensorSpec((), tf.string)],
+        )
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Reads them.
+
+        Raises:
+          RecordsError: a file is damaged.
+        """
+        shape = (len(rows), self._length, *self._feature.shape[1:])
+        out = np.zeros(shape, self._feature.np_dtype)
+        with _readable_errors(self._folder):
+            for i, array in enumerate(self._threads.map(self._read, rows)):
+                out[i, : len(array)] = array[: self._length]
+        return out
+
+    def _read(self, row: int) -> np.ndarray:
+        path, start = self._places[row]
+        return self._parse(tf_record_random_reader(path).read(start)[0]).numpy()
+
+
+def _record_starts(path: str) -> Iterator[int]:
+    """Of a TFRecord file: 8 bytes of length and 4 of checksum, the record, 4 of checksum."""
+    with open(path, "rb") as file:
+        start = 0
+        while header := file.read(12):
+            yield start
+            start += 16 + int.from_bytes(header[:8], "little")
+            file.seek(start)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.transformer import EncoderLayer, LayerNorm, exact_gelu
+from serkd_jax.models.transformer import Dropout, EncoderLayer, LayerNorm, exact_gelu
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import HubertConfig
@@ -143,14 +143,14 @@ class HubertEmbed(nn.Module):
         self,
         waveform: jax.Array,
         num_samples: jax.Array | None = None,
-        deterministic: bool = True,
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Embeds a batch of clips.
 
         Args:
             waveform: (B, samples) float32, 16 kHz, normalised as the checkpoint wants it.
             num_samples: (B,) int, the valid samples of each clip; None means all.
-            deterministic: whether dropout is off.
+            dropout_keys: (B,) a key per clip; None turns dropout off.
 
         Returns:
             (B, T, H) hidden, whose padded frames are meaningless, and (B, T) bool, True at
@@ -162,7 +162,7 @@ class HubertEmbed(nn.Module):
             raise ValueError(f"a waveform of {length} samples is shorter than one HuBERT frame")
         num_samples = jnp.full(batch, length) if num_samples is None else jnp.asarray(num_samples)
         hidden = self.feature_extractor(waveform, num_samples)
-        hidden = self.feature_projection(hidden, deterministic)
+        hidden = self.feature_projection(hidden, dropout_keys)
         frame_mask = jnp.arange(frames) < num_frames(self.config, num_samples)[:, None]
         return hidden + self.pos_conv_embed(hidden, frame_mask), frame_mask
 
@@ -172,15 +172,17 @@ class HubertLayers(nn.Module):
 
     config: HubertConfig
     dtype: DTypeLike | None = None
+    remat: bool = False  # whether activations are computed again for the gradient, not kept
 
     def setup(self):
         """Makes the submodules."""
         check_config(self.config)
         config = self.config
+        layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
         self.layer_norm = LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.layers = [
-            EncoderLayer(
+            layer(
                 num_heads=config.num_attention_heads,
                 mlp_dim=config.intermediate_size,
                 pre_norm=config.do_stable_layer_norm,
@@ -195,14 +197,17 @@ class HubertLayers(nn.Module):
         ]
 
     def __call__(
-        self, hidden: jax.Array, frame_mask: jax.Array | None = None, deterministic: bool = True
+        self,
+        hidden: jax.Array,
+        frame_mask: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Encodes embedded frames.
 
         Args:
             hidden: (B, T, H) frames, positions included.
             frame_mask: (B, T) bool, True at valid frames; None means all.
-            deterministic: whether dropout is off.
+            dropout_keys: (B,) a key per clip; None turns dropout off.
 
         Returns:
             The last hidden state, (B, T, H), and `config.num_hidden_layers` + 1 hidden states:
@@ -211,10 +216,10 @@ class HubertLayers(nn.Module):
         """
         if not self.config.do_stable_layer_norm:
             hidden = self.layer_norm(hidden)
-        hidden = self.dropout(hidden, deterministic=deterministic)
+        hidden = self.dropout(hidden, dropout_keys)
         states = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, frame_mask, deterministic)
+            hidden = layer(hidden, frame_mask, dropout_keys)
             states.append(hidden)
         if self.config.do_stable_layer_norm:
             hidden = self.layer_norm(hidden)
@@ -236,17 +241,17 @@ class HubertModel(nn.Module):
         self,
         waveform: jax.Array,
         num_samples: jax.Array | None = None,
-        deterministic: bool = True,
+        dropout_keys: jax.Array | None = None,
     ) -> HubertOutput:
         """Encodes a batch of clips; see `HubertEmbed` and `HubertLayers`.
 
         Args:
             waveform: (B, samples) float32.
             num_samples: (B,) int, the valid samples of each clip; None means all.
-            deterministic: whether dropout is off; if not, `apply` needs a "dropout" rng.
+            dropout_keys: (B,) a key per clip; None turns dropout off.
         """
-        hidden, frame_mask = self.embed(waveform, num_samples, deterministic)
-        last, states = self.encoder(hidden, frame_mask, deterministic)
+        hidden, frame_mask = self.embed(waveform, num_samples, dropout_keys)
+        last, states = self.encoder(hidden, frame_mask, dropout_keys)
         return HubertOutput(last, states, frame_mask)
 
 
@@ -322,12 +327,12 @@ class _FeatureProjection(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
         if self.config.feat_proj_layer_norm:
             epsilon = self.config.layer_norm_eps
             x = LayerNorm(epsilon=epsilon, dtype=self.dtype, name="layer_norm")(x)
         x = nn.Dense(self.config.hidden_size, dtype=self.dtype, name="projection")(x)
-        return nn.Dropout(self.config.feat_proj_dropout)(x, deterministic=deterministic)
+        return Dropout(self.config.feat_proj_dropout)(x, dropout_keys)
 
 
 def _conv_length(

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from serkd_jax.losses import l2_normalize
-from serkd_jax.models.transformer import EncoderLayer
+from serkd_jax.models.transformer import Dropout, EncoderLayer
 
 
 class StudentOutput(NamedTuple):
@@ -37,6 +38,9 @@ class Student(nn.Module):
         use_norm: iTransformer's standardisation of every series over its valid frames.
         time_pooling: frames averaged to one time point before the embedding; 1 is the paper's.
             More leaves the embedding fewer weights to learn from a small corpus.
+        dtype: of the encoder's computation; None means that of inputs and parameters.
+        remat: whether a layer's activations are computed again for the gradient, not kept.
+        fused_attention: see :func:`serkd_jax.models.transformer.attend`.
     """
 
     num_classes: int
@@ -51,17 +55,20 @@ class Student(nn.Module):
     variate_embedding: bool = False
     use_norm: bool = False
     time_pooling: int = 1
+    dtype: DTypeLike | None = None
+    remat: bool = False
+    fused_attention: bool = True
 
     @nn.compact
     def __call__(
-        self, features: jax.Array, num_frames: jax.Array, deterministic: bool = True
+        self, features: jax.Array, num_frames: jax.Array, dropout_keys: jax.Array | None = None
     ) -> StudentOutput:
         """Encodes and classifies.
 
         Args:
             features: (B, T, N) float, zero after each example's ``num_frames`` frames.
             num_frames: (B,) int.
-            deterministic: whether dropout is off.
+            dropout_keys: (B,) a key per example; None turns dropout off.
         """
         valid = jnp.arange(features.shape[1]) < num_frames[:, None]
         if self.use_norm:
@@ -70,19 +77,28 @@ class Student(nn.Module):
             window = (self.time_pooling,)
             features = nn.avg_pool(features, window, strides=window)
             valid = valid[:, : features.shape[1] * self.time_pooling : self.time_pooling]
+        embed = nn.Dense(self.width, dtype=self.dtype, name="embed")
         if self.inverted:
-            tokens, mask = nn.Dense(self.width, name="embed")(features.swapaxes(1, 2)), None
+            tokens, mask = embed(features.swapaxes(1, 2)), None
             if self.variate_embedding:
                 shape = (features.shape[2], self.width)
-                tokens += self.param("variate_embedding", nn.initializers.normal(0.5), shape)
+                variates = self.param("variate_embedding", nn.initializers.normal(0.5), shape)
+                tokens += variates.astype(tokens.dtype)
         else:
-            tokens, mask = nn.Dense(self.width, name="embed")(features), valid
-            tokens += sinusoidal_positions(features.shape[1], self.width)
-        tokens = nn.Dropout(self.dropout)(tokens, deterministic=deterministic)
+            tokens, mask = embed(features), valid
+            tokens += sinusoidal_positions(features.shape[1], self.width).astype(tokens.dtype)
+        tokens = Dropout(self.dropout)(tokens, dropout_keys)
+        layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
         for i in range(self.num_layers):
-            tokens = EncoderLayer(
-                self.num_heads, self.mlp_dim, dropout=self.dropout, name=f"layers_{i}"
-            )(tokens, mask, deterministic)
+            tokens = layer(
+                self.num_heads,
+                self.mlp_dim,
+                dropout=self.dropout,
+                dtype=self.dtype,
+                fused_attention=self.fused_attention,
+                name=f"layers_{i}",
+            )(tokens, mask, dropout_keys)
+        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
         hidden = tokens.mean(1) if mask is None else masked_mean(tokens, mask)
         logits = nn.relu(nn.Dense(self.classifier_dim, name="classifier_0")(hidden))
         logits = nn.Dense(self.num_classes, name="classifier_1")(logits)

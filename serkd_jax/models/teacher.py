@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import HubertConfig
 
 from serkd_jax.errors import UserError
@@ -41,22 +43,26 @@ class Teacher(nn.Module):
         patch_frames: 0 for frames that are what the layers read: of HuBERT's front, or
             precomputed HuBERT features. For others, such as log-mel, how many of them a
             convolution joins to one token, to which sinusoidal positions are added.
+        dtype: of the layers' computation; None means that of inputs and parameters.
+        remat: whether a layer's activations are computed again for the gradient, not kept.
     """
 
     config: HubertConfig
     num_classes: int
     patch_frames: int = 0
+    dtype: DTypeLike | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
-        self, frames: jax.Array, frame_mask: jax.Array, deterministic: bool = True
+        self, frames: jax.Array, frame_mask: jax.Array, dropout_keys: jax.Array | None = None
     ) -> TeacherOutput:
         """Encodes and classifies.
 
         Args:
             frames: (B, T, H), or (B, T, N) with ``patch_frames``.
             frame_mask: (B, T) bool, True at valid frames.
-            deterministic: whether dropout is off.
+            dropout_keys: (B,) a key per example; None turns dropout off.
         """
         width = self.config.hidden_size
         if self.patch_frames:
@@ -70,6 +76,8 @@ class Teacher(nn.Module):
                 f"the teacher's layers are {width} wide but its input frames {frames.shape[-1]}: "
                 "set teacher.patch_frames or use another front-end"
             )
-        encoded, _ = HubertLayers(self.config, name="encoder")(frames, frame_mask, deterministic)
+        layers = HubertLayers(self.config, self.dtype, self.remat, name="encoder")
+        encoded, _ = layers(frames, frame_mask, dropout_keys)
+        encoded = encoded.astype(jnp.promote_types(encoded.dtype, jnp.float32))
         hidden = masked_mean(encoded, frame_mask)
         return TeacherOutput(hidden, Classifier(self.num_classes, name="classifier")(hidden))

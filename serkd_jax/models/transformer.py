@@ -1,6 +1,7 @@
 """The transformer encoder layer that HuBERT, the teacher and the student share."""
 
 import functools
+import zlib
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from serkd_jax.errors import UserError
 # The variance as mean((x - mean)²), like torch; Flax's faster E[x²] - mean² cancels in float32.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
+WEIGHTS_AT_ONCE = 2**20  # attention weights that a CPU's cache holds
 MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every token is masked
 
 
@@ -21,29 +23,130 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+class Dropout(nn.Module):
+    """Dropout whose draws belong to an example, wherever in a batch or on a device it lands.
+
+    Attributes:
+        rate: share of the values that become 0; the others are scaled up.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Drops values of (B, n, ...) x; ``keys``, (B,), are of the examples; None drops none."""
+        if keys is None or self.rate == 0:
+            return x
+        place = zlib.crc32("/".join(self.path).encode())
+        half = (x.shape[1] + 1) // 2
+
+        def draw(key: jax.Array) -> jax.Array:
+            """Two draws of 16 bits from each word; random bits are a good part of a step."""
+            key = jax.random.fold_in(key, place)
+            words = jax.random.bits(key, (half, *x.shape[2:]), jnp.uint32)
+            draws = jnp.concatenate([words & 0xFFFF, words >> 16])[: x.shape[1]]
+            return draws < round(0x10000 * (1 - self.rate))
+
+        # The barrier keeps XLA from drawing anew in each operation that reads the result.
+        kept = jax.lax.optimization_barrier(jax.vmap(draw)(keys))
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax of the scaled products, (..., L, L); ``mask`` (..., L) is True at valid keys."""
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum(
+        "...qd,...kd->...qk",
+        query * query.shape[-1] ** -0.5,
+        key,
+        preferred_element_type=precise,
+    )
+    if mask is not None:
+        # As a sum, which on a CPU is faster than a selection.
+        logits += jnp.where(mask, 0.0, MASKED_LOGIT)[..., None, :].astype(precise)
+    return nn.softmax(logits).astype(query.dtype)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    fused: bool = True,
+) -> jax.Array:
+    """Attention in the form that suits the backend.
+
+    On a GPU, in half precision, it is cuDNN's fused kernel; on a CPU it goes head by head, so that
+    a head's weights stay in the cache and are computed again for the gradient rather than kept.
+
+    Args:
+        query: (B, heads, L, D / heads).
+        key: the same.
+        value: the same.
+        mask: (B, L) bool, True at valid tokens, which come first; None means all.
+        fused: whether cuDNN's kernel may be used. It has a gradient, but no derivative beyond.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return _attend_by_heads(query, key, value, mask)
+    if fused and backend == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
+        lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
+        tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.nn.dot_product_attention(
+            *tokens_first, key_value_seq_lengths=lengths, implementation="cudnn"
+        ).swapaxes(1, 2)
+    return attention_weights(query, key, None if mask is None else mask[:, None]) @ value
+
+
+def _attend_by_heads(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
+
+    @jax.checkpoint
+    def one(head: tuple) -> jax.Array:
+        query, key, value, mask = head
+        return attention_weights(query, key, mask) @ value
+
+    batch, heads, length, _ = query.shape
+    at_once = max(1, WEIGHTS_AT_ONCE // length**2)
+    split = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, key, value, mask))
+    if at_once >= batch * heads:
+        out = jax.vmap(one)(split)
+    else:
+        out = jax.lax.map(one, split, batch_size=at_once if at_once > 1 else None)
+    return out.reshape(query.shape)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over (B, L, D) tokens.
 
     Attributes:
         num_heads: heads; must divide D.
-        dropout: dropout of the attention weights, active only when not ``deterministic``.
+        dropout: dropout of the attention weights.
         dtype: of the computation, softmax apart; None means that of inputs and parameters.
+        fused: see :func:`attend`.
     """
 
     num_heads: int
     dropout: float = 0.0
     dtype: DTypeLike | None = None
+    fused: bool = True
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Attends from every token to every valid one.
 
         Args:
             x: (B, L, D) tokens.
             mask: (B, L) bool, True where a token may be attended to; None means all.
-            deterministic: whether dropout is off.
+            dropout_keys: (B,) a key per example; None turns dropout off.
 
         Returns:
             (B, L, D).
@@ -56,17 +159,13 @@ class SelfAttention(nn.Module):
             nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads).swapaxes(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        # Written out: on CPU, with the mask as a sum, this is twice as fast as
-        # jax.nn.dot_product_attention; and its softmax is float64 where the inputs are.
-        precise = jnp.promote_types(query.dtype, jnp.float32)
-        logits = jnp.einsum(
-            "bhqd,bhkd->bhqk", query * heads[-1] ** -0.5, key, preferred_element_type=precise
-        )
-        if mask is not None:
-            logits += jnp.where(mask, 0.0, MASKED_LOGIT)[:, None, None, :].astype(precise)
-        weights = nn.softmax(logits).astype(query.dtype)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights, value).swapaxes(1, 2)
+        if self.dropout and dropout_keys is not None:
+            weights = attention_weights(query, key, None if mask is None else mask[:, None])
+            weights = Dropout(self.dropout)(weights, dropout_keys)
+            out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        else:
+            out = attend(query, key, value, mask, self.fused)
+        out = out.swapaxes(1, 2)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
 
@@ -86,6 +185,7 @@ class EncoderLayer(nn.Module):
         activation: the feed-forward activation.
         epsilon: of the layer norms.
         dtype: of the computation; None means that of inputs and parameters.
+        fused_attention: see :func:`attend`.
     """
 
     num_heads: int
@@ -97,28 +197,35 @@ class EncoderLayer(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = exact_gelu
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
+    fused_attention: bool = True
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Maps (B, L, D) tokens to (B, L, D); ``mask`` (B, L) is True at valid tokens."""
         norm1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="layer_norm")
         norm2 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_layer_norm")
         dense = functools.partial(nn.Dense, dtype=self.dtype)
-        drop = nn.Dropout(self.dropout)
 
         def attend(h: jax.Array) -> jax.Array:
             attention = SelfAttention(
-                self.num_heads, self.attention_dropout, self.dtype, name="attention"
+                self.num_heads,
+                self.attention_dropout,
+                self.dtype,
+                self.fused_attention,
+                name="attention",
             )
-            return drop(attention(h, mask, deterministic), deterministic=deterministic)
+            return Dropout(self.dropout)(attention(h, mask, dropout_keys), dropout_keys)
 
         def feed_forward(h: jax.Array) -> jax.Array:
             h = self.activation(dense(self.mlp_dim, name="intermediate_dense")(h))
-            h = nn.Dropout(self.activation_dropout)(h, deterministic=deterministic)
+            h = Dropout(self.activation_dropout)(h, dropout_keys)
             h = dense(x.shape[-1], name="output_dense")(h)
-            return drop(h, deterministic=deterministic)
+            return Dropout(self.dropout)(h, dropout_keys)
 
         if self.pre_norm:
             x = x + attend(norm1(x))

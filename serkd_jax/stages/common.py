@@ -1,8 +1,7 @@
-"""What every stage's step shares: the batch, the forward pass with dropout, the optimiser."""
+"""What every stage's step shares: the batch and the optimiser."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,35 +26,6 @@ class Batch(TypedDict):
     label: jax.Array
     index: jax.Array
     teacher_hidden: jax.Array
-
-
-def forward(
-    model: nn.Module,
-    params: Any,
-    inputs: jax.Array,
-    length: jax.Array,
-    dropout_keys: jax.Array | None = None,
-) -> Any:
-    """Applies ``model`` to a batch of (inputs, length).
-
-    Args:
-        model: maps (inputs, length, deterministic) to a tree of (B, ...) arrays.
-        params: its parameters.
-        inputs: (B, ...).
-        length: (B, ...) what the model takes as its second argument.
-        dropout_keys: (B,) one key per example, so that an example's dropout does not depend on
-            the device or the place in the batch where it lands; None turns dropout off.
-    """
-    if dropout_keys is None:
-        return model.apply({"params": params}, inputs, length)
-
-    def one(x: jax.Array, n: jax.Array, key: jax.Array) -> Any:
-        out = model.apply(
-            {"params": params}, x[None], n[None], deterministic=False, rngs={"dropout": key}
-        )
-        return jax.tree.map(lambda y: y[0], out)
-
-    return jax.vmap(one)(inputs, length, dropout_keys)
 
 
 def make_optimizer(

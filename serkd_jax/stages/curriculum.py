@@ -22,7 +22,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier
-from serkd_jax.stages.common import Batch, forward
+from serkd_jax.stages.common import Batch
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.student import encode_keys, student_objective
 
@@ -84,6 +84,11 @@ class CurriculumBatch(TypedDict):
 
     train: Batch
     quiz: Batch
+
+
+def pick_task(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of a step's rows, ``train`` (K, B) and ``quiz`` (B,), those of the state's task."""
+    return {**rows, "train": rows["train"][state.task]}
 
 
 def assign_tasks(
@@ -202,7 +207,7 @@ def make_step(
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def objective(params: Any) -> tuple[jax.Array, tuple]:
-            out = forward(student, params, features, batch["length"], dropout_keys)
+            out = student.apply({"params": params}, features, batch["length"], dropout_keys)
             loss, metrics = student_objective(
                 out, batch["label"], keys, key_labels, state.queue, config.contrastive
             )
@@ -231,7 +236,7 @@ def make_step(
     def quiz_reward(state: CurriculumState, quiz: Batch) -> jax.Array:
         """Eq. 13 on the quiz batch, both models frozen."""
         features = quiz["inputs"].astype(jnp.float32)
-        student_logits = forward(student, state.params, features, quiz["length"]).logits
+        student_logits = student.apply({"params": state.params}, features, quiz["length"]).logits
         teacher_logits = classifier.apply({"params": state.meta_params}, quiz["teacher_hidden"])
         reward = losses.reward(student_logits, teacher_logits, quiz["label"])
         return parallel.device_mean(reward, axis)

@@ -20,7 +20,7 @@ from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.errors import UserError
 from serkd_jax.models.student import Adapter, Student, StudentOutput
 from serkd_jax.models.teacher import Classifier
-from serkd_jax.stages.common import Batch, forward
+from serkd_jax.stages.common import Batch
 from serkd_jax.stages.student import encode_keys, student_objective
 
 
@@ -156,6 +156,9 @@ def make_step(
         config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
         axis: name of the device axis under pmap.
     """
+    # What is differentiated twice cannot use the fused kernel.
+    unfused = student.clone(fused_attention=False)
+    pilot = unfused if config.meta.order == "second_order" else student
 
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
@@ -177,7 +180,7 @@ def make_step(
     def quiz_loss(quiz: Batch, meta_params: Any, params: dict[str, Any]) -> jax.Array:
         """Eq. 9."""
         features = quiz["inputs"].astype(jnp.float32)
-        hidden = forward(student, params["student"], features, quiz["length"]).hidden
+        hidden = student.apply({"params": params["student"]}, features, quiz["length"]).hidden
         return losses.collaborative_loss(
             classify(meta_params, quiz["teacher_hidden"]),
             classify(meta_params, adapt(params, hidden)),
@@ -193,12 +196,16 @@ def make_step(
         features = train["inputs"].astype(jnp.float32)
         dropout_keys = example_keys(dropout_rng, train["index"])
 
-        def run_student(params: dict[str, Any]) -> StudentOutput:
-            return forward(student, params["student"], features, train["length"], dropout_keys)
+        def run_student(params: dict[str, Any], model: Student) -> StudentOutput:
+            return model.apply(
+                {"params": params["student"]}, features, train["length"], dropout_keys
+            )
 
-        def distillation_objective(params: dict[str, Any], meta_params: Any) -> tuple:
+        def distillation_objective(
+            params: dict[str, Any], meta_params: Any, model: Student
+        ) -> tuple:
             """Eq. 4 on the training batch."""
-            out = run_student(params)
+            out = run_student(params, model)
             student_loss, metrics = student_objective(
                 out, train["label"], keys, key_labels, state.queue, config.contrastive
             )
@@ -211,14 +218,14 @@ def make_step(
             )
             return loss, {"loss": loss, "soft": soft, "patient": patient, **metrics}
 
-        def distillation_gradient(meta_params: Any) -> tuple:
+        def distillation_gradient(meta_params: Any, model: Student = student) -> tuple:
             gradient = jax.grad(distillation_objective, has_aux=True)
-            return parallel.device_mean(gradient(state.params, meta_params), axis)
+            return parallel.device_mean(gradient(state.params, meta_params, model), axis)
 
         def slope_along(direction: dict[str, Any], meta_params: Any) -> jax.Array:
             """Of (1-α) L^soft at θ_S, the one part of Eq. 4 that depends on θ_T'."""
             logits, tangent = jax.jvp(
-                lambda params: run_student(params).logits, (state.params,), (direction,)
+                lambda params: run_student(params, unfused).logits, (state.params,), (direction,)
             )
             soft = partial(soft_loss, meta_params=meta_params, train=train)
             return (1.0 - config.distill.alpha) * jax.jvp(soft, (logits,), (tangent,))[1]
@@ -230,7 +237,7 @@ def make_step(
                 config.meta,
                 state.params,
                 state.meta_params,
-                gradient=lambda meta_params: distillation_gradient(meta_params)[0],
+                gradient=lambda meta_params: distillation_gradient(meta_params, pilot)[0],
                 slope_along=slope_along,
                 quiz_loss=partial(quiz_loss, quiz),
                 axis=axis,

@@ -13,7 +13,7 @@ from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys, spec_augment
 from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.models.student import Student, StudentOutput
-from serkd_jax.stages.common import Batch, accuracy, forward
+from serkd_jax.stages.common import Batch, accuracy
 
 
 class StudentState(struct.PyTreeNode):
@@ -67,7 +67,7 @@ def encode_keys(
         config.max_frequency_mask,
         config.max_time_mask,
     )
-    keys = forward(student, momentum_params, masked, batch["length"]).projection
+    keys = student.apply({"params": momentum_params}, masked, batch["length"]).projection
     return parallel.device_gather((keys, batch["label"]), axis)
 
 
@@ -113,7 +113,7 @@ def make_step(
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict]:
-            out = forward(student, params, features, batch["length"], dropout_keys)
+            out = student.apply({"params": params}, features, batch["length"], dropout_keys)
             return student_objective(out, batch["label"], keys, key_labels, state.queue, config)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -136,6 +136,8 @@ def make_predict(student: Student) -> Callable[[Any, Batch], StudentOutput]:
     """Makes the deterministic forward pass of (student parameters, batch)."""
 
     def predict(params: Any, batch: Batch) -> StudentOutput:
-        return forward(student, params, batch["inputs"].astype(jnp.float32), batch["length"])
+        return student.apply(
+            {"params": params}, batch["inputs"].astype(jnp.float32), batch["length"]
+        )
 
     return predict

@@ -13,7 +13,7 @@ from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys, spec_augment
 from serkd_jax.models.hubert import HubertEmbed, normalize_waveform
 from serkd_jax.models.teacher import Teacher, TeacherOutput
-from serkd_jax.stages.common import Batch, accuracy, forward
+from serkd_jax.stages.common import Batch, accuracy
 
 
 class TeacherState(struct.PyTreeNode):
@@ -86,7 +86,7 @@ def make_step(
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = forward(teacher, params, frames, mask, dropout_keys).logits
+            logits = teacher.apply({"params": params}, frames, mask, dropout_keys).logits
             return losses.cross_entropy(logits, batch["label"]), logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -106,6 +106,6 @@ def make_predict(
 
     def predict(state: TeacherState, batch: Batch) -> TeacherOutput:
         frames, mask = to_frames(state.frozen, batch["inputs"], batch["length"])
-        return forward(teacher, state.params, frames, mask)
+        return teacher.apply({"params": state.params}, frames, mask)
 
     return predict

@@ -1,0 +1,68 @@
+"""What the benchmarks of training steps share: the paper's sizes, random data, the programs."""
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs import common
+from serkd_jax.batches import Examples
+from serkd_jax.models.student import Adapter
+from serkd_jax.programs import Programs
+
+CLASSES, HIDDEN = 4, 1024  # of IEMOCAP; of the teacher
+
+_SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of student and features.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0: 4 on a CPU, the paper's 32 elsewhere.")
+
+
+def make_config() -> tuple[ConfigDict, int]:
+    """The recipe for IEMOCAP in the size that the flags say, and the features' width N."""
+    config, variates = common.paper("iemocap"), 1024
+    config.batch_size = _BATCH_SIZE.value or (4 if jax.default_backend() == "cpu" else 32)
+    if _SIZE.value == "tiny":
+        config.max_frames, variates = 12, 6
+        config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
+    return config, variates
+
+
+def describe(config: ConfigDict, **more: str | int) -> dict[str, str | int]:
+    """What the figures were measured on; printed, too."""
+    about = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "size": _SIZE.value,
+        "batch size": config.batch_size,
+        **more,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    return about
+
+
+def make_programs(config: ConfigDict, order: str, variates: int) -> Programs:
+    """The programs of one order of the meta-gradient, for one device."""
+    config = config.copy_and_resolve_references()
+    config.meta.order = order
+    programs = Programs(config, CLASSES, (config.max_frames, variates), 1, jax.devices()[:1])
+    programs.adapter = Adapter(HIDDEN)  # otherwise the teacher would be loaded for its width
+    return programs
+
+
+def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.ndarray]:
+    """Random examples of all lengths."""
+    rng, size, frames = np.random.default_rng(seed), config.batch_size, config.max_frames
+    length = rng.integers(frames // 4, frames + 1, size).astype(np.int32)
+    valid = np.arange(frames) < length[:, None]
+    return {
+        "inputs": (rng.normal(size=(size, frames, variates)) * valid[..., None]).astype(np.float16),
+        "length": length,
+        "label": rng.integers(0, CLASSES, size).astype(np.int32),
+        "index": np.arange(size, dtype=np.int32),
+        "teacher_hidden": rng.normal(size=(size, HIDDEN)).astype(np.float32),
+    }
+
+
+def make_examples(*batches: dict[str, np.ndarray]) -> Examples:
+    """Batches one after the other, on one device."""
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return Examples({}, jax.devices()[:1]).with_columns(**columns)

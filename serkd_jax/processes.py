@@ -1,0 +1,72 @@
+"""How a program starts as one of several processes, and with which exit status it ends."""
+
+import hashlib
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from serkd_jax import parallel, preemption
+from serkd_jax.errors import UserError
+
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many share the work.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which one this is, from 0.")
+
+
+def run(work: Callable[[], None]) -> None:
+    """Joins the processes that the flags name, does the work, and ends the program.
+
+    The exit status is 0; 1 for an error that the user can mend; 75 if the program was told to end
+    and wants to be started again; and another one, with a stack trace, for what else goes wrong.
+    """
+    try:
+        if _COORDINATOR.value:
+            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        elif _NUM_PROCESSES.value or _PROCESS_ID.value:
+            raise UserError("several processes need a --coordinator, so that they share the work")
+        preemption.listen()
+        _keep_compiled_programs()
+        work()
+    except (UserError, FileExistsError, PermissionError) as error:
+        _end(f"error: {error}", 1)
+    except preemption.Preempted as notice:
+        print(f"told to end: {notice}; start again to go on", file=sys.stderr)
+        sys.exit(preemption.EXIT_STATUS)
+    except Exception as error:
+        traceback.print_exc()
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _end("error: out of memory; see docs/scaling.md for what lowers it", 1)
+        _end(f"process {jax.process_index()} of {jax.process_count()} failed", 70)
+
+
+def _keep_compiled_programs() -> None:
+    """Compiles nothing that an earlier run on such a machine has compiled.
+
+    They are in ~/.cache/serkd-jax, or where JAX_COMPILATION_CACHE_DIR says; nowhere if it is empty.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    # XLA compiles for the CPU's own instructions; a home may be shared by unlike machines.
+    cpu = Path("/proc/cpuinfo")
+    instructions = [
+        line
+        for line in (cpu.read_text().splitlines() if cpu.exists() else [platform.processor()])
+        if line.startswith(("flags", "Features"))
+    ]
+    kind = hashlib.sha256("".join(instructions[:1]).encode()).hexdigest()[:8]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "serkd-jax" / kind))
+
+
+def _end(message: str, status: int) -> None:
+    """Ends the process, now: JAX would wait for the others, which may wait for this one."""
+    print(message, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(status)
+    sys.exit(status)
