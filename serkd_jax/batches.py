@@ -81,8 +81,8 @@ class Examples:
 
 def are_resident(choice: str, num_bytes: int, devices: list[jax.Device]) -> bool:
     """Whether the examples are to be on the devices: as chosen, or for ``auto`` if they fit."""
-    share = SHARE_OF_MEMORY * parallel.memory_of_device(devices)
-    return choice == "device" or (choice == "auto" and num_bytes <= share)
+    fits = num_bytes <= SHARE_OF_MEMORY * parallel.memory_of_device(devices)
+    return parallel.of_first_process(choice == "device" or (choice == "auto" and fits))
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
@@ -51,6 +52,11 @@ def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0
 def is_first_process() -> bool:
     """Whether this is the process that writes what all know."""
     return jax.process_index() == 0
+
+
+def of_first_process(value: bool) -> bool:
+    """What the first process says, where each might say something else."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def wait_for_processes(name: str) -> None:
@@ -100,11 +106,11 @@ def local_devices(devices: list[jax.Device]) -> list[jax.Device]:
 
 
 def memory_of_device(devices: list[jax.Device]) -> int:
-    """Bytes that each has; CPU devices share what the machine has to spare."""
+    """Bytes that each has; CPU devices share those of the machine."""
     local = local_devices(devices)
     if stats := local[0].memory_stats():
         return stats["bytes_limit"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
 
 
 def compile_steps(

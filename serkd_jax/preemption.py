@@ -39,6 +39,7 @@ def listen() -> None:
         _noticed.set()
         if not _heeding.is_set():
             # Between stages, what is not whole is done again: there is nothing to save.
+            print("told to end; start again to go on", file=sys.stderr)
             sys.exit(EXIT_STATUS)
 
     if jax.process_count() == 1:

@@ -54,6 +54,8 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a HuBERT checkpoint in teacher.model")
+    if config.steps_per_dispatch < 1:
+        raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
     if config.contrastive.queue_size < config.batch_size:
         raise UserError(
             f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "

@@ -142,6 +142,9 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("stages", "student,distill", "distill but not teacher"),
         ("contrastive.queue_size", 8, "at least the batch_size 16"),
         ("teacher.input", "waveform", "needs a HuBERT checkpoint"),
+        ("steps_per_dispatch", 0, "at least 1"),
+        ("examples", "disk", "auto or device or records"),
+        ("dtype", "float16", "float32 or bfloat16"),
         ("student.num_heads", 3, "not divisible"),
         ("frontend.name", "mfcc", "logmel, hubert"),
         ("teacher.model", "/no/such/model", "/no/such/model"),
@@ -153,6 +156,17 @@ def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, me
     with pytest.raises(UserError, match=message):
         Experiment(config, tmp_path)
     assert not list((tmp_path).rglob("features"))
+
+
+def test_examples_read_from_records_give_the_same_run_bit_for_bit(finished, tmp_path):
+    config = get_config()
+    config.examples = "records"
+    config.cache_dir = str(finished[0] / "data")
+    Experiment(config, tmp_path).run()
+    for path in finished[0].glob("fold_*/predictions.npz"):
+        with np.load(path) as expected, np.load(tmp_path / path.relative_to(finished[0])) as actual:
+            for name in expected.files:
+                np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):

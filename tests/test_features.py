@@ -21,8 +21,10 @@ from serkd_jax.audio import read_audio, to_float
 from serkd_jax.data.corpora import CorpusError, Synthetic
 from serkd_jax.data.features import extract_features, prepare_features
 from serkd_jax.data.records import (
+    RandomReader,
     RecordsError,
     load_arrays,
+    load_lengths,
     load_table,
     prepare_records,
     read_examples,
@@ -98,6 +100,17 @@ def test_features_can_be_loaded_shorter_or_longer(records_dir, tmp_path):
     np.testing.assert_array_equal(num_short, np.minimum(num_frames, 5))
     np.testing.assert_array_equal(long[:, :MAX_FRAMES], features)
     np.testing.assert_array_equal(num_long, num_frames)
+
+
+def test_features_can_be_read_in_any_order(records_dir, tmp_path):
+    folder = prepare(records_dir, Recorder(), tmp_path)
+    ids, features, num_frames = load_arrays(folder, "features", 9)
+    assert [array.tolist() for array in load_lengths(folder, "num_frames", 9)] == [
+        ids.tolist(),
+        num_frames.tolist(),
+    ]
+    rows = np.array([15, 0, 6, 6, 3])  # of all three shards
+    np.testing.assert_array_equal(RandomReader(folder, "features", 9)(rows), features[rows])
 
 
 def test_features_open_with_tfds_and_say_what_they_are(records_dir, tmp_path):
@@ -221,9 +234,10 @@ def test_damaged_features_are_told_with_the_remedy(records_dir, tmp_path, damage
             shard.write_bytes(data[:2000] + bytes([data[2000] ^ 255]) + data[2001:])
         case "description":
             (folder / "features.json").write_text("{")
-    with pytest.raises(RecordsError, match="delete this folder and run again") as error:
-        load_arrays(folder, "features", MAX_FRAMES)
-    assert str(folder) in str(error.value)
+    for read in (load_arrays, lambda *place: RandomReader(*place)(np.arange(16))):
+        with pytest.raises(RecordsError, match="delete this folder and run again") as error:
+            read(folder, "features", MAX_FRAMES)
+        assert str(folder) in str(error.value)
 
 
 @pytest.fixture(scope="session")

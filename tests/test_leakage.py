@@ -119,8 +119,9 @@ def fitted(done):
             for step in checkpoints.all_steps():  # the last and the selected one
                 items = ocp.args.Composite(state=ocp.args.StandardRestore())
                 state = checkpoints.restore(step, args=items).state
+                epoch = step // done.steps_per_epoch
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-                    arrays[f"{stage}/{step}/{jax.tree_util.keystr(path)}"] = leaf
+                    arrays[f"{stage}/{epoch}/{jax.tree_util.keystr(path)}"] = leaf
     with np.load(workdir / "teacher" / "outputs.npz") as outputs:
         arrays |= {f"teacher/{name}": outputs[name][rows] for name in outputs.files}
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
@@ -196,6 +197,7 @@ def test_one_other_label_that_is_fitted_does_show(part, clean, prepare):
     (fold,) = poisoned.folds
     row = fold.parts[part][0]
     poisoned.table.labels[row] = (poisoned.table.labels[row] + 1) % 3
+    poisoned.teacher_inputs = poisoned.features.with_columns(label=poisoned.table.labels)
     poisoned.train_teacher(fold)
     seen = {name for name in different(clean, fitted(poisoned)) if name.startswith("teacher")}
     last = {name for name in clean if name.startswith(f"teacher/{EPOCHS}/[")}

@@ -1,9 +1,14 @@
 """The student and the shared encoder layer against torch; padding; what the options change."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.flatten_util import ravel_pytree
 from transformers import HubertConfig
 
 from configs import common
@@ -199,6 +204,55 @@ def test_time_pooling_averages_neighbouring_frames(features):
     pooling = Student(3, **SIZES, time_pooling=2)
     actual = pooling.apply({"params": params}, features, np.full(B, T)).logits
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def student_gradient(params, features, num_frames, **options):
+    """The gradient of a scalar of a student's outputs, dropout on, and the outputs."""
+    model = Student(3, width=16, mlp_dim=16, num_heads=2, num_layers=2, **options)
+    keys = jax.random.split(jax.random.key(0), len(features))
+
+    def scalar(params):
+        out = model.apply({"params": params}, features, num_frames, keys)
+        return out.logits.sum() + jnp.sin(out.projection).sum(), out
+
+    return jax.jit(jax.grad(scalar, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("inverted", [True, False])
+def test_rematerialisation_changes_no_gradient_and_bfloat16_little(inverted):
+    features = np.random.default_rng(0).normal(size=(B, T, N)).astype(np.float32)
+    num_frames = np.full(B, T)
+    model = Student(3, width=16, mlp_dim=16, num_heads=2, num_layers=2, inverted=inverted)
+    params = model.init(jax.random.key(1), features, num_frames)["params"]
+    run = partial(student_gradient, params, features, num_frames, inverted=inverted)
+    exact, out = run()
+    again, _ = run(remat=True)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), again, exact)
+    rounded, rounded_out = run(dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves([rounded, rounded_out])} == {jnp.dtype("float32")}
+    exact, rounded = ravel_pytree(exact)[0], ravel_pytree(rounded)[0]
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.05
+    np.testing.assert_allclose(rounded_out.logits, out.logits, atol=0.05)
+
+
+@pytest.mark.parametrize("inverted", [True, False])
+def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(inverted, monkeypatch):
+    """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    model = Student(3, width=32, mlp_dim=16, num_heads=2, num_layers=1, inverted=inverted)
+    features, num_frames = jnp.zeros((B, T, N)), jnp.full(B, T)
+    params = jax.eval_shape(model.init, jax.random.key(0), features, num_frames)
+
+    def calls(**options):
+        used = model.clone(**options)
+        gradient = jax.jit(jax.grad(lambda p: used.apply(p, features, num_frames).logits.sum()))
+        text = gradient.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        return [text.count(f"@__cudnn$fmhaSoftmax{part}(") for part in ("", "Backward")]
+
+    assert calls(dtype=jnp.bfloat16) == [1, 1]
+    assert calls() == calls(dtype=jnp.bfloat16, fused_attention=False) == [0, 0]
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -1,8 +1,9 @@
-"""A run that is killed in every stage ends with the same parameters, bit for bit."""
+"""A run that is killed or told to end in every stage ends with the same parameters, bit for bit."""
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 6
 
 
-def start(workdir, cache):
+def start(workdir, cache, *flags):
     """The tiny experiment in a process of its own, on one device."""
     command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py"]
     command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
-    command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES]
+    command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES] + list(flags)
     environment = os.environ | {"XLA_FLAGS": ""}
     output = (Path(cache) / "output.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
@@ -35,15 +36,15 @@ def epochs_logged(stage_dir):
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def kill_in(stage_dir, process, epoch):
-    """SIGKILL while the stage is in ``epoch``, wherever in it that happens to be."""
+def end_in(stage_dir, process, epoch, how):
+    """Sends a signal while the stage is in ``epoch``, wherever in it that happens to be."""
     deadline = time.monotonic() + 300
     while not (stage_dir / "checkpoints").is_dir() or epochs_logged(stage_dir) < epoch - 1:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    return process.wait(60)
 
 
 def final_arrays(workdir):
@@ -66,16 +67,32 @@ def final_arrays(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_one_left_alone(tmp_path):
+def test_a_run_ended_in_every_stage_ends_bit_for_bit_as_one_left_alone(tmp_path):
+    """Also if it takes its steps one by one, where the other takes an epoch's at once."""
     alone = start(tmp_path / "alone", tmp_path)
     assert alone.wait() == 0, (tmp_path / "output.log").read_text()[-3000:]
-    for stage in STAGES:
-        stage_dir = tmp_path / "killed" / "fold_1" / stage
-        epoch = random.randint(1, EPOCHS)
-        print(f"{stage} is killed in epoch {epoch} of {EPOCHS}")
-        kill_in(stage_dir, start(tmp_path / "killed", tmp_path), epoch)
-    assert start(tmp_path / "killed", tmp_path).wait() == 0
-    expected, actual = final_arrays(tmp_path / "alone"), final_arrays(tmp_path / "killed")
+    for i, stage in enumerate(STAGES):
+        stage_dir = tmp_path / "ended" / "fold_1" / stage
+        epoch, how = random.randint(1, EPOCHS), [signal.SIGTERM, signal.SIGKILL][i % 2]
+        print(f"{stage} gets {how.name} in epoch {epoch} of {EPOCHS}")
+        run = start(tmp_path / "ended", tmp_path, "--config.steps_per_dispatch=1")
+        assert end_in(stage_dir, run, epoch, how) == (75 if how == signal.SIGTERM else -how)
+    assert start(tmp_path / "ended", tmp_path).wait() == 0
+    expected, actual = final_arrays(tmp_path / "alone"), final_arrays(tmp_path / "ended")
     assert expected.keys() == actual.keys()
     different = [k for k in expected if not np.array_equal(expected[k], actual[k])]
     assert not different
+
+
+@pytest.mark.slow
+def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_the_last_step(tmp_path):
+    run = start(tmp_path / "run", tmp_path, "--config.steps_per_dispatch=1",
+                "--config.student.epochs=1", "--config.batch_size=2", "--config.stages=student",
+                "--config.protocol.groups_per_fold=2")  # fmt: skip
+    student = tmp_path / "run" / "fold_1" / "student"
+    assert end_in(student, run, 1, signal.SIGTERM) == 75
+    log = (tmp_path / "output.log").read_text()
+    step = int(re.search(r"told to end: .* student: step (\d+) is saved; start again", log)[1])
+    saved = [path.name for path in (student / "checkpoints").iterdir() if path.name.isdigit()]
+    assert saved == [str(step)]
+    assert epochs_logged(student) == 0

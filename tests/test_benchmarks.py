@@ -1,0 +1,72 @@
+"""The benchmarks of steps run, without TensorFlow, and the cost on paper is what XLA counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import cost
+from configs import common
+from serkd_jax.models.student import Student
+from serkd_jax.models.teacher import Teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "benchmarks.steps", "--size=tiny", "--seconds=0", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["ratio"]) == {"student", "kd", "meta", "curriculum", "evaluation"}
+    for name, row in result["steps"].items():
+        assert row["ratio"] == pytest.approx(row["steps/s"] / row["torch steps/s"]), name
+
+
+def flops(function, *shapes):
+    """As XLA counts them."""
+    return jax.jit(function).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+def test_the_students_operations_are_those_that_xla_counts():
+    config, variates = common.paper("iemocap"), 256
+    config.max_frames = 200
+    config.student.update({"width": 128, "mlp_dim": 512, "num_layers": 2})
+    sizes = {"width": 128, "mlp_dim": 512, "num_layers": 2, "num_heads": 8}
+    model, features = Student(4, **sizes), jnp.zeros((3, 200, variates))
+    params = jax.eval_shape(model.init, jax.random.key(0), features, jnp.full(3, 200))
+    counted = flops(lambda p: model.apply(p, features, jnp.full(3, 200)).logits, params)
+    assert counted == pytest.approx(3 * cost.student_operations(config, variates), rel=0.1)
+
+
+def test_the_teachers_front_and_layers_cost_what_xla_counts():
+    from transformers import HubertConfig
+
+    from serkd_jax.models.hubert import HubertEmbed
+
+    large = HubertConfig(
+        hidden_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+    )
+    frames = 100
+    front, layers = cost.teacher_operations(frames)
+    embed, waveform = HubertEmbed(large), jnp.zeros((1, frames * 320 + 80))
+    params = jax.eval_shape(embed.init, jax.random.key(0), waveform)
+    assert flops(lambda p: embed.apply(p, waveform)[0], params) == pytest.approx(front, rel=0.1)
+    teacher, inputs = Teacher(large, 4), (jnp.zeros((1, frames, 1024)), jnp.ones((1, frames), bool))
+    params = jax.eval_shape(teacher.init, jax.random.key(0), *inputs)
+    counted = flops(lambda p: teacher.apply(p, *inputs).logits, params)
+    assert counted == pytest.approx(layers / 24, rel=0.1)
