@@ -11,6 +11,11 @@ from serkd_jax.models.student import Adapter
 from serkd_jax.programs import Programs
 
 CLASSES, HIDDEN = 4, 1024  # of IEMOCAP; of the teacher
+# Forward passes of the student over a batch, where a backward pass counts twice: the momentum
+# encoder's keys (1) and the student's forward and backward (3); of the meta step also the pilot's
+# backward (2), the quiz (3) and the pilot's slope along its gradient (1); of the curriculum the
+# quiz's forward.
+PASSES = {"student": 4, "kd": 4, "meta": 10, "curriculum": 5, "evaluation": 1}
 
 _SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of student and features.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0: 4 on a CPU, the paper's 32 elsewhere.")
@@ -24,6 +29,18 @@ def make_config() -> tuple[ConfigDict, int]:
         config.max_frames, variates = 12, 6
         config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
     return config, variates
+
+
+def layer_products(tokens: int, width: int, mlp_dim: int) -> float:
+    """Multiplications of one encoder layer on one example."""
+    return tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
+
+
+def student_operations(config: ConfigDict, variates: int) -> float:
+    """Of the student's forward pass on one example; a multiplication and an addition are two."""
+    s = config.student
+    embed = variates * config.max_frames * s.width
+    return 2.0 * (embed + s.num_layers * layer_products(variates, s.width, s.mlp_dim))
 
 
 def describe(config: ConfigDict, **more: str | int) -> dict[str, str | int]:

@@ -13,9 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict
 
-from benchmarks.common import HIDDEN, make_batch, make_config, make_examples, make_programs
+from benchmarks.common import (
+    HIDDEN,
+    PASSES,
+    layer_products,
+    make_batch,
+    make_config,
+    make_examples,
+    make_programs,
+    student_operations,
+)
 from configs import common
 
 
@@ -37,12 +45,6 @@ DEVICES = {
 }
 MATMUL_SHARE = 0.7  # of the nominal operations, which large matrix products reach in practice
 UTTERANCES, FOLDS, TEST_SHARE = 5531, 5, 0.2  # IEMOCAP: a session is a fold
-# Forward passes of the student over a batch, where a backward pass counts twice: the momentum
-# encoder's keys (1) and the student's forward and backward (3); of the meta step also the pilot's
-# backward (2), the quiz (3) and the pilot's slope along its gradient (1); of the curriculum the
-# quiz's forward.
-PASSES = {"student": 4, "kd": 4, "meta": 10, "curriculum": 5, "evaluation": 1}
-
 _DEVICE = flags.DEFINE_enum("device", "h100", list(DEVICES), "Where it is to run.")
 _MEASURE = flags.DEFINE_bool("measure", False, "Compile the steps here and compare.")
 
@@ -54,18 +56,6 @@ def main(argv: list[str]) -> None:
         print_measured()
     else:
         print_experiment(DEVICES[_DEVICE.value])
-
-
-def layer_products(tokens: int, width: int, mlp_dim: int) -> float:
-    """Multiplications of one encoder layer on one example."""
-    return tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
-
-
-def student_operations(config: ConfigDict, variates: int) -> float:
-    """Of the student's forward pass on one example; a multiplication and an addition are two."""
-    s = config.student
-    embed = variates * config.max_frames * s.width
-    return 2.0 * (embed + s.num_layers * layer_products(variates, s.width, s.mlp_dim))
 
 
 def teacher_operations(max_frames: int) -> tuple[float, float]:

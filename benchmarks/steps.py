@@ -6,7 +6,8 @@ The steps of the pipeline (student, plain distillation, distillation with the me
 curriculum, evaluation) at the paper's sizes (326 frames of 1024 features, 4 classes), on random
 data that is on one device; ours as the pipeline dispatches them. `benchmarks/torch_steps.py` does
 the same work in torch: scaled dot-product attention, fused AdamW, and on a GPU `torch.compile` and
-bfloat16 autocast. The two take turns, so that what else the machine does hits both.
+bfloat16 autocast (of the meta step, torch cannot compile what is differentiated twice). The two
+take turns, so that what else the machine does hits both.
 
 Operations are those of the matrix products that the method needs, nothing that is computed again;
 the peak is that of one large matrix product in the same precision, in the same run, of the faster
@@ -33,18 +34,15 @@ from benchmarks import torch_steps
 from benchmarks.common import (
     CLASSES,
     HIDDEN,
+    PASSES,
     describe,
     make_batch,
     make_config,
     make_examples,
     make_programs,
+    student_operations,
 )
 from serkd_jax.parallel import replicate
-
-# Forward passes of a batch, where a backward pass counts twice: the momentum encoder's keys (1)
-# and the student's forward and backward (3); of the meta step also the pilot's backward (2), the
-# quiz (3) and the pilot's slope along its gradient (1); of the curriculum the quiz's forward.
-PASSES = {"student": 4, "kd": 4, "meta": 10, "curriculum": 5, "evaluation": 1}
 
 _SECONDS = flags.DEFINE_float("seconds", 30, "Each step is repeated so long, at least 3 times.")
 _ORDER = flags.DEFINE_string("order", "second_order", "Of our meta-gradient; see meta.order.")
@@ -66,7 +64,7 @@ def main(argv: list[str]) -> None:
     results = {}
     for name, passes in PASSES.items():
         mine, peer = by_turns(ours[name], theirs[name], count=1 if on_cpu else 20)
-        operations = passes * forward_operations(config, variates)
+        operations = passes * config.batch_size * student_operations(config, variates)
         results[name] = {
             "steps/s": 1 / min(mine),
             "torch steps/s": 1 / min(peer),
@@ -86,14 +84,6 @@ def main(argv: list[str]) -> None:
     if _JSON.value:
         ratio = {name: row["ratio"] for name, row in results.items()}
         print(json.dumps({"ratio": ratio, "meta of kd": meta, "steps": results, **about}))
-
-
-def forward_operations(config: ConfigDict, variates: int) -> float:
-    """Of the student's forward pass over a batch; see docs/scaling.md."""
-    s = config.student
-    layer = variates * (4 * s.width**2 + 2 * s.width * s.mlp_dim) + 2 * variates**2 * s.width
-    tokens = variates * config.max_frames * s.width
-    return 2.0 * config.batch_size * (tokens + s.num_layers * layer)
 
 
 def our_steps(config: ConfigDict, variates: int, train: dict, quiz: dict) -> dict[str, Callable]:
@@ -144,6 +134,7 @@ def their_steps(
     """The same in torch."""
     device = "cpu" if on_cpu else "cuda"
     dtype = None if on_cpu else torch.bfloat16
+    torch.set_float32_matmul_precision("high")  # on a GPU, XLA's default, too
     steps = torch_steps.make_steps(
         config, CLASSES, variates, HIDDEN, device, dtype, compile=not on_cpu
     )

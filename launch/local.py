@@ -10,6 +10,7 @@ machine's GPUs are shared out evenly among the processes.
 If a process dies, so does the job: the others would wait for it for ever. Then all are started
 again, unless the status says that the user must mend something (1 and 2). SIGTERM and Ctrl-C are
 passed on as SIGTERM, on which the programs save and end with status 75; nothing is started after.
+A second one kills them at once.
 """
 
 import argparse
@@ -36,8 +37,14 @@ def main() -> int:
             print(shlex.join(["env", *(f"{k}={v}" for k, v in extra.items()), *command]))
         return 0
     stop = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        if stop.is_set():
+            sys.exit(128 + signal.SIGINT)  # asked twice: without waiting
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     crashes = 0
     while True:
         status = run_once(make_commands(args), environments, stop, args.grace)

@@ -123,7 +123,7 @@ install_project() {
 # leaves its number, by which it can be stopped.
 run="cd serkd-jax && . .venv/bin/activate
 pkill -KILL -F run.pid python 2>/dev/null; echo \$\$ >run.pid
-export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30 JAX_COMPILATION_CACHE_DIR=/mnt/serkd/jax-cache
 exec python $(printf '%q ' "$@")--coordinator=auto"
 stop="pkill -TERM -F serkd-jax/run.pid python"
 
@@ -138,7 +138,7 @@ if [ -n "$dry" ]; then
 fi
 
 keep() { say "$name is kept; to delete it: gcloud compute tpus tpu-vm delete $name --zone=$zone"; }
-trap 'on_all_hosts "$stop"; say "asked the run to save and end"; exit 75' INT TERM
+trap 'on_all_hosts "$stop"; say "asked the run to save and end"; exit 75' INT
 trap keep EXIT
 crashes=0
 while true; do

@@ -69,8 +69,8 @@ class Examples:
         leaves, structure = jax.tree.flatten(shares)
         wanted = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
         columns = {name: column[wanted] for name, column in self.columns.items()}
-        inputs = self.read(wanted.reshape(-1))
-        columns["inputs"] = inputs.reshape(*wanted.shape, *inputs.shape[1:])
+        different, places = np.unique(wanted, return_inverse=True)
+        columns["inputs"] = self.read(different)[places.reshape(wanted.shape)]
         places, start = [], 0
         for leaf in leaves:
             one_device = start + np.arange(leaf[0].size).reshape(leaf.shape[1:])
@@ -116,5 +116,8 @@ def predict_rows(
         batches[-1], (0, batch_size - len(batches[-1])), constant_values=batches[-1][0]
     )
     params = parallel.replicate(params, examples.devices)
-    outputs = [predict(params, *taken) for taken in read_ahead(examples.take, batches)]
+    outputs: list[Any] = []
+    for data, places in read_ahead(examples.take, batches):
+        outputs.append(predict(params, data, places))
+        outputs[-2:-1] = jax.device_get(outputs[-2:-1])  # so that no more than two are in memory
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *jax.device_get(outputs))

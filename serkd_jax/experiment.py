@@ -293,7 +293,10 @@ class Experiment:
         count = min(self.config.steps_per_dispatch, self.steps_per_epoch)
 
         def take(steps: range) -> tuple[Any, Any]:
-            return examples.take(rows_of(range(steps.start, steps.start + count)))
+            rows, missing = rows_of(steps), count - len(steps)
+            return examples.take(
+                jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), rows)
+            )
 
         return Stage(
             title=f"fold {fold.name}/{self.folds[-1].name} {name}",
@@ -351,7 +354,7 @@ class Experiment:
         """Writes what this run is, or refuses a workdir in which another one has trained."""
         path = self.workdir / "run.json"
         config = {k: v for k, v in _flatten(self.config.to_dict()).items() if k not in PLACE_KEYS}
-        mine = sources | config
+        mine = sources | config | {"dtype": self.programs.dtype or "float32"}
         if any(self.workdir.glob("fold_*")) and path.exists():
             theirs = json.loads(path.read_text())
             differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]

@@ -122,8 +122,8 @@ def compile_steps(
 ) -> Callable:
     """Compiles many training steps as one program, for one device or several.
 
-    A loop whose length is an argument, where `lax.scan` has it in its shape: it is compiled once,
-    and its bits do not depend on where a run was cut.
+    A loop whose length is an argument, where `lax.scan` has it in its shape: one program takes the
+    whole epochs and what is left of one, so its bits do not depend on where a run was cut.
 
     Args:
         make_step: makes the pure ``step(state, batch, rng) -> (state, metrics)`` from the name of
@@ -153,7 +153,7 @@ def compile_steps(
                 return state, jax.tree.map(lambda all, x: all.at[i].set(x), carry[1], metrics)
 
             length = jax.tree.leaves(rows)[0].shape[0]
-            shapes = jax.eval_shape(one, state, jnp.int32(0))[1]
+            shapes = jax.eval_shape(one, state, 0)[1]
             metrics = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, count, body, (state, metrics))
 
@@ -223,8 +223,7 @@ def _compile(
 ) -> Callable:
     """Jit for one device and pmap for several; with axis 0, arrays have an axis for the devices."""
     if len(devices) > 1:
-        chosen = None if devices == jax.devices() else devices
-        options |= {"in_axes": in_axes, "out_axes": out_axes, "devices": chosen}
+        options |= {"in_axes": in_axes, "out_axes": out_axes, "devices": devices}
         return jax.pmap(make(AXIS), AXIS, **options)
     function = make(None)
 

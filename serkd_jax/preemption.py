@@ -1,8 +1,7 @@
 """Notices that this job must end soon: SIGTERM, which schedulers and clouds send before they kill.
 
-Where several processes have joined, JAX's own service spreads a notice that one of them got, and
-tells all to stop after the same step; it hears of SIGTERM by itself. One process alone hears of it
-here.
+Where several processes have joined, JAX's own service hears of it, spreads the notice, and tells
+all to stop at the same call. One process alone hears of it here.
 """
 
 import itertools
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import jax
-from orbax.checkpoint import multihost
+from jax.experimental import multihost_utils
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: what is done is kept; start it again
 
@@ -48,14 +47,20 @@ def listen() -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Within it the caller asks :func:`noticed` often; a notice does not end the program there."""
+    """Within it a notice does not end the program; the caller asks :func:`noticed` often.
+
+    Raises:
+        Preempted: at its end, if there was a notice since the caller last asked.
+    """
     _heeding.set()
     try:
         yield
+        if noticed():
+            raise Preempted("a stage is complete")
     finally:
         _heeding.clear()
 
 
 def noticed() -> bool:
-    """Whether to save and stop now, at the same call in all processes."""
-    return _noticed.is_set() or multihost.reached_preemption(next(_calls))
+    """Whether to save and stop now; true at the same call in all processes, which all make."""
+    return _noticed.is_set() or multihost_utils.reached_preemption_sync_point(next(_calls))

@@ -42,7 +42,7 @@ def run(work: Callable[[], None]) -> None:
         traceback.print_exc()
         if "RESOURCE_EXHAUSTED" in str(error):
             _end("error: out of memory; see docs/scaling.md for what lowers it", 1)
-        _end(f"process {jax.process_index()} of {jax.process_count()} failed", 70)
+        _end("this is a defect, or one of the processes was lost; what is done is kept", 70)
 
 
 def _keep_compiled_programs() -> None:
@@ -52,21 +52,20 @@ def _keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    root = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if not root.is_absolute():  # a user without a home
+        return
     # XLA compiles for the CPU's own instructions; a home may be shared by unlike machines.
     cpu = Path("/proc/cpuinfo")
-    instructions = [
-        line
-        for line in (cpu.read_text().splitlines() if cpu.exists() else [platform.processor()])
-        if line.startswith(("flags", "Features"))
-    ]
-    kind = hashlib.sha256("".join(instructions[:1]).encode()).hexdigest()[:8]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    instructions = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    kind = hashlib.sha256(f"{platform.machine()} {instructions}".encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(root / "serkd-jax" / kind))
 
 
 def _end(message: str, status: int) -> None:
     """Ends the process, now: JAX would wait for the others, which may wait for this one."""
     print(message, file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
+    if _COORDINATOR.value:
         os._exit(status)
     sys.exit(status)

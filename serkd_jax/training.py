@@ -178,6 +178,13 @@ class _Logs:
             self._file.flush()
 
 
+class _Checkpoints(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Left to `preemption`: JAX counts the calls, and is not to be asked with other numbers."""
+        del step
+        return False
+
+
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
     """Keeps the latest step that was saved, to go on from, and the epoch of the best score."""
 
@@ -188,7 +195,7 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         best_fn=score, preservation_policy=AnyPreservationPolicy([LatestN(1), best])
     )
-    return ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
+    return _Checkpoints((directory / "checkpoints").absolute(), options=options)
 
 
 def _save(
@@ -213,7 +220,7 @@ def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, step: int) -> tup
     )
     try:
         restored = checkpoints.restore(step, args=items)
-    except Exception as error:  # orbax raises many kinds for a damaged file
+    except (ValueError, KeyError, OSError) as error:  # what orbax raises for a damaged file
         raise UserError(
             f"{stage.title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
             f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "

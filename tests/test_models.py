@@ -1,6 +1,7 @@
 """The student and the shared encoder layer against torch; padding; what the options change."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -236,10 +237,30 @@ def test_rematerialisation_changes_no_gradient_and_bfloat16_little(inverted):
     np.testing.assert_allclose(rounded_out.logits, out.logits, atol=0.05)
 
 
+def test_rematerialisation_of_the_teacher_changes_no_gradient():
+    frames, mask = np.random.default_rng(0).normal(size=(B, T, 8)), np.ones((B, T), bool)
+    keys = jax.random.split(jax.random.key(0), B)
+    params = Teacher(HUBERT, 3, 2).init(jax.random.key(1), frames, mask)["params"]
+
+    def gradient(remat):
+        teacher = Teacher(HUBERT, 3, 2, remat=remat)
+
+        def scalar(params):
+            return jnp.sin(teacher.apply({"params": params}, frames, mask, keys).logits).sum()
+
+        return jax.jit(jax.grad(scalar))(params)
+
+    remat, plain = gradient(True), gradient(False)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, plain)
+
+
 @pytest.mark.parametrize("inverted", [True, False])
 def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(inverted, monkeypatch):
     """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    h100 = SimpleNamespace(platform="gpu", compute_capability="9.0", client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [h100])
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     model = Student(3, width=32, mlp_dim=16, num_heads=2, num_layers=1, inverted=inverted)
     features, num_frames = jnp.zeros((B, T, N)), jnp.full(B, T)
@@ -253,6 +274,8 @@ def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(inverted,
 
     assert calls(dtype=jnp.bfloat16) == [1, 1]
     assert calls() == calls(dtype=jnp.bfloat16, fused_attention=False) == [0, 0]
+    h100.compute_capability = "7.5"
+    assert calls(dtype=jnp.bfloat16) == [0, 0]
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -17,6 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from serkd_jax import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 # Of two steps each. In two stages they last long enough for a notice to reach both processes.
 EPOCHS = {"teacher": 2, "student": 40, "distill": 40, "curriculum": 2}
@@ -108,7 +110,12 @@ def test_two_processes_killed_and_preempted_then_one_end_as_one_left_alone(alone
     assert output.count("told to end: fold 2/2 distill") == 2
     assert not (workdir / "results.json").exists()
 
-    assert start(workdir, 1, 4).wait() == 0, log.read_text()[-3000:]
+    job = start(workdir, 1, 4)
+    wait_for("fold 2/2 distill", log, job, times=output.count("fold 2/2 distill") + 1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 75
+    job = start(workdir, 2, 2, "--config.examples=records")
+    assert job.wait() == 0, log.read_text()[-3000:]
     assert_same_training(final_arrays(workdir), final_arrays(alone))
     results = [json.loads((w / "results.json").read_text()) for w in (alone, workdir)]
     assert results[0]["overall"] == results[1]["overall"]
@@ -132,3 +139,16 @@ def test_a_process_that_does_not_see_the_workdir_of_the_first_is_told(tmp_path):
     assert jobs[1].wait(300) == 1
     jobs[0].kill()
     assert "--workdir must be on a file system" in (tmp_path / "run1.log").read_text()
+
+
+def test_compiled_programs_are_kept_unless_the_environment_says_where(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        processes._keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == before
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        processes._keep_compiled_programs()
+        assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "serkd-jax"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from serkd_jax import splits
-from serkd_jax.batches import sample_rows, stream_rows
+from serkd_jax import parallel, splits
+from serkd_jax.batches import are_resident, sample_rows, stream_rows
 from serkd_jax.errors import UserError
 from serkd_jax.splits import folds_as_json, make_folds, speaker_note
 
@@ -354,6 +354,12 @@ def test_the_stream_shows_every_row_once_per_pass_and_depends_on_the_step_alone(
     assert np.array_equal(np.sort(shown[10:]), rows)
     assert not np.array_equal(shown[:10], shown[10:])
     assert np.array_equal(stream_rows(rows, 4, range(3, 4), [0]), [shown[12:16]])
+
+
+def test_examples_are_resident_if_they_fit_or_as_chosen(monkeypatch):
+    monkeypatch.setattr(parallel, "memory_of_device", lambda _: 1000)
+    choices = ("auto", 400), ("auto", 401), ("device", 401), ("records", 1)
+    assert [are_resident(*choice, []) for choice in choices] == [True, False, True, False]
 
 
 def test_fewer_rows_than_the_batch_are_repeated_evenly():

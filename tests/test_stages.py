@@ -111,6 +111,18 @@ def test_steps_do_not_depend_on_how_they_are_dispatched_or_where_the_examples_ar
         jax.tree.map(np.testing.assert_array_equal, expected, actual)
 
 
+def test_dispatches_of_any_length_are_compiled_once(monkeypatch):
+    make_step, init, batch = student_stage()
+    traced = []
+
+    def make_counted(axis):
+        return lambda *args: traced.append(axis) or make_step(axis)(*args)
+
+    monkeypatch.setitem(STAGES, "counted", lambda: (make_counted, init, batch))
+    run("counted", 1, dispatches=(4, 1, 3, 1))
+    assert len(traced) == 1
+
+
 def test_a_loop_of_steps_takes_the_steps_one_by_one():
     make_step, init, batch = distill_stage()
     step, state = jax.jit(make_step()), init()

@@ -345,6 +345,11 @@ def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
                 partial.write_text(json.dumps(settings))
                 partial.rename(path)
         parallel.wait_for_processes(f"features claimed: {folder.name}")
+        if not path.exists():
+            raise RecordsError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote: "
+                "features must be on a file system that all processes share"
+            )
         _check_settings(work, json.loads(path.read_text()), settings)
         yield
 

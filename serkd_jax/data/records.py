@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -411,7 +412,7 @@ class RandomReader:
         with _readable_errors(folder):
             builder = tfds.builder_from_directory(folder)
             self._places = [
-                (path, start)
+                (str(path), start)
                 for split in sorted(builder.info.splits)
                 for path in builder.info.splits[split].filepaths
                 for start in _record_starts(path)
@@ -425,7 +426,7 @@ class RandomReader:
             lambda record: wanted.deserialize_example(record)[name],
             input_signature=[tf.TensorSpec((), tf.string)],
         )
-        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._threads, self._readers = ThreadPoolExecutor(os.cpu_count()), threading.local()
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Reads them.
@@ -442,7 +443,10 @@ class RandomReader:
 
     def _read(self, row: int) -> np.ndarray:
         path, start = self._places[row]
-        return self._parse(tf_record_random_reader(path).read(start)[0]).numpy()
+        readers = vars(self._readers)  # this thread's
+        if path not in readers:
+            readers[path] = tf_record_random_reader(path)
+        return self._parse(readers[path].read(start)[0]).numpy()
 
 
 def _record_starts(path: str) -> Iterator[int]:

@@ -86,16 +86,25 @@ def attend(
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
         fused: whether cuDNN's kernel may be used. It has a gradient, but no derivative beyond.
     """
-    backend = jax.default_backend()
-    if backend == "cpu":
+    if jax.default_backend() == "cpu":
         return _attend_by_heads(query, key, value, mask)
-    if fused and backend == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
+    if fused and _cudnn_attends(query):
         lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
         tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(
             *tokens_first, key_value_seq_lengths=lengths, implementation="cudnn"
         ).swapaxes(1, 2)
     return attention_weights(query, key, None if mask is None else mask[:, None]) @ value
+
+
+def _cudnn_attends(query: jax.Array) -> bool:
+    """Whether cuDNN's kernel takes such queries: on NVIDIA's GPUs from Ampere on."""
+    device, width = jax.devices()[0], query.shape[-1]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if not (nvidia and half and width <= 128 and width % 8 == 0):
+        return False
+    return float(device.compute_capability) >= 8
 
 
 def _attend_by_heads(
