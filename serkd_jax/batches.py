@@ -69,8 +69,8 @@ class Examples:
         leaves, structure = jax.tree.flatten(shares)
         wanted = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
         columns = {name: column[wanted] for name, column in self.columns.items()}
-        different, places = np.unique(wanted, return_inverse=True)
-        columns["inputs"] = self.read(different)[places.reshape(wanted.shape)]
+        different, which = np.unique(wanted, return_inverse=True)
+        columns["inputs"] = self.read(different)[which.reshape(wanted.shape)]
         places, start = [], 0
         for leaf in leaves:
             one_device = start + np.arange(leaf[0].size).reshape(leaf.shape[1:])
@@ -110,11 +110,8 @@ def predict_rows(
         A tree of (len(rows), ...) NumPy arrays. The last batch is filled up with copies of the
         last row, so that there is one shape to compile.
     """
-    starts = range(0, len(rows), batch_size)
-    batches = [rows[start : start + batch_size] for start in starts]
-    batches[-1] = np.pad(
-        batches[-1], (0, batch_size - len(batches[-1])), constant_values=batches[-1][0]
-    )
+    filled = np.pad(rows, (0, -len(rows) % batch_size), mode="edge")
+    batches = np.split(filled, len(filled) // batch_size)
     params = parallel.replicate(params, examples.devices)
     outputs: list[Any] = []
     for data, places in read_ahead(examples.take, batches):

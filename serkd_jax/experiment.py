@@ -227,7 +227,6 @@ class Experiment:
     ) -> CurriculumState:
         """Stage 4: S' on the tasks that the policy picks."""
         rows_of_task = self._tasks(fold, distilled, hidden)
-
         size, seed = self.config.batch_size, self._seed(fold, "curriculum", "train")
 
         def rows_of(steps: range) -> dict[str, np.ndarray]:
