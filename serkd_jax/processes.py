@@ -25,24 +25,26 @@ def run(work: Callable[[], None]) -> None:
     The exit status is 0; 1 for an error that the user can mend; 75 if the program was told to end
     and wants to be started again; and another one, with a stack trace, for what else goes wrong.
     """
+    joined = False
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            joined = True
         elif _NUM_PROCESSES.value or _PROCESS_ID.value:
             raise UserError("several processes need a --coordinator, so that they share the work")
         preemption.listen()
         _keep_compiled_programs()
         work()
     except (UserError, FileExistsError, PermissionError) as error:
-        _end(f"error: {error}", 1)
+        _end(f"error: {error}", 1, joined)
     except preemption.Preempted as notice:
         print(f"told to end: {notice}; start again to go on", file=sys.stderr)
         sys.exit(preemption.EXIT_STATUS)
     except Exception as error:
         traceback.print_exc()
         if "RESOURCE_EXHAUSTED" in str(error):
-            _end("error: out of memory; see docs/scaling.md for what lowers it", 1)
-        _end("this is a defect, or one of the processes was lost; what is done is kept", 70)
+            _end("error: out of memory; see docs/scaling.md for what lowers it", 1, joined)
+        _end("this is a defect, or one of the processes was lost; what is done is kept", 70, joined)
 
 
 def _keep_compiled_programs() -> None:
@@ -63,9 +65,8 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root / "serkd-jax" / kind))
 
 
-def _end(message: str, status: int) -> None:
-    """Ends the process, now: JAX would wait for the others, which may wait for this one."""
+def _end(message: str, status: int, joined: bool) -> None:
     print(message, file=sys.stderr, flush=True)
-    if _COORDINATOR.value:
+    if joined:  # JAX would wait for the others, which may wait for this process
         os._exit(status)
     sys.exit(status)
