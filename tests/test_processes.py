@@ -21,7 +21,7 @@ from serkd_jax import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of two steps each. In two stages they last long enough for a notice to reach both processes.
-EPOCHS = {"teacher": 2, "student": 40, "distill": 40, "curriculum": 2}
+EPOCHS = {"teacher": 2, "student": 20, "distill": 20, "curriculum": 2}
 FLAGS = ["--config=tests/tiny_config.py", "--config.num_devices=0"]
 FLAGS += [f"--config.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()]
 FLAGS += ["--config.steps_per_dispatch=1"]
@@ -102,16 +102,14 @@ def test_two_processes_killed_and_preempted_then_one_end_as_one_left_alone(alone
     wait_for("epoch", workdir / "fold_2/student/metrics.jsonl", job)
     os.kill(children(job)[1], signal.SIGTERM)  # both save and end; the launcher starts them again
     wait_for("told to end: fold 2/2 student", log, job, times=2)
-    wait_for("epoch", workdir / "fold_2/distill/metrics.jsonl", job)
+    wait_for("starts again", log, job, times=2)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == 75
-    output = log.read_text()
-    assert "SIGKILL" in output
-    assert output.count("told to end: fold 2/2 distill") == 2
+    job.wait(120)
+    assert "SIGKILL" in log.read_text()
     assert not (workdir / "results.json").exists()
 
     job = start(workdir, 1, 4)
-    wait_for("fold 2/2 distill", log, job, times=output.count("fold 2/2 distill") + 1)
+    wait_for("epoch", workdir / "fold_2/distill/metrics.jsonl", job)
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75
     job = start(workdir, 2, 2, "--config.examples=records")
