@@ -1,6 +1,10 @@
 """What the benchmarks of training steps share: the paper's sizes, random data, the programs."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -83,3 +87,25 @@ def make_examples(*batches: dict[str, np.ndarray]) -> Examples:
     """Batches one after the other, on one device."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return Examples({}, jax.devices()[:1]).with_columns(**columns)
+
+
+def make_steps(
+    config: ConfigDict, variates: int, order: str, examples: Examples
+) -> tuple[Programs, dict[str, tuple[Callable, Any, Any]]]:
+    """The programs without a meta-gradient, and each step's: (steps, state, one step's rows).
+
+    The examples are two batches: one to train on, one for the quiz.
+    """
+    plain, meta = (make_programs(config, each, variates) for each in ("none", order))
+    classifier = plain.classifier.init(jax.random.key(0), jnp.zeros((1, HIDDEN)))["params"]
+    student = plain.init_student(jax.random.key(1))
+    distilled = plain.init_distill(jax.random.key(1), classifier)
+    updated = plain.init_curriculum(jax.random.key(2), distilled)
+    train, quiz = np.split(np.arange(len(examples.columns["index"])), 2)
+    tasks = np.stack([train] * plain.policy.num_tasks)
+    return plain, {
+        "student": (plain.student_steps, student, train),
+        "kd": (plain.distill_steps, distilled, {"train": train, "quiz": quiz}),
+        "meta": (meta.distill_steps, distilled, {"train": train, "quiz": quiz}),
+        "curriculum": (plain.curriculum_steps, updated, {"train": tasks, "quiz": quiz}),
+    }

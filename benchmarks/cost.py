@@ -10,18 +10,16 @@ and the memory that XLA sets aside.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from benchmarks.common import (
-    HIDDEN,
     PASSES,
     layer_products,
     make_batch,
     make_config,
     make_examples,
-    make_programs,
+    make_steps,
     student_operations,
 )
 from configs import common
@@ -46,7 +44,7 @@ DEVICES = {
 MATMUL_SHARE = 0.7  # of the nominal operations, which large matrix products reach in practice
 UTTERANCES, FOLDS, TEST_SHARE = 5531, 5, 0.2  # IEMOCAP: a session is a fold
 _DEVICE = flags.DEFINE_enum("device", "h100", list(DEVICES), "Where it is to run.")
-_MEASURE = flags.DEFINE_bool("measure", False, "Compile the steps here and compare.")
+_MEASURE = flags.DEFINE_bool("measure", False, "Compile the steps here; print their memory.")
 
 
 def main(argv: list[str]) -> None:
@@ -140,31 +138,15 @@ def print_experiment(device: Device) -> None:
 def print_measured() -> None:
     """A row per step: its operations, and its memory."""
     config, variates = make_config()
-    plain, meta = (make_programs(config, order, variates) for order in ("none", "second_order"))
-    classifier = plain.classifier.init(jax.random.key(0), jnp.zeros((1, HIDDEN)))["params"]
-    distilled = plain.init_distill(jax.random.key(1), classifier)
-    student = plain.init_student(jax.random.key(1))
     size = config.batch_size
     examples = make_examples(make_batch(config, variates, 0), make_batch(config, variates, 1))
-    first, second = np.arange(2 * size).reshape(2, 1, -1)
-    tasks = np.stack([first] * plain.policy.num_tasks, axis=1)
-    pair = {"train": first, "quiz": second}
-    cases = {
-        "student": (plain.student_steps, student, first),
-        "kd": (plain.distill_steps, distilled, pair),
-        "meta": (meta.distill_steps, distilled, pair),
-        "curriculum": (
-            plain.curriculum_steps,
-            plain.init_curriculum(jax.random.key(2), distilled),
-            {"train": tasks, "quiz": second},
-        ),
-    }
+    _, cases = make_steps(config, variates, "second_order", examples)
     forward = size * student_operations(config, variates)
     print(f"batch {size}, {jax.devices()[0].device_kind}")
     print("| step | GFLOP | memory beside state and examples, MiB |")
     print("|---|---|---|")
     for name, (steps, state, rows) in cases.items():
-        data, taken = examples.take(rows)
+        data, taken = examples.take(jax.tree.map(lambda x: x[None], rows))
         compiled = steps.lower(state, data, taken, np.int32(1), jax.random.key(3)).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         print(f"| {name} | {PASSES[name] * forward / 1e9:.0f} | {memory:.0f} |")

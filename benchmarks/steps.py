@@ -39,7 +39,7 @@ from benchmarks.common import (
     make_batch,
     make_config,
     make_examples,
-    make_programs,
+    make_steps,
     student_operations,
 )
 from serkd_jax.parallel import replicate
@@ -88,44 +88,28 @@ def main(argv: list[str]) -> None:
 
 def our_steps(config: ConfigDict, variates: int, train: dict, quiz: dict) -> dict[str, Callable]:
     """Name -> a function that takes so many steps and waits for them."""
-    size, examples = config.batch_size, make_examples(train, quiz)
-    first, second = np.arange(size), np.arange(size, 2 * size)
-    plain, meta = (make_programs(config, order, variates) for order in ("none", _ORDER.value))
-    classifier = plain.classifier.init(jax.random.key(0), jnp.zeros((1, HIDDEN)))["params"]
-    states = {
-        "student": plain.init_student(jax.random.key(1)),
-        "kd": plain.init_distill(jax.random.key(1), classifier),
-        "meta": meta.init_distill(jax.random.key(1), classifier),
-    }
-    states["curriculum"] = plain.init_curriculum(jax.random.key(2), states["kd"])
-    programs = {
-        "student": plain.student_steps,
-        "kd": plain.distill_steps,
-        "meta": meta.distill_steps,
-        "curriculum": plain.curriculum_steps,
-    }
-    pair = {"train": first, "quiz": second}
-    rows = {"student": first, "kd": pair, "meta": pair}
-    rows["curriculum"] = {"train": np.stack([first] * plain.policy.num_tasks), "quiz": second}
+    examples = make_examples(train, quiz)
+    plain, cases = make_steps(config, variates, _ORDER.value, examples)
 
     def make(name: str) -> Callable[[int], None]:
-        held = replicate(jax.tree.map(jnp.array, states[name]), jax.devices()[:1])
+        steps, state, rows = cases[name]
+        held = replicate(jax.tree.map(jnp.array, state), jax.devices()[:1])
         most = 20
-        data, taken = examples.take(jax.tree.map(lambda x: np.stack([x] * most), rows[name]))
+        data, taken = examples.take(jax.tree.map(lambda x: np.stack([x] * most), rows))
 
         def take(count: int) -> None:
             nonlocal held
-            held, metrics = programs[name](held, data, taken, np.int32(count), jax.random.key(3))
+            held, metrics = steps(held, data, taken, np.int32(count), jax.random.key(3))
             jax.device_get(metrics)
 
         return take
 
-    params = states["student"].params
+    _, student, rows = cases["student"]
 
     def evaluate(count: int) -> None:
-        plain.student_predict(params, examples, np.tile(first, count))
+        plain.student_predict(student.params, examples, np.tile(rows, count))
 
-    return {name: make(name) for name in states} | {"evaluation": evaluate}
+    return {name: make(name) for name in cases} | {"evaluation": evaluate}
 
 
 def their_steps(
