@@ -367,12 +367,7 @@ class Experiment:
         parallel.wait_for_processes("workdir claimed")
         report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
         report.write_atomically(self.workdir / "splits.json", splits)
-        parallel.wait_for_processes("workdir described")
-        if not path.exists():
-            raise UserError(
-                f"process {jax.process_index()} does not see {path}, which process 0 wrote: "
-                "--workdir must be on a file system that all processes share"
-            )
+        parallel.wait_for_file(path, "workdir described", "--workdir")
 
 
 def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Also several processes, each with devices of its own.
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +66,20 @@ def wait_for_processes(name: str) -> None:
         everyone = set(range(jax.process_count()))
         # A week: the time between the first and the last is that of the work they share.
         multihost.sync_global_processes(name, timeout=7 * 24 * 3600, processes=everyone)
+
+
+def wait_for_file(path: Path, name: str, option: str) -> None:
+    """Returns when all processes have come here and see a file that the first has written.
+
+    Raises:
+        UserError: this one does not see it; ``option`` is what the user says where it is by.
+    """
+    wait_for_processes(name)
+    if not path.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {path}, which process 0 wrote: "
+            f"{option} must be on a file system that all processes share"
+        )
 
 
 def device_mean(tree: Any, axis: str | None) -> Any:

@@ -71,7 +71,7 @@ def train(stage: Stage, directory: Path) -> Any:
         Preempted: the process was told to end; the last step is saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _checkpoint_manager(directory) as checkpoints, preemption.heeded():
+    with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done < stage.epochs * stage.steps_per_epoch:
             state, history = _restore(checkpoints, stage, done) if done else (stage.init(), {})

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from finished_runs import final_arrays
 from serkd_jax import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,22 +50,6 @@ def children(job):
     """The processes of a launcher, in the order of their start."""
     listed = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text()
     return [int(pid) for pid in listed.split()]
-
-
-def final_arrays(workdir):
-    """Every array of every stage's last checkpoint, and the test logits."""
-    arrays = {}
-    for folder in sorted(workdir.glob("fold_*/*/checkpoints")):
-        with ocp.CheckpointManager(folder.absolute()) as checkpoints:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore())
-            state = checkpoints.restore(checkpoints.latest_step(), args=items).state
-        name = str(folder.parent.relative_to(workdir))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-            arrays[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    for path in workdir.glob("fold_*/predictions.npz"):
-        with np.load(path) as saved:
-            arrays |= {f"{path.parent.name}/{name}": saved[name] for name in saved.files}
-    return arrays
 
 
 def assert_same_training(actual, expected):

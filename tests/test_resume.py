@@ -1,6 +1,5 @@
 """A run that is killed or told to end in every stage ends with the same parameters, bit for bit."""
 
-import json
 import os
 import random
 import re
@@ -10,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from finished_runs import final_arrays
 from serkd_jax.programs import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,25 +44,6 @@ def end_in(stage_dir, process, epoch, how):
         time.sleep(0.005)
     process.send_signal(how)
     return process.wait(60)
-
-
-def final_arrays(workdir):
-    """Every array of every stage's last checkpoint, and the test predictions."""
-    arrays = {}
-    for fold in ("fold_1", "fold_2"):
-        for folder in (path.parent for path in (workdir / fold).glob("*/checkpoints")):
-            stage = folder.name
-            with ocp.CheckpointManager((folder / "checkpoints").absolute()) as checkpoints:
-                items = ocp.args.Composite(state=ocp.args.StandardRestore())
-                state = checkpoints.restore(checkpoints.latest_step(), args=items).state
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-                arrays[f"{fold}/{stage}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            losses = [[row["train/loss"], row["validation/loss"]] for row in rows]
-            arrays[f"{fold}/{stage}/metrics"] = np.array(losses)
-        with np.load(workdir / fold / "predictions.npz") as saved:
-            arrays |= {f"{fold}/{name}": saved[name] for name in saved.files}
-    return arrays
 
 
 @pytest.mark.slow

@@ -344,12 +344,7 @@ def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
                 partial = path.with_suffix(".tmp")
                 partial.write_text(json.dumps(settings))
                 partial.rename(path)
-        parallel.wait_for_processes(f"features claimed: {folder.name}")
-        if not path.exists():
-            raise RecordsError(
-                f"process {jax.process_index()} does not see {path}, which process 0 wrote: "
-                "features must be on a file system that all processes share"
-            )
+        parallel.wait_for_file(path, f"features claimed: {folder.name}", "the features' folder")
         _check_settings(work, json.loads(path.read_text()), settings)
         yield
 
