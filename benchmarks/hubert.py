@@ -33,10 +33,9 @@ from serkd_jax.frontends import (
     CPU_BATCHING,
     Batching,
     Hubert,
-    num_frames,
-    num_samples,
     plan_batches,
 )
+from serkd_jax.logmel import num_frames, num_samples
 
 SIZES = {
     "tiny": {

@@ -14,24 +14,19 @@ import soundfile
 import soxr
 
 from serkd_jax.errors import UserError
-
-SAMPLE_RATE = 16_000  # Hz
-MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that HuBERT or a log-mel frame can see
-SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
+from serkd_jax.waveform import SAMPLE_RATE, AudioError, check_audio
 
 END_TOLERANCE = 0.25  # seconds by which a file may be shorter than it, or a manifest, says
 
 # What libsndfile does not read.
 FFMPEG_SUFFIXES = (".mp4", ".m4a", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".aac", ".amr")
 FFMPEG_SUFFIXES += (".wma", ".wv")
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
+SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 
 # libsndfile reads what is left of a truncated WAV without complaint; only its log tells.
 _SHORT_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_LENGTH = 0x7FFF_0000  # sizes above are what streaming writers (ffmpeg pipes) put down
-
-
-class AudioError(UserError):
-    """An audio file that cannot be used; the message names it, the problem and the remedy."""
 
 
 def read_audio(
@@ -157,34 +152,22 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
     return audio[first:last], rate
 
 
-def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
-    """Returns float (num_samples,) 16 kHz audio unchanged, or says why it cannot be used.
+def find_audio(folder: Path) -> Iterator[Path]:
+    """The audio files below a folder, by their suffixes.
 
     Raises:
-      AudioError: names the audio by `name`; see `read_audio`.
+      UserError: a folder in it cannot be listed.
     """
-    if len(audio) == 0:
-        raise AudioError(f"{name}: holds no samples; remove it or copy it from the corpus again")
-    if len(audio) < MIN_SAMPLES:
-        raise AudioError(
-            f"{name}: {len(audio)} samples at 16 kHz are less than one frame of {MIN_SAMPLES} "
-            "(25 ms); remove it"
-        )
-    if not np.isfinite(audio).all():
-        raise AudioError(f"{name}: holds NaN or infinite samples; convert it again from the source")
-    if np.abs(audio).max() < SILENCE_PEAK:
-        raise AudioError(
-            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale; "
-            "remove it or record it again"
-        )
-    return audio
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for path in (Path(place, name) for name in names):
+            if path.suffix.lower() in SUFFIXES and not is_litter(path):
+                yield path
 
 
-def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Float audio of full scale 1 as int16, clipped; exact for 16-bit sources at 16 kHz."""
-    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
-
-
-def to_float(audio: np.ndarray) -> np.ndarray:
-    """The inverse of `to_int16`: int16 (num_samples,) as float32 of full scale 1."""
-    return audio.astype(np.float32) / 32768
+def is_litter(path: Path) -> bool:
+    """Whether macOS left this file: `._NAME`, or anything in `__MACOSX`, holds no data of NAME."""
+    return path.name.startswith("._") or "__MACOSX" in path.parts

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from serkd_jax import batches, losses, parallel, report
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import make_frontend, num_samples
+from serkd_jax.frontends import make_frontend
+from serkd_jax.logmel import num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages

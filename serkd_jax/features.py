@@ -42,10 +42,11 @@ def main(argv: list[str]) -> None:
 
 def _extract() -> None:
     # Slow to import, so after the flags are parsed.
-    from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data.features import extract_features
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.frontends import Hubert, default_batching, num_frames
+    from serkd_jax.frontends import Hubert, default_batching
+    from serkd_jax.logmel import num_frames
+    from serkd_jax.waveform import SAMPLE_RATE
 
     output = Path(_OUTPUT.value)
     if not 0.025 <= _MAX_SECONDS.value <= 3600:

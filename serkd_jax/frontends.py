@@ -14,17 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from transformers import audio_utils
 
-from serkd_jax import parallel
-from serkd_jax.audio import SAMPLE_RATE
+from serkd_jax import logmel, parallel
 from serkd_jax.errors import UserError
+from serkd_jax.logmel import HOP, num_frames, num_samples
 from serkd_jax.models.hubert import HubertModel, normalize_waveform
 from serkd_jax.models.hubert import num_frames as hubert_frames
 from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
-
-WINDOW = 400  # samples, 25 ms
-HOP = 320  # samples, 20 ms
 
 
 class Frontend(Protocol):
@@ -52,40 +48,18 @@ class Frontend(Protocol):
         """
 
 
-def num_frames(num_samples: int | np.ndarray) -> int | np.ndarray:
-    """Whole 25 ms frames, 20 ms apart, in `num_samples` samples at 16 kHz."""
-    return (num_samples - WINDOW) // HOP + 1
-
-
-def num_samples(num_frames: int) -> int:
-    """Samples at 16 kHz that `num_frames` frames span."""
-    return (num_frames - 1) * HOP + WINDOW
-
-
 @dataclasses.dataclass(frozen=True)
 class LogMel:
-    """Log-mel spectrogram, computed on the CPU without any download.
-
-    A value is (log10(max(mel power, 1e-8)) + 8) / 5: exactly 0 for digital silence, so that zero
-    padding means silence, and about 0.5 to 2 for speech. The map is fixed; no corpus statistics
-    enter, so nothing leaks from test data.
-    """
+    """Log-mel frames, computed on the CPU; see :func:`serkd_jax.logmel.log_mel`."""
 
     num_mels: int = 80
     name: ClassVar[str] = "logmel"
-
-    LOG_FLOOR: ClassVar[float] = -8.0
-    LOG_SCALE: ClassVar[float] = 5.0
-    FFT_LENGTH: ClassVar[int] = 512
-    MIN_HZ: ClassVar[float] = 20.0
-    VERSION: ClassVar[int] = 1
+    num_devices: ClassVar[int] = 1
 
     @property
     def width(self) -> int:
         """Number of mel bands."""
         return self.num_mels
-
-    num_devices: ClassVar[int] = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,22 +69,7 @@ class LogMel:
     @property
     def fingerprint(self) -> str:
         """All settings that the features depend on."""
-        return (
-            f"logmel-v{self.VERSION}-{self.num_mels}-{WINDOW}-{HOP}-{self.FFT_LENGTH}"
-            f"-{self.MIN_HZ:g}-{self.LOG_FLOOR:g}-{self.LOG_SCALE:g}"
-        )
-
-    @cached_property
-    def _mel_filters(self) -> np.ndarray:
-        return audio_utils.mel_filter_bank(
-            num_frequency_bins=self.FFT_LENGTH // 2 + 1,
-            num_mel_filters=self.num_mels,
-            min_frequency=self.MIN_HZ,
-            max_frequency=SAMPLE_RATE / 2,
-            sampling_rate=SAMPLE_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        )
+        return logmel.fingerprint(self.num_mels)
 
     def __call__(
         self,
@@ -120,23 +79,7 @@ class LogMel:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See `Frontend`; each waveform is computed by itself."""
         for i, waveform in enumerate(waveforms):
-            yield i, self._features(waveform[: num_samples(max_frames)])
-
-    def _features(self, waveform: np.ndarray) -> np.ndarray:
-        log_mel = audio_utils.spectrogram(
-            waveform,
-            window=audio_utils.window_function(WINDOW, "hann"),
-            frame_length=WINDOW,
-            hop_length=HOP,
-            fft_length=self.FFT_LENGTH,
-            power=2.0,
-            center=False,
-            mel_filters=self._mel_filters,
-            mel_floor=10**self.LOG_FLOOR,
-            log_mel="log10",
-            dtype=np.float64,  # float32 puts log10 of the floor beside the floor
-        )
-        return ((log_mel.T - self.LOG_FLOOR) / self.LOG_SCALE).astype(np.float16)
+            yield i, logmel.log_mel(waveform[: num_samples(max_frames)], self.num_mels)
 
 
 class Batching(NamedTuple):
@@ -216,6 +159,7 @@ class Hubert:
         dtype: of the computation, float32 or bfloat16.
         batching: None means `default_batching()`.
         devices: none means all local ones.
+        safetensors_only: whether to refuse weights in torch's own format, which is a pickle.
     """
 
     model: str
@@ -224,6 +168,7 @@ class Hubert:
     dtype: str = "float32"
     batching: Batching | None = None
     devices: tuple[jax.Device, ...] = ()
+    safetensors_only: bool = False
     name: ClassVar[str] = "hubert"
 
     VERSION: ClassVar[int] = 2
@@ -233,7 +178,7 @@ class Hubert:
         """Architecture and weights."""
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"the dtype of HuBERT is {self.dtype!r}: use float32 or bfloat16")
-        checkpoint = load_hubert(self.model, self.revision)
+        checkpoint = load_hubert(self.model, self.revision, self.safetensors_only)
         if hubert_frames(checkpoint.config, num_samples(326)) != 326:
             raise UserError(f"{self.model} does not give one frame every {HOP} samples, as HuBERT")
         layers = checkpoint.config.num_hidden_layers

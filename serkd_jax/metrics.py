@@ -36,3 +36,27 @@ def classification_metrics(
         "n": len(labels),
         "confusion": metrics.confusion_matrix(labels, predictions, labels=classes).tolist(),
     }
+
+
+def bootstrap_interval(
+    labels: np.ndarray, predictions: np.ndarray, metric: str, *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a score, utterances drawn again within each class (Efron 1979).
+
+    It takes utterances as independent; those of one speaker are not, so it is on the narrow side.
+
+    Args:
+        labels: (n,) int, true classes.
+        predictions: (n,) int.
+        metric: ``ua``, ``wa`` or ``wf1``.
+        draws: how many samples of as many utterances.
+        seed: of the draws.
+    """
+    rng, count = np.random.default_rng(seed), int(max(labels.max(), predictions.max())) + 1
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    scores = []
+    for _ in range(draws):
+        rows = np.concatenate([rng.choice(rows, len(rows)) for rows in members])
+        scores.append(classification_metrics(labels[rows], predictions[rows], count)[metric])
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return float(low), float(high)

@@ -36,9 +36,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     # Slow to import, so after the flags are parsed.
-    from serkd_jax.audio import SAMPLE_RATE
     from serkd_jax.data import corpora, records
     from serkd_jax.data.counts import check_counts
+    from serkd_jax.waveform import SAMPLE_RATE
 
     try:
         corpus = corpora.make_corpus(

@@ -71,15 +71,19 @@ def train(stage: Stage, directory: Path) -> Any:
         Preempted: the process was told to end; the last step is saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(stage.init))
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done < stage.epochs * stage.steps_per_epoch:
-            state, history = _restore(checkpoints, stage, done) if done else (stage.init(), {})
+            if done:
+                state, history = _restore(checkpoints, stage.title, done, template)
+            else:
+                state, history = stage.init(), {}
             # A copy: the steps donate their state, and what made this one may be used again.
             state = parallel.replicate(jax.tree.map(jnp.array, state), stage.devices)
             _train_epochs(stage, state, done, history, checkpoints, directory)
         checkpoints.wait_until_finished()
-        return _restore(checkpoints, stage, checkpoints.best_step())[0]
+        return _restore(checkpoints, stage.title, checkpoints.best_step(), template)[0]
 
 
 def _train_epochs(
@@ -212,9 +216,24 @@ def _save(
     checkpoints.save(step, args=items, metrics=metrics)
 
 
-def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, step: int) -> tuple[Any, History]:
+def load_selected(directory: Path) -> dict[str, Any]:
+    """The state of a finished stage's selected epoch, as nested dicts of NumPy arrays.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} has no checkpoints: train the stage, or name another workdir")
+    with _checkpoint_manager(directory) as checkpoints:
+        if (step := checkpoints.best_step()) is None:
+            raise UserError(f"{directory}/checkpoints holds no whole epoch: let the run finish")
+        return _restore(checkpoints, directory.name, step)[0]
+
+
+def _restore(
+    checkpoints: ocp.CheckpointManager, title: str, step: int, template: Any = None
+) -> tuple[Any, History]:
     """The state after ``step`` as NumPy arrays, and the metrics of the epoch so far."""
-    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(stage.init))
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(template), history=ocp.args.JsonRestore()
     )
@@ -222,7 +241,7 @@ def _restore(checkpoints: ocp.CheckpointManager, stage: Stage, step: int) -> tup
         restored = checkpoints.restore(step, args=items)
     except (ValueError, KeyError, OSError) as error:  # what orbax raises for a damaged file
         raise UserError(
-            f"{stage.title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
+            f"{title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
             f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "
             "the fold again"
         ) from error

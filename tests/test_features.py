@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 
 from serkd_jax import features as cli
 from serkd_jax import frontends
-from serkd_jax.audio import read_audio, to_float
+from serkd_jax.audio import read_audio
 from serkd_jax.data.corpora import CorpusError, Synthetic
 from serkd_jax.data.features import extract_features, prepare_features
 from serkd_jax.data.records import (
@@ -32,6 +32,7 @@ from serkd_jax.data.records import (
     tfds,
 )
 from serkd_jax.data.sources import AudioFiles
+from serkd_jax.waveform import to_float
 
 ROOT = Path(__file__).parent.parent
 EMOBOX = ROOT.parent / "shared" / "corpora" / "emobox" / "emodb" / "emodb.jsonl"

@@ -14,9 +14,9 @@ from serkd_jax.frontends import (
     Batching,
     Hubert,
     bucket_lengths,
-    num_frames,
     plan_batches,
 )
+from serkd_jax.logmel import num_frames
 
 MAX_FRAMES = 100
 FLOAT16 = {"atol": 5e-3}  # states are a few units at most

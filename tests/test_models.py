@@ -273,7 +273,7 @@ def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(inverted,
         return [text.count(f"@__cudnn$fmhaSoftmax{part}(") for part in ("", "Backward")]
 
     assert calls(dtype=jnp.bfloat16) == [1, 1]
-    assert calls() == calls(dtype=jnp.bfloat16, fused_attention=False) == [0, 0]
+    assert calls() == calls(dtype=jnp.bfloat16, attention_form="no_cudnn") == [0, 0]
     h100.compute_capability = "7.5"
     assert calls(dtype=jnp.bfloat16) == [0, 0]
 

@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 import serkd_jax
 from serkd_jax import parallel
-from serkd_jax.audio import SAMPLE_RATE
 from serkd_jax.batches import read_ahead
 from serkd_jax.data import records
 from serkd_jax.data.records import SPLIT, RecordsError, tf, tfds
 from serkd_jax.data.sources import Clip, RecordsSource, Source
-from serkd_jax.frontends import Frontend, num_frames, num_samples
+from serkd_jax.frontends import Frontend
+from serkd_jax.logmel import num_frames, num_samples
+from serkd_jax.waveform import SAMPLE_RATE
 
 SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
 SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be

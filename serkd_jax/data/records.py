@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from serkd_jax.audio import AudioError
 from serkd_jax.data import corpora
 from serkd_jax.data.corpora.base import CorpusError, Release, SpeechCorpus, Utterance
 from serkd_jax.errors import UserError
+from serkd_jax.waveform import AudioError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only reads files here

@@ -4,22 +4,20 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from serkd_jax.audio import FFMPEG_SUFFIXES, AudioError, read_audio, to_float
+from serkd_jax.audio import FFMPEG_SUFFIXES, SUFFIXES, find_audio, read_audio
 from serkd_jax.data import records
 from serkd_jax.data.corpora import CorpusError
-from serkd_jax.data.corpora.base import is_litter
 from serkd_jax.data.corpora.manifest import find_file, read_manifest
 from serkd_jax.data.records import tfds
+from serkd_jax.waveform import AudioError, to_float
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
-SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
 
 
@@ -95,7 +93,7 @@ class AudioFiles:
         place = Path(place)
         if place.is_dir():
             self._folder, self._rows = place, None
-            self.ids = sorted(_find_audio(place))
+            self.ids = sorted(path.relative_to(place).as_posix() for path in find_audio(place))
         elif place.is_file():
             self._folder, self._rows = Path(data_dir or place.parent), _read_columns(place)
             self.ids = sorted(self._rows)
@@ -142,19 +140,6 @@ class AudioFiles:
             return self._path(key).stat().st_size
         except OSError:
             return -1
-
-
-def _find_audio(folder: Path) -> Iterator[str]:
-    """The paths of all audio files below a folder, relative to it."""
-
-    def refuse(error: OSError) -> None:
-        raise CorpusError(f"{error.filename} cannot be listed: {error.strerror}") from error
-
-    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            path = Path(place, name)
-            if path.suffix.lower() in SUFFIXES and not is_litter(path):
-                yield path.relative_to(folder).as_posix()
 
 
 def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from serkd_jax import hub
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert import HubertModel, check_config
 
@@ -62,23 +63,27 @@ class HubertCheckpoint:
     masked_spec_embed: np.ndarray | None = None
 
 
-def load_hubert(name_or_path: str | Path, revision: str | None = None) -> HubertCheckpoint:
+def load_hubert(
+    name_or_path: str | Path, revision: str | None = None, safetensors_only: bool = False
+) -> HubertCheckpoint:
     """Loads a HuBERT checkpoint; heads of fine-tuned models are left out.
 
     Args:
         name_or_path: a local folder, or a model's name on the Hugging Face hub.
         revision: branch, tag or commit on the hub; None means its main branch.
+        safetensors_only: whether to leave alone a `pytorch_model.bin`, which is a pickle.
 
     Raises:
         UserError: the folder, the model or one of its files is not there or damaged, the
             architecture is not supported, the tensors are not those of the architecture, or there
             is only a `pytorch_model.bin` and torch is not installed.
     """
+    stored = (SAFETENSORS,) if safetensors_only else (SAFETENSORS, TORCH)
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        folder = _download(str(name_or_path), revision)
+        folder = _download(str(name_or_path), revision, stored)
     config = _read_config(folder / CONFIG)
-    weights = _weight_files(folder)
+    weights = _weight_files(folder, stored)
     preprocessors = [file for name in PREPROCESSORS if (file := folder / name).exists()]
     tensors: dict[str, np.ndarray] = {}
     for file in weights:
@@ -257,38 +262,29 @@ def _fold_weight_norm(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, stored: Sequence[str]) -> Path:
     """Downloads (once; the hub's cache is used) the files that `load_hubert` reads."""
-    import huggingface_hub
-
-    configs = [CONFIG, *PREPROCESSORS]
-    try:
-        for weights in (SAFETENSORS, TORCH):  # the second, as large as the first, only if needed
-            stem, suffix = weights.split(".")
-            patterns = [*configs, weights, f"{weights}.index.json", f"{stem}-*-of-*.{suffix}"]
-            folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
-            )
-            if any(folder.glob(f"{stem}*.{suffix}")):
-                break
-    except (OSError, ValueError) as error:  # not found, gated, offline, not a valid name ...
-        at = f" at revision {revision!r}" if revision else ""
-        raise UserError(
-            f"{name!r} is neither a local folder nor a model{at} that could be fetched from the "
-            f"Hugging Face hub. Check the spelling; without network access, pass the path of a "
-            f"folder with {CONFIG} and {SAFETENSORS}. The hub's answer: {error}"
-        ) from error
+    remedy = f"without network access, pass the path of a folder with {CONFIG} and {SAFETENSORS}"
+    for weights in stored:  # torch's, as large as the first, only if needed
+        stem, suffix = weights.split(".")
+        patterns = [CONFIG, *PREPROCESSORS]
+        patterns += [weights, f"{weights}.index.json", f"{stem}-*-of-*.{suffix}"]
+        folder = hub.download(name, revision, patterns, remedy)
+        if any(folder.glob(f"{stem}*.{suffix}")):
+            break
     return folder
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, stored: Sequence[str]) -> list[Path]:
     """The files with the weights: one, or the shards that an index names; safetensors first."""
-    for name in (SAFETENSORS, TORCH):
+    for name in stored:
         if (file := folder / name).exists():
             return [file]
         if (index := folder / f"{name}.index.json").exists():
             weight_map = _read_json(index).get("weight_map", {})
             shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            if any(shard.parent != folder for shard in shards):
+                raise UserError(f"{index} names files of other folders: download the model again")
             missing = [shard.name for shard in shards if not shard.exists()]
             if missing or not shards:
                 raise UserError(
@@ -296,7 +292,7 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"{', missing in that folder' if missing else ''}: download the model again"
                 )
             return shards
-    raise UserError(f"{folder} has neither {SAFETENSORS} nor {TORCH}: no weights to load")
+    raise UserError(f"{folder} has no {' and no '.join(stored)}: no weights to load")
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:

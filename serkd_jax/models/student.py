@@ -16,7 +16,7 @@ class StudentOutput(NamedTuple):
 
     hidden: jax.Array  # (B, D) pooled encoder output, h(., S)
     logits: jax.Array  # (B, C) ŷ(., S)
-    projection: jax.Array  # (B, P) L2-normalised contrastive embedding, z
+    projection: jax.Array | None  # (B, P) L2-normalised contrastive embedding, z
 
 
 class Student(nn.Module):
@@ -29,7 +29,7 @@ class Student(nn.Module):
         num_heads: attention heads.
         num_layers: encoder layers.
         classifier_dim: hidden width of the classifier.
-        projection_dim: P of the contrastive projection.
+        projection_dim: P of the contrastive projection, which training alone needs; 0: none.
         dropout: in the encoder layers.
         inverted: tokens are variates (the paper's model); False gives the ordinary encoder of
             Table 4, whose tokens are frames with sinusoidal positions.
@@ -40,7 +40,7 @@ class Student(nn.Module):
             More leaves the embedding fewer weights to learn from a small corpus.
         dtype: of the encoder's computation; None means that of inputs and parameters.
         remat: whether a layer's activations are computed again for the gradient, not kept.
-        fused_attention: see :func:`serkd_jax.models.transformer.attend`.
+        attention_form: see :func:`serkd_jax.models.transformer.attend`.
     """
 
     num_classes: int
@@ -57,7 +57,7 @@ class Student(nn.Module):
     time_pooling: int = 1
     dtype: DTypeLike | None = None
     remat: bool = False
-    fused_attention: bool = True
+    attention_form: str = "auto"
 
     @nn.compact
     def __call__(
@@ -75,7 +75,7 @@ class Student(nn.Module):
             features = standardize_series(features, valid)
         if self.time_pooling > 1:
             window = (self.time_pooling,)
-            features = nn.avg_pool(features, window, strides=window)
+            features = nn.avg_pool(features, window_shape=window, strides=window)
             valid = valid[:, : features.shape[1] * self.time_pooling : self.time_pooling]
         embed = nn.Dense(self.width, dtype=self.dtype, name="embed")
         if self.inverted:
@@ -95,15 +95,17 @@ class Student(nn.Module):
                 self.mlp_dim,
                 dropout=self.dropout,
                 dtype=self.dtype,
-                fused_attention=self.fused_attention,
+                attention_form=self.attention_form,
                 name=f"layers_{i}",
             )(tokens, mask, dropout_keys)
         tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
         hidden = tokens.mean(1) if mask is None else masked_mean(tokens, mask)
         logits = nn.relu(nn.Dense(self.classifier_dim, name="classifier_0")(hidden))
         logits = nn.Dense(self.num_classes, name="classifier_1")(logits)
-        projection = nn.Dense(self.projection_dim, name="projection")(hidden)
-        return StudentOutput(hidden, logits, l2_normalize(projection))
+        projection = None
+        if self.projection_dim:
+            projection = l2_normalize(nn.Dense(self.projection_dim, name="projection")(hidden))
+        return StudentOutput(hidden, logits, projection)
 
 
 class Adapter(nn.Module):

@@ -72,7 +72,7 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    fused: bool = True,
+    form: str = "auto",
 ) -> jax.Array:
     """Attention in the form that suits the backend.
 
@@ -84,11 +84,12 @@ def attend(
         key: the same.
         value: the same.
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
-        fused: whether cuDNN's kernel may be used. It has a gradient, but no derivative beyond.
+        form: ``auto`` is as above; ``no_cudnn`` leaves out cuDNN's kernel, which has a gradient but
+            no derivative beyond; ``plain`` is the formula, for any backend and exported models.
     """
-    if jax.default_backend() == "cpu":
+    if form != "plain" and jax.default_backend() == "cpu":
         return _attend_by_heads(query, key, value, mask)
-    if fused and _cudnn_attends(query):
+    if form == "auto" and _cudnn_attends(query):
         lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
         tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(
@@ -135,13 +136,13 @@ class SelfAttention(nn.Module):
         num_heads: heads; must divide D.
         dropout: dropout of the attention weights.
         dtype: of the computation, softmax apart; None means that of inputs and parameters.
-        fused: see :func:`attend`.
+        form: see :func:`attend`.
     """
 
     num_heads: int
     dropout: float = 0.0
     dtype: DTypeLike | None = None
-    fused: bool = True
+    form: str = "auto"
 
     @nn.compact
     def __call__(
@@ -173,7 +174,7 @@ class SelfAttention(nn.Module):
             weights = Dropout(self.dropout)(weights, dropout_keys)
             out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         else:
-            out = attend(query, key, value, mask, self.fused)
+            out = attend(query, key, value, mask, self.form)
         out = out.swapaxes(1, 2)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
@@ -194,7 +195,7 @@ class EncoderLayer(nn.Module):
         activation: the feed-forward activation.
         epsilon: of the layer norms.
         dtype: of the computation; None means that of inputs and parameters.
-        fused_attention: see :func:`attend`.
+        attention_form: see :func:`attend`.
     """
 
     num_heads: int
@@ -206,7 +207,7 @@ class EncoderLayer(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = exact_gelu
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
-    fused_attention: bool = True
+    attention_form: str = "auto"
 
     @nn.compact
     def __call__(
@@ -225,7 +226,7 @@ class EncoderLayer(nn.Module):
                 self.num_heads,
                 self.attention_dropout,
                 self.dtype,
-                self.fused_attention,
+                self.attention_form,
                 name="attention",
             )
             return Dropout(self.dropout)(attention(h, mask, dropout_keys), dropout_keys)

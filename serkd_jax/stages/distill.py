@@ -156,9 +156,9 @@ def make_step(
         config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
         axis: name of the device axis under pmap.
     """
-    # What is differentiated twice cannot use the fused kernel.
-    unfused = student.clone(fused_attention=False)
-    pilot = unfused if config.meta.order == "second_order" else student
+    # What is differentiated twice cannot use cuDNN's kernel.
+    without_cudnn = student.clone(attention_form="no_cudnn")
+    pilot = without_cudnn if config.meta.order == "second_order" else student
 
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
@@ -225,7 +225,9 @@ def make_step(
         def slope_along(direction: dict[str, Any], meta_params: Any) -> jax.Array:
             """Of (1-α) L^soft at θ_S, the one part of Eq. 4 that depends on θ_T'."""
             logits, tangent = jax.jvp(
-                lambda params: run_student(params, unfused).logits, (state.params,), (direction,)
+                lambda params: run_student(params, without_cudnn).logits,
+                (state.params,),
+                (direction,),
             )
             soft = partial(soft_loss, meta_params=meta_params, train=train)
             return (1.0 - config.distill.alpha) * jax.jvp(soft, (logits,), (tangent,))[1]

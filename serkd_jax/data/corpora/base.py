@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from serkd_jax.audio import AudioError, check_file, read_audio, to_int16
+from serkd_jax.audio import check_file, read_audio
 from serkd_jax.errors import UserError
+from serkd_jax.waveform import AudioError, to_int16
 
 
 class CorpusError(UserError):
@@ -162,8 +163,3 @@ class Release(SpeechCorpus):
         if not data_dir:
             raise CorpusError(f"{self.name} needs data_dir, {self.FOLDER}")
         self.data_dir = Path(data_dir)
-
-
-def is_litter(path: Path) -> bool:
-    """Whether macOS left this file: `._NAME`, or anything in `__MACOSX`, holds no data of NAME."""
-    return path.name.startswith("._") or "__MACOSX" in path.parts

@@ -3,12 +3,12 @@
 import re
 from typing import ClassVar
 
+from serkd_jax.audio import is_litter
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,
     Release,
     Utterance,
-    is_litter,
 )
 
 

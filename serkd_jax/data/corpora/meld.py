@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from serkd_jax.audio import is_litter
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,
     Release,
     Utterance,
-    is_litter,
 )
 from serkd_jax.data.corpora.manifest import read_rows
 

@@ -1,0 +1,221 @@
+"""What runs an exported model: a function per file format, and the front-end before it.
+
+Nothing is imported before it is needed: ONNX with log-mel features runs on numpy and onnxruntime.
+No format holds code, and none is read by pickle.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serkd_jax import logmel
+from serkd_jax.deploy.folder import FILES, FRONTEND, ModelConfig
+from serkd_jax.errors import UserError
+
+# (features float32 (B, T, N), num_frames int32 (B,)) -> logits float32 (B, C)
+Classify = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Waveforms, 16 kHz -> those two inputs.
+Featurize = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
+
+def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int = 0) -> Classify:
+    """Loads one format of an exported folder.
+
+    Args:
+        folder: of the model.
+        config: its ``config.json``.
+        form: one of `FILES`; ``safetensors`` runs in Flax.
+        threads: for ONNX and LiteRT; 0 lets them choose. JAX takes what the process may use.
+
+    Raises:
+        UserError: the format is not known or not there, is damaged or another model's, or what
+            runs it is not installed. When called: the logits are not finite.
+    """
+    if form not in FILES:
+        raise UserError(f"there is no format {form!r}: use one of {', '.join(FILES)}")
+    path = folder / FILES[form]
+    if not path.is_file():
+        there = ", ".join(name for name, file in FILES.items() if (folder / file).is_file())
+        raise UserError(f"{folder} has no {FILES[form]}; it has {there or 'no model'}")
+    try:
+        run = _LOADERS[form.split("-")[0]](path, config, threads)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{form} needs {error.name}: pip install {_PACKAGES[form]}") from error
+    except Exception as error:  # each reader has its own for files that are not what they seem
+        raise UserError(
+            f"{path} cannot be read; it is truncated, damaged or another model's: export or fetch "
+            f"it again. The reader's words: {str(error)[:500]}"
+        ) from error
+
+    def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        logits = run(features, num_frames)
+        if logits.shape != (len(features), len(config.labels)) or not np.isfinite(logits).all():
+            raise UserError(f"{path} gives logits that are not finite or of a wrong shape")
+        return logits
+
+    return classify
+
+
+_PACKAGES = dict.fromkeys(FILES, "serkd-jax")
+_PACKAGES |= {"onnx": "onnxruntime", "onnx-int8": "onnxruntime"}
+_PACKAGES |= {"tflite": "ai-edge-litert", "tflite-int8": "ai-edge-litert"}
+
+
+def make_student(config: ModelConfig, **options: Any) -> Any:
+    """The Flax student without what training alone needs."""
+    from serkd_jax.models.student import Student
+
+    return Student(len(config.labels), **config.student, projection_dim=0, **options)
+
+
+def read_params(path: Path, config: ModelConfig) -> Any:
+    """The student's parameters, float32 NumPy arrays, from ``model.safetensors``.
+
+    Raises:
+        UserError: the tensors are not those of the configuration, or not finite.
+    """
+    import jax
+    from flax import traverse_util
+    from safetensors.numpy import load_file
+
+    inputs = (
+        jax.ShapeDtypeStruct((1, config.max_frames, config.num_features), np.float32),
+        jax.ShapeDtypeStruct((1,), np.int32),
+    )
+    expected = jax.eval_shape(make_student(config).init, jax.random.key(0), *inputs)["params"]
+    expected = traverse_util.flatten_dict(expected, sep=".")
+    tensors = load_file(path)
+    for name in sorted(expected.keys() | tensors.keys()):
+        want, have = expected.get(name), tensors.get(name)
+        if want is None or have is None or (have.shape, have.dtype) != (want.shape, want.dtype):
+            described = [x and f"{x.dtype}{x.shape}" for x in (want, have) if x is not None]
+            raise UserError(
+                f"{path} is not the model of its config.json: {name} is "
+                f"{'unexpected' if want is None else 'missing' if have is None else described}"
+            )
+        if not np.isfinite(have).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; export the model again")
+    return traverse_util.unflatten_dict(tensors, sep=".")
+
+
+def _load_flax(path: Path, config: ModelConfig, threads: int) -> Classify:
+    del threads
+    import jax
+
+    model = make_student(config)
+    params = jax.device_put(read_params(path, config))
+
+    @jax.jit
+    def apply(params: Any, features: jax.Array, num_frames: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return model.apply({"params": params}, features, num_frames).logits
+
+    return _few_shapes(lambda *inputs: apply(params, *inputs))
+
+
+def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:
+    del threads
+    import jax
+    import jax.export
+
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    features, num_frames = exported.in_avals
+    want = (config.max_frames, config.num_features)
+    if (features.shape[1:], num_frames.shape[1:]) != (want, ()):
+        raise ValueError(f"it takes {features} and {num_frames}")
+    return _few_shapes(jax.jit(exported.call))
+
+
+def _few_shapes(apply: Callable) -> Classify:
+    """JAX compiles for each size of batch: only powers of two, padded with silence."""
+
+    def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        missing = (1 << (len(features) - 1).bit_length()) - len(features)
+        padded = np.pad(features, ((0, missing), (0, 0), (0, 0))), np.pad(num_frames, (0, missing))
+        return np.asarray(apply(*padded))[: len(features)]
+
+    return run
+
+
+def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    # From memory: a model cannot name other files to read.
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+    if shapes != {"features": [config.max_frames, config.num_features], "num_frames": []}:
+        raise ValueError(f"it takes {shapes}")
+    return lambda features, num_frames: session.run(
+        ["logits"], {"features": features, "num_frames": num_frames}
+    )[0]
+
+
+def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=path.read_bytes(), num_threads=threads or None)
+    run = interpreter.get_signature_runner()
+    shapes = {name: list(given["shape"]) for name, given in run.get_input_details().items()}
+    if shapes != {"features": [1, config.max_frames, config.num_features], "num_frames": [1]}:
+        raise ValueError(f"it takes {shapes}")
+
+    def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        rows = (slice(i, i + 1) for i in range(len(features)))
+        return np.concatenate(
+            [run(features=features[i], num_frames=num_frames[i])["logits"] for i in rows]
+        )
+
+    return classify
+
+
+_LOADERS = {
+    "safetensors": _load_flax,
+    "stablehlo": _load_stablehlo,
+    "onnx": _load_onnx,
+    "tflite": _load_tflite,
+}
+
+
+def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
+    """The front-end of an exported folder: log-mel in NumPy, or HuBERT in JAX.
+
+    Raises:
+        UserError: HuBERT is not there, or not the one that the model was trained on.
+    """
+    if config.frontend["name"] == "logmel":
+        return lambda waveforms: pad_features(
+            [logmel.log_mel(waveform, config.num_features) for waveform in waveforms], config
+        )
+    try:
+        from serkd_jax.frontends import Hubert
+    except ImportError as error:
+        raise UserError(f"a HuBERT front-end needs {error.name}: pip install serkd-jax") from error
+
+    settings = {key: config.frontend[key] for key in ("revision", "layer", "dtype")}
+    model = config.frontend["model"] or str(folder / FRONTEND)
+    hubert = Hubert(model=model, **settings, safetensors_only=True)
+    if (hubert.width, hubert.fingerprint) != (config.num_features, config.frontend["fingerprint"]):
+        raise UserError(f"{model} is not the HuBERT that {folder} was trained on")
+
+    def featurize(waveforms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        features = dict(hubert(waveforms, config.max_frames))
+        return pad_features([features[i] for i in range(len(waveforms))], config)
+
+    return featurize
+
+
+def pad_features(features: list[np.ndarray], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """As the training saw them: cut or zero-padded to T."""
+    padded = np.zeros((len(features), config.max_frames, config.num_features), np.float32)
+    for row, values in zip(padded, features, strict=True):
+        row[: len(values)] = values
+    return padded, np.array([len(values) for values in features], np.int32)

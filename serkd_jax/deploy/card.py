@@ -1,0 +1,209 @@
+"""The model card: README.md of an exported folder, with the Hugging Face hub's front matter."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+
+from serkd_jax.deploy.folder import FILES
+from serkd_jax.deploy.trained import Trained
+from serkd_jax.metrics import bootstrap_interval, classification_metrics
+
+METRICS = {"ua": "UA", "wa": "WA", "wf1": "weighted F1"}
+
+
+class Checked(NamedTuple):
+    """How one format compares on the held-out utterances."""
+
+    form: str  # or `run`: the logits that the run has left
+    difference: float  # the greatest of any logit, from the float32 student in Flax
+    agreement: float  # share of utterances with that one's label
+    ua: float
+
+
+class Scores(NamedTuple):
+    """On the test utterances of a fold or of all."""
+
+    title: str
+    n: int
+    values: dict[str, tuple[float, float, float]]  # metric -> value and interval
+
+
+def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> str:
+    """The text of the card for the files that are in ``folder``."""
+    labels, config = trained.config.labels, trained.config
+    corpus, row = trained.results["corpus"], trained.row.replace("_", " ")
+    scores = _scores(trained)
+    name = f"serkd-{corpus}-{config.frontend['name']}"
+    front_matter = ModelCardData(
+        library_name="serkd-jax",
+        license="other",
+        license_name=f"terms-of-{corpus}",
+        pipeline_tag="audio-classification",
+        tags=["speech-emotion-recognition", "knowledge-distillation", "jax", *_runtimes(folder)],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="audio-classification",
+                dataset_type=corpus,
+                dataset_name=f"{corpus}, test part of fold {trained.fold}",
+                metric_type={"ua": "recall", "wa": "accuracy", "wf1": "f1"}[metric],
+                metric_name=METRICS[metric],
+                metric_value=round(100 * value, 2),
+            )
+            for metric, (value, _, _) in scores[0].values.items()
+        ],
+    )
+    seconds = config.max_frames / 50
+    protocol = trained.results["config"]["protocol"]
+    size = sum(int(np.prod(x.shape)) for x in _leaves(trained.params))
+    return f"""---
+{front_matter.to_yaml()}
+---
+
+# {name}: a small speech emotion model
+
+The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)},
+{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at most
+{seconds:g} s, to {len(labels)} classes: {", ".join(labels)}.
+
+```python
+from serkd_jax.predict import load_model
+
+model = load_model("{folder.name}")  # this folder, or its name on the hub
+print(model("speech.wav").label)
+```
+
+## Data and protocol
+
+Trained on {corpus}; folds by {protocol["split_by"]}, {len(trained.results["folds"])} of them, seed
+{trained.results["config"]["seed"]}. {_selection(trained)} The test part of a fold was scored once, by
+the model of that fold alone.
+
+| test utterances | n | {" | ".join(METRICS.values())} |
+|---|---|---|---|---|
+{_score_rows(scores)}
+
+In %, with 95 % intervals of a bootstrap over utterances, class by class; those of one speaker are
+alike, so expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
+
+## Files
+
+{_format_rows(folder, checked)}
+
+## Use
+
+For research on speech emotion recognition and distillation, and for prototypes whose users know of
+it. The labels are what annotators heard, or actors were asked to play, in {corpus}; another
+language, microphone, age or way of speaking than there can give any label. It was not tested on
+such, nor for equal error rates over groups of people.
+
+Voices do not tell what a person feels. Do not use this to judge people in hiring, school, policing,
+health, credit or insurance. In the European Union, inferring emotions at work and in education is
+forbidden (Regulation 2024/1689, Article 5), and elsewhere people must be told of it (Article 50).
+Recordings of voices are personal data.
+
+## Licence
+
+The code is Apache-2.0. The weights come from {corpus}{_weights_of(trained)}, whose terms apply;
+read them before you pass the weights on, and name the licence that fits above.
+"""
+
+
+def _leaves(tree: Mapping) -> list[np.ndarray]:
+    return [
+        leaf
+        for part in tree.values()
+        for leaf in (_leaves(part) if isinstance(part, Mapping) else [part])
+    ]
+
+
+def _runtimes(folder: Path) -> list[str]:
+    there = {form.split("-")[0] for form, file in FILES.items() if (folder / file).exists()}
+    return sorted(there & {"onnx", "tflite", "stablehlo", "safetensors"})
+
+
+def _frontend(trained: Trained) -> str:
+    frontend = trained.config.frontend
+    if frontend["name"] == "logmel":
+        return f"{frontend['num_mels']} log-mel bands"
+    layer = "the last layer" if frontend["layer"] == -1 else f"layer {frontend['layer']}"
+    return f"{layer} of {frontend['model'] or 'the HuBERT in `frontend/`'}"
+
+
+def _weights_of(trained: Trained) -> str:
+    frontend = trained.config.frontend
+    return f" and {frontend['model'] or 'HuBERT'}" if frontend["name"] == "hubert" else ""
+
+
+def _kind(trained: Trained) -> str:
+    tokens = "inverted transformer" if trained.config.student["inverted"] else "transformer"
+    return (
+        ("an " if trained.config.student["inverted"] else "a ")
+        + tokens
+        + ("" if trained.row == "student" else " taught by a larger model")
+    )
+
+
+def _selection(trained: Trained) -> str:
+    metric = trained.results["config"]["selection_metric"]
+    if metric == "last":
+        return "The last epoch was taken."
+    return f"The epoch of the best {METRICS[metric]} on part of the training data was taken."
+
+
+def _scores(trained: Trained) -> list[Scores]:
+    """Of the fold's own model, and where all folds have one, of them together."""
+    sets = {f"fold {trained.fold}, this model": [trained.predictions[trained.fold]]}
+    every = [part for part in trained.predictions.values() if trained.row in part]
+    if len(every) > 1:
+        sets[f"all {len(every)} folds, a model each"] = every
+    return [_score(title, parts, trained) for title, parts in sets.items()]
+
+
+def _score(title: str, parts: Sequence[Mapping[str, np.ndarray]], trained: Trained) -> Scores:
+    labels = np.concatenate([part["label"] for part in parts])
+    predicted = np.concatenate([part[trained.row].argmax(-1) for part in parts])
+    scores = classification_metrics(labels, predicted, len(trained.config.labels))
+    values = {m: (scores[m], *bootstrap_interval(labels, predicted, m)) for m in METRICS}
+    return Scores(title, len(labels), values)
+
+
+def _score_rows(scores: Sequence[Scores]) -> str:
+    rows = []
+    for title, n, values in scores:
+        cells = [
+            f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+            for value, low, high in values.values()
+        ]
+        rows.append(f"| {title} | {n} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _format_rows(folder: Path, checked: Sequence[Checked]) -> str:
+    """A row for each file; those that were checked with how they compare."""
+    by_form = {each.form: each for each in checked}
+    lines = ["| format | file | MB |", "|---|---|---|"]
+    if checked:
+        lines = [
+            "| format | file | MB | greatest difference of a logit | same label | UA |",
+            "|---|---|---|---|---|---|",
+        ]
+    for form, file in FILES.items():
+        if not (folder / file).exists():
+            continue
+        line = f"| {form} | `{file}` | {(folder / file).stat().st_size / 1e6:.2f} |"
+        if each := by_form.get(form):
+            line += f" {each.difference:.1e} | {100 * each.agreement:.1f} % | {100 * each.ua:.1f} |"
+        elif checked:
+            line += " not run | | |"
+        lines.append(line)
+    told = "The files were not run."
+    if checked:
+        told = (
+            "Compared with the float32 student in Flax on the fold's test utterances, whose logits"
+        )
+        told += f"\ndiffer from those of the run by at most {by_form['run'].difference:.1e}."
+    return "\n".join([*lines, "", told])

@@ -1,0 +1,172 @@
+"""The exported folder and its ``config.json``, which is read as what a stranger may have written.
+
+No path is ever taken from the configuration: every file has a fixed name.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serkd_jax import logmel
+from serkd_jax.errors import UserError
+from serkd_jax.hub import download
+
+CONFIG = "config.json"
+CARD = "README.md"
+FRONTEND = "frontend"  # a folder with HuBERT, where it came from a local folder
+VERSION = 1  # of the layout
+
+# A file per format; the first is always there, with config.json and the model card.
+FILES = {
+    "safetensors": "model.safetensors",
+    "stablehlo": "model.stablehlo",
+    "stablehlo-bf16": "model.bf16.stablehlo",
+    "onnx": "model.onnx",
+    "onnx-int8": "model.int8.onnx",
+    "tflite": "model.tflite",
+    "tflite-int8": "model.int8.tflite",
+}
+
+# What each key may be: its type, the least and the greatest value.
+_MODEL = {"max_frames": (int, 1, 100_000), "num_features": (int, 1, 10_000)}
+_STUDENT = {
+    "inverted": (bool, False, True),
+    "width": (int, 2, 8192),
+    "mlp_dim": (int, 1, 65_536),
+    "num_heads": (int, 1, 256),
+    "num_layers": (int, 1, 100),
+    "classifier_dim": (int, 1, 8192),
+    "variate_embedding": (bool, False, True),
+    "use_norm": (bool, False, True),
+    "time_pooling": (int, 1, 1000),
+}
+STUDENT_KEYS = tuple(_STUDENT)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An exported model.
+
+    Attributes:
+        labels: C names, in the order of the logits.
+        max_frames: T that the model takes, at 50 a second: the length of a window.
+        num_features: N.
+        student: the student's sizes.
+        frontend: ``name``, ``fingerprint``, and the settings of ``logmel`` or ``hubert``.
+        trained: on what and how, for people.
+    """
+
+    labels: tuple[str, ...]
+    max_frames: int
+    num_features: int
+    student: Mapping[str, Any]
+    frontend: Mapping[str, Any]
+    trained: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """The text of ``config.json``."""
+        known = {"format": VERSION, "labels": list(self.labels), "sample_rate": logmel.SAMPLE_RATE}
+        sizes = {"max_frames": self.max_frames, "num_features": self.num_features}
+        parts = {"frontend": self.frontend, "student": self.student, "trained": self.trained}
+        return json.dumps(known | sizes | parts, indent=1) + "\n"
+
+
+def find_folder(
+    model: str | Path, revision: str | None = None, formats: tuple[str, ...] = tuple(FILES)
+) -> Path:
+    """The folder of that name or, from the hub, one with the files that these formats need."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    patterns = [CONFIG, CARD, f"{FRONTEND}/*.json", f"{FRONTEND}/*.safetensors"]
+    patterns += [FILES[name] for name in formats]
+    return download(str(model), revision, patterns, f"a local folder has a {CONFIG}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads and checks ``config.json``.
+
+    Raises:
+        UserError: it is not there, or is not what an export has written.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG}: name a folder made by serkd_jax.export")
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ValueError("it is larger than 1 MB")
+        return parse_config(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged, or was edited or written by another version ({error}): export "
+            "or fetch the model again"
+        ) from error
+
+
+def parse_config(given: Any) -> ModelConfig:
+    """The checked configuration.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if not isinstance(given, dict) or given.get("format") != VERSION:
+        raise ValueError(f"format is not {VERSION}")
+    labels = given.get("labels")
+    if not (isinstance(labels, list) and 2 <= len(labels) <= 1000):
+        raise ValueError("labels is no list of 2 to 1000 names")
+    if not all(isinstance(label, str) and label.strip() for label in labels):
+        raise ValueError("a label is no name")
+    if len(set(labels)) < len(labels):
+        raise ValueError("two labels are the same")
+    if given.get("sample_rate") != logmel.SAMPLE_RATE:
+        raise ValueError(f"sample_rate is not {logmel.SAMPLE_RATE}")
+    _check({key: given.get(key) for key in _MODEL}, _MODEL, "config")
+    student, frontend = given.get("student"), given.get("frontend")
+    _check(student, _STUDENT, "student")
+    if student["width"] % student["num_heads"]:
+        raise ValueError("student.width is not divisible by student.num_heads")
+    if student["time_pooling"] > given["max_frames"]:
+        raise ValueError("student.time_pooling is greater than max_frames")
+    _check_frontend(frontend, given["num_features"])
+    trained = given.get("trained", {})
+    return ModelConfig(
+        tuple(labels), given["max_frames"], given["num_features"], student, frontend, trained
+    )
+
+
+def _check(values: Any, allowed: Mapping[str, tuple], where: str) -> None:
+    if not isinstance(values, dict) or values.keys() != allowed.keys():
+        raise ValueError(f"{where} must have the keys {', '.join(allowed)}")
+    for key, (kind, least, greatest) in allowed.items():
+        value = values[key]
+        if type(value) is not kind or not least <= value <= greatest:
+            raise ValueError(
+                f"{where}.{key} is {str(value)[:50]}, not {kind.__name__} {least} to {greatest}"
+            )
+
+
+def _check_frontend(frontend: Any, num_features: int) -> None:
+    name = frontend.get("name") if isinstance(frontend, dict) else None
+    if name == "logmel":
+        if frontend.get("num_mels") != num_features or num_features > logmel.FFT_LENGTH // 2:
+            raise ValueError("frontend.num_mels is not num_features")
+        if frontend.get("fingerprint") != logmel.fingerprint(num_features):
+            raise ValueError("it was made with another version of the log-mel front-end")
+    elif name == "hubert":
+        model, revision = frontend.get("model"), frontend.get("revision")
+        if model is not None and not (isinstance(model, str) and _HUB_NAME.fullmatch(model)):
+            raise ValueError("frontend.model is no name on the hub")
+        if revision is not None and not isinstance(revision, str):
+            raise ValueError("frontend.revision is no text")
+        if type(frontend.get("layer")) is not int:
+            raise ValueError("frontend.layer is no number")
+        if frontend.get("dtype") not in ("float32", "bfloat16"):
+            raise ValueError("frontend.dtype is neither float32 nor bfloat16")
+        if not isinstance(frontend.get("fingerprint"), str):
+            raise ValueError("frontend.fingerprint is no text")
+    else:
+        raise ValueError("frontend.name is neither logmel nor hubert")

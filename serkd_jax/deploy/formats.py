@@ -1,0 +1,160 @@
+"""Writes a student in each format; int8 by the format's own quantiser.
+
+All take (features (B, T, N), num_frames (B,)) and give logits (B, C), in float32 whatever they
+compute in.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save
+
+from serkd_jax.deploy.backends import make_student
+from serkd_jax.deploy.folder import FILES, ModelConfig
+from serkd_jax.errors import UserError
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # that the StableHLO is lowered for
+
+
+def write_format(form: str, folder: Path, config: ModelConfig, params: Any) -> None:
+    """Writes one of `FILES` into the folder.
+
+    Raises:
+        UserError: what converts it is not installed.
+    """
+    path = folder / FILES[form]
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # whole or not at all
+            partial = Path(work, path.name)
+            _WRITERS[form](partial, config, params)
+            partial.replace(path)
+    except ImportError as error:
+        raise UserError(
+            f'{form} needs {error.name}: pip install "serkd-jax[export]", or leave it out of '
+            "--format"
+        ) from error
+
+
+def _classify(config: ModelConfig, params: Any, dtype: Any = None) -> Callable:
+    """The function that is exported, with the parameters as its constants."""
+    student = make_student(config, attention_form="plain", dtype=dtype)
+
+    def classify(features: jax.Array, num_frames: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return student.apply({"params": params}, features, num_frames).logits
+
+    return classify
+
+
+def _inputs(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """For batches of any size."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    return (
+        jax.ShapeDtypeStruct((batch, config.max_frames, config.num_features), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+
+
+def _write_safetensors(path: Path, config: ModelConfig, params: Any) -> None:
+    del config
+    tensors = traverse_util.flatten_dict(params, sep=".")
+    path.write_bytes(save({name: np.asarray(x, np.float32) for name, x in tensors.items()}))
+
+
+def _write_stablehlo(path: Path, config: ModelConfig, params: Any, dtype: Any = None) -> None:
+    if dtype:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    classify = jax.jit(_classify(config, params, dtype))
+    exported = jax.export.export(classify, platforms=PLATFORMS)(*_inputs(config))
+    path.write_bytes(exported.serialize())
+
+
+def _write_stablehlo_bf16(path: Path, config: ModelConfig, params: Any) -> None:
+    _write_stablehlo(path, config, params, jnp.bfloat16)
+
+
+def _write_onnx(path: Path, config: ModelConfig, params: Any) -> None:
+    from jax2onnx import to_onnx
+
+    with _quiet("onnx_ir"):
+        to_onnx(
+            _classify(config, params),
+            _inputs(config),
+            model_name="serkd_student",
+            input_names=["features", "num_frames"],
+            output_names=["logits"],
+            return_mode="file",
+            output_path=path,
+            export_mode="web",  # one file, whatever its size
+        )
+
+
+def _write_onnx_int8(path: Path, config: ModelConfig, params: Any) -> None:
+    """Weights in 8 bits by channel, activations quantised as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    exact = path.with_suffix(".float.onnx")
+    _write_onnx(exact, config, params)
+    with _quiet("root"):  # advises shape inference, which changes nothing here
+        quantize_dynamic(exact, path, weight_type=QuantType.QInt8, per_channel=True)
+
+
+def _write_tflite(path: Path, config: ModelConfig, params: Any, quantise: bool = False) -> None:
+    """Of batches of one: with any other, or any number, LiteRT's fast kernels are not used."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    convert = jax2tf.convert(_classify(config, params), with_gradient=False)
+    shapes = {"features": (1, config.max_frames, config.num_features), "num_frames": (1,)}
+    dtypes = {"features": tf.float32, "num_frames": tf.int32}
+    signature = [tf.TensorSpec(shape, dtypes[name], name) for name, shape in shapes.items()]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def classify(features: Any, num_frames: Any) -> Any:
+        return {"logits": convert(features, num_frames)}
+
+    with _quiet("tensorflow"):
+        converter = tf.lite.TFLiteConverter.from_concrete_functions(
+            [classify.get_concrete_function()], tf.Module()
+        )
+        if quantise:  # dynamic range: weights in 8 bits, activations quantised as they come
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        path.write_bytes(converter.convert())
+
+
+def _write_tflite_int8(path: Path, config: ModelConfig, params: Any) -> None:
+    _write_tflite(path, config, params, quantise=True)
+
+
+_WRITERS = {
+    "safetensors": _write_safetensors,
+    "stablehlo": _write_stablehlo,
+    "stablehlo-bf16": _write_stablehlo_bf16,
+    "onnx": _write_onnx,
+    "onnx-int8": _write_onnx_int8,
+    "tflite": _write_tflite,
+    "tflite-int8": _write_tflite_int8,
+}
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a converter's warnings of its own doings."""
+    logger = logging.getLogger(name) if name != "root" else logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,158 @@
+"""A trained student out of a finished workdir, and its held-out utterances."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from serkd_jax import __version__
+from serkd_jax.deploy.backends import pad_features
+from serkd_jax.deploy.folder import STUDENT_KEYS, ModelConfig, parse_config
+from serkd_jax.errors import UserError
+from serkd_jax.frontends import Frontend, Hubert, make_frontend
+from serkd_jax.report import STAGE_OF_ROW
+from serkd_jax.training import load_selected
+
+STUDENT_ROWS = ("updated_student", "distilled_student", "student")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student of one fold.
+
+    Attributes:
+        workdir: of the run.
+        fold: its name.
+        row: one of `STUDENT_ROWS`.
+        results: the run's ``results.json``.
+        predictions: of every fold, ``ids``, ``label`` and logits by row.
+        config: of the exported model.
+        params: the student's, less what training alone needs; NumPy arrays.
+        frontend: that it was trained on.
+    """
+
+    workdir: Path
+    fold: str
+    row: str
+    results: Mapping[str, Any]
+    predictions: Mapping[str, Mapping[str, np.ndarray]]
+    config: ModelConfig
+    params: Any
+    frontend: Frontend
+
+
+def load_trained(workdir: Path, fold: str, row: str) -> Trained:
+    """Reads what a finished run has left.
+
+    Raises:
+        UserError: the run is not finished, has no such fold or row, or its front-end is not that
+            of today.
+    """
+    results = _read_json(workdir / "results.json")
+    if fold not in results["folds"]:
+        raise UserError(f"{workdir} has no fold {fold}: use one of {', '.join(results['folds'])}")
+    if row not in results["folds"][fold]:
+        raise UserError(f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}")
+    state = load_selected(workdir / f"fold_{fold}" / STAGE_OF_ROW[row])
+    params = state["params"]["student"] if row == "distilled_student" else state["params"]
+    params = {name: part for name, part in params.items() if name != "projection"}
+    frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
+    if frontend.fingerprint != _read_json(workdir / "run.json")["the front-end"]:
+        raise UserError(f"the front-end is not what {workdir} was trained on: its weights changed")
+    predictions = {name: _read_arrays(workdir, name) for name in results["folds"]}
+    return Trained(
+        workdir,
+        fold,
+        row,
+        results,
+        predictions,
+        _model_config(results, fold, row, frontend),
+        params,
+        frontend,
+    )
+
+
+def _model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> ModelConfig:
+    config = results["config"]
+    settings = {"name": frontend.name, "fingerprint": frontend.fingerprint}
+    if isinstance(frontend, Hubert):
+        local = Path(frontend.model).expanduser().is_dir()
+        settings["model"] = None if local else frontend.model
+        settings |= {key: getattr(frontend, key) for key in ("revision", "layer", "dtype")}
+    else:
+        settings |= frontend.settings
+    return parse_config(
+        {
+            "format": 1,
+            "labels": results["classes"],
+            "sample_rate": 16_000,
+            "max_frames": config["max_frames"],
+            "num_features": frontend.width,
+            "frontend": settings,
+            "student": {key: config["student"][key] for key in STUDENT_KEYS},
+            "trained": {
+                "by": f"serkd-jax {__version__}",
+                "corpus": results["corpus"],
+                "fold": fold,
+                "row": row,
+                "config": config,
+            },
+        }
+    )
+
+
+def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """The features of the fold's test utterances, in the order of its predictions.
+
+    Args:
+        trained: see there.
+        cache_dir: of the features; None means the run's own.
+
+    Returns:
+        float32 (n, T, N) and their frames, int32 (n,).
+
+    Raises:
+        UserError: they are not there.
+    """
+    from serkd_jax.data.records import read_examples  # needs TensorFlow
+
+    config, ids = trained.config, trained.predictions[trained.fold]["ids"].tolist()
+    cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")
+    wanted = {"frontend": trained.frontend.fingerprint, "max_frames": config.max_frames}
+    for path in sorted(cache.glob("features/*/metadata.json")):
+        made = _read_json(path)
+        if any(made.get(key) != value for key, value in wanted.items()):
+            continue
+        found = {
+            example["id"]: example["features"]
+            for example in read_examples(path.parent, ("id", "features"))
+            if example["id"] in ids
+        }
+        if len(found) == len(ids):
+            return pad_features([found[key] for key in ids], config)
+    raise UserError(
+        f"{cache} does not hold the features of the test utterances: name the run's --cache_dir, "
+        "or export with --nocheck"
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: name the workdir of a finished run") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): start the run again, it mends it") from error
+
+
+def _read_arrays(workdir: Path, fold: str) -> dict[str, np.ndarray]:
+    path = workdir / f"fold_{fold}" / "predictions.npz"
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run the experiment again") from error

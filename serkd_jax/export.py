@@ -1,0 +1,127 @@
+"""Exports a trained student: ``python -m serkd_jax.export --workdir=W --fold=K --out=DIR``.
+
+DIR becomes a folder that runs without checkpoint and TensorFlow, and a valid model repository for
+the Hugging Face hub. Every format is run on the fold's test utterances, and the model card says how
+it compares.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from serkd_jax.deploy import folder as files
+from serkd_jax.deploy.backends import Classify, load_classifier
+from serkd_jax.deploy.card import Checked, write_card
+from serkd_jax.deploy.formats import write_format
+from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
+from serkd_jax.errors import UserError
+from serkd_jax.frontends import Hubert
+from serkd_jax.metrics import classification_metrics
+from serkd_jax.models.hubert_weights import save_hubert
+from serkd_jax.report import write_atomically
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished run.")
+_FOLD = flags.DEFINE_string("fold", "1", "Which fold's model.")
+_ROW = flags.DEFINE_enum("row", STUDENT_ROWS[0], STUDENT_ROWS, "Which of its students.")
+_OUT = flags.DEFINE_string("out", None, "The folder to make.")
+_FORMAT = flags.DEFINE_list(
+    "format", ["safetensors"], f"all, or some of {', '.join(files.FILES)}; always the first."
+)
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Of the features, if it is not the run's own.")
+_CHECK = flags.DEFINE_bool("check", True, "Run every format on the fold's test utterances.")
+
+
+def main(argv: list[str]) -> None:
+    """Exports, and prints how each format compares with the student in Flax."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    formats = list(files.FILES) if _FORMAT.value == ["all"] else _FORMAT.value
+    out = Path(_OUT.value)
+    try:
+        trained = load_trained(Path(_WORKDIR.value), _FOLD.value, _ROW.value)
+        inputs = load_test_inputs(trained, _CACHE_DIR.value) if _CHECK.value else None
+        export(trained, out, formats, inputs)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print((out / files.CARD).read_text().partition("## Files\n\n")[2].partition("\n\n## ")[0])
+    print(f"Written to {out}")
+
+
+def export(
+    trained: Trained,
+    folder: Path,
+    formats: Sequence[str],
+    test_inputs: tuple[np.ndarray, np.ndarray] | None,
+) -> list[Checked]:
+    """Writes the folder: configuration, weights, card, and the formats that are asked for.
+
+    Args:
+        trained: the student.
+        folder: a new one, or that of an earlier export of this student, whose files are replaced.
+        formats: of `FILES`; safetensors is always written.
+        test_inputs: of the fold's test utterances, from `load_test_inputs`; None checks nothing.
+
+    Returns:
+        How each format compares on them.
+
+    Raises:
+        UserError: a format is not known or what converts it not installed, or the folder holds
+            something else.
+    """
+    if unknown := [form for form in formats if form not in files.FILES]:
+        raise UserError(f"there is no format {unknown[0]!r}: use {', '.join(files.FILES)} or all")
+    config = folder / files.CONFIG
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and not (config.exists() and config.read_text() == trained.config.to_json()):
+        raise UserError(f"{folder} holds something else: name another --out, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(config, trained.config.to_json())
+    frontend = trained.frontend
+    if isinstance(frontend, Hubert) and trained.config.frontend["model"] is None:
+        save_hubert(frontend.checkpoint, folder / files.FRONTEND)
+    wanted = [form for form in files.FILES if form == "safetensors" or form in formats]
+    for file in files.FILES.values():  # of another student, perhaps
+        (folder / file).unlink(missing_ok=True)
+    for form in tqdm(wanted, "formats", unit="format", disable=None):
+        write_format(form, folder, trained.config, trained.params)
+    checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []
+    write_atomically(folder / files.CARD, write_card(trained, folder, checked))
+    return checked
+
+
+def _check(
+    trained: Trained,
+    folder: Path,
+    formats: Sequence[str],
+    features: np.ndarray,
+    num_frames: np.ndarray,
+) -> Iterator[Checked]:
+    """Each file on the test utterances, and the run, beside the first, the student in Flax."""
+    predictions = trained.predictions[trained.fold]
+    labels, expected = predictions["label"], None
+    for form in tqdm([*formats, "run"], "checks", unit="format", disable=None):
+        if form == "run":
+            logits = predictions[trained.row]
+        else:
+            classify = load_classifier(folder, trained.config, form)
+            logits = _in_batches(classify, features, num_frames)
+        if expected is None:
+            expected = logits
+        scores = classification_metrics(labels, logits.argmax(-1), len(trained.config.labels))
+        agreement = np.mean(logits.argmax(-1) == expected.argmax(-1))
+        yield Checked(form, float(np.abs(logits - expected).max()), float(agreement), scores["ua"])
+
+
+def _in_batches(classify: Classify, features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    rows = (slice(start, start + 16) for start in range(0, len(features), 16))
+    return np.concatenate([classify(features[i], num_frames[i]) for i in rows])
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "out"])
+    app.run(main)

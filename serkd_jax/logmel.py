@@ -1,0 +1,81 @@
+"""The log-mel front-end in NumPy alone, so that it also runs where nothing else is installed.
+
+Frames are HuBERT's: n samples at 16 kHz give (n - 400) // 320 + 1 of them, 50 a second.
+"""
+
+import functools
+
+import numpy as np
+
+from serkd_jax.waveform import SAMPLE_RATE
+
+WINDOW = 400  # samples, 25 ms
+HOP = 320  # samples, 20 ms
+FFT_LENGTH = 512
+MIN_HZ = 20.0
+LOG_FLOOR = -8.0
+LOG_SCALE = 5.0
+VERSION = 1
+
+
+def num_frames(num_samples: int | np.ndarray) -> int | np.ndarray:
+    """Whole 25 ms frames, 20 ms apart, in `num_samples` samples at 16 kHz."""
+    return (num_samples - WINDOW) // HOP + 1
+
+
+def num_samples(num_frames: int) -> int:
+    """Samples at 16 kHz that `num_frames` frames span."""
+    return (num_frames - 1) * HOP + WINDOW
+
+
+def fingerprint(num_mels: int) -> str:
+    """All that the features depend on."""
+    return (
+        f"logmel-v{VERSION}-{num_mels}-{WINDOW}-{HOP}-{FFT_LENGTH}"
+        f"-{MIN_HZ:g}-{LOG_FLOOR:g}-{LOG_SCALE:g}"
+    )
+
+
+def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
+    """Log-mel spectrogram: (log10(max(mel power, 1e-8)) + 8) / 5.
+
+    It is exactly 0 for digital silence, so that zero padding means silence, and about 0.5 to 2 for
+    speech. The map is fixed; no corpus statistics enter, so nothing leaks from test data.
+
+    Args:
+        waveform: float32 (num_samples,), 16 kHz, at least 400 samples.
+        num_mels: number of mel bands, from 20 Hz to 8 kHz.
+
+    Returns:
+        float16 (num_frames, num_mels).
+    """
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, WINDOW)[::HOP]
+    hann = np.hanning(WINDOW + 1)[:-1]
+    # Rounded to single precision, as transformers does, whose numbers these are.
+    spectrum = np.fft.rfft(frames * hann, FFT_LENGTH).astype(np.complex64)
+    power = np.abs(spectrum, dtype=np.float64) ** 2
+    mel = np.maximum(power @ mel_filters(num_mels), 10**LOG_FLOOR)
+    return ((np.log10(mel) - LOG_FLOOR) / LOG_SCALE).astype(np.float16)
+
+
+@functools.cache
+def mel_filters(num_mels: int) -> np.ndarray:
+    """(257, num_mels) triangles on Slaney's mel scale, each of the same area (Slaney 1998)."""
+    ends = _hertz_to_mel(np.array([MIN_HZ, SAMPLE_RATE / 2]))
+    corners = _mel_to_hertz(np.linspace(*ends, num_mels + 2))
+    bins = np.linspace(0, SAMPLE_RATE / 2, FFT_LENGTH // 2 + 1)[:, None]
+    rising = (bins - corners[:-2]) / np.diff(corners)[:-1]
+    falling = (corners[2:] - bins) / np.diff(corners)[1:]
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    return triangles * (2 / (corners[2:] - corners[:-2]))
+
+
+def _hertz_to_mel(hertz: np.ndarray) -> np.ndarray:
+    """Linear up to 1000 Hz, 15 mel, and logarithmic above."""
+    above = 15 + 27 / np.log(6.4) * np.log(np.maximum(hertz, 1000) / 1000)
+    return np.where(hertz < 1000, 3 * hertz / 200, above)
+
+
+def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
+    above = 1000 * np.exp(np.log(6.4) / 27 * (mel - 15))
+    return np.where(mel < 15, 200 * mel / 3, above)

@@ -1,0 +1,46 @@
+"""16 kHz mono waveforms in memory: what makes one unusable, and 16-bit storage. NumPy alone."""
+
+import numpy as np
+
+from serkd_jax.errors import UserError
+
+SAMPLE_RATE = 16_000  # Hz
+MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that HuBERT or a log-mel frame can see
+SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
+
+
+class AudioError(UserError):
+    """An audio file that cannot be used; the message names it, the problem and the remedy."""
+
+
+def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
+    """Returns float (num_samples,) 16 kHz audio unchanged, or says why it cannot be used.
+
+    Raises:
+      AudioError: names the audio by `name`; see `read_audio`.
+    """
+    if len(audio) == 0:
+        raise AudioError(f"{name}: holds no samples; remove it or copy it from the corpus again")
+    if len(audio) < MIN_SAMPLES:
+        raise AudioError(
+            f"{name}: {len(audio)} samples at 16 kHz are less than one frame of {MIN_SAMPLES} "
+            "(25 ms); remove it"
+        )
+    if not np.isfinite(audio).all():
+        raise AudioError(f"{name}: holds NaN or infinite samples; convert it again from the source")
+    if np.abs(audio).max() < SILENCE_PEAK:
+        raise AudioError(
+            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale; "
+            "remove it or record it again"
+        )
+    return audio
+
+
+def to_int16(audio: np.ndarray) -> np.ndarray:
+    """Float audio of full scale 1 as int16, clipped; exact for 16-bit sources at 16 kHz."""
+    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+
+
+def to_float(audio: np.ndarray) -> np.ndarray:
+    """The inverse of `to_int16`: int16 (num_samples,) as float32 of full scale 1."""
+    return audio.astype(np.float32) / 32768
