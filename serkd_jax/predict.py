@@ -206,7 +206,7 @@ def load_model(
         format: which of its files: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
             onnx-int8, tflite or tflite-int8.
         revision: branch, tag or commit on the hub.
-        threads: for ONNX and LiteRT; 0 lets them choose.
+        threads: for ONNX and LiteRT; 0 means all.
         max_seconds: longer recordings are refused.
 
     Raises:

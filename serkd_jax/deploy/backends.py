@@ -27,7 +27,7 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
         folder: of the model.
         config: its ``config.json``.
         form: one of `FILES`; ``safetensors`` runs in Flax.
-        threads: for ONNX and LiteRT; 0 lets them choose. JAX takes what the process may use.
+        threads: for ONNX and LiteRT; 0 means all. JAX takes what the process may use.
 
     Raises:
         UserError: the format is not known or not there, is damaged or another model's, or what

@@ -1,9 +1,11 @@
 """The model card: README.md of an exported folder, with the Hugging Face hub's front matter."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -56,18 +58,25 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
             for metric, (value, _, _) in scores[0].values.items()
         ],
     )
-    seconds = config.max_frames / 50
-    protocol = trained.results["config"]["protocol"]
-    size = sum(int(np.prod(x.shape)) for x in _leaves(trained.params))
+    size = sum(x.size for x in jax.tree.leaves(trained.params))
+    about = _paragraph(
+        f"The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)}, "
+        f"{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at "
+        f"most {config.max_frames / 50:g} s, to {len(labels)} classes: {', '.join(labels)}."
+    )
+    run = trained.results["config"]
+    protocol = _paragraph(
+        f"Trained on {corpus}; folds by {run['protocol']['split_by']}, "
+        f"{len(trained.results['folds'])} of them, seed {run['seed']}. {_selection(trained)} The "
+        "test part of a fold was scored once, by the model of that fold alone."
+    )
     return f"""---
 {front_matter.to_yaml()}
 ---
 
 # {name}: a small speech emotion model
 
-The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)},
-{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at most
-{seconds:g} s, to {len(labels)} classes: {", ".join(labels)}.
+{about}
 
 ```python
 from serkd_jax.predict import load_model
@@ -78,9 +87,7 @@ print(model("speech.wav").label)
 
 ## Data and protocol
 
-Trained on {corpus}; folds by {protocol["split_by"]}, {len(trained.results["folds"])} of them, seed
-{trained.results["config"]["seed"]}. {_selection(trained)} The test part of a fold was scored once, by
-the model of that fold alone.
+{protocol}
 
 | test utterances | n | {" | ".join(METRICS.values())} |
 |---|---|---|---|---|
@@ -112,17 +119,12 @@ read them before you pass the weights on, and name the licence that fits above.
 """
 
 
-def _leaves(tree: Mapping) -> list[np.ndarray]:
-    return [
-        leaf
-        for part in tree.values()
-        for leaf in (_leaves(part) if isinstance(part, Mapping) else [part])
-    ]
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 100)
 
 
 def _runtimes(folder: Path) -> list[str]:
-    there = {form.split("-")[0] for form, file in FILES.items() if (folder / file).exists()}
-    return sorted(there & {"onnx", "tflite", "stablehlo", "safetensors"})
+    return sorted({form.split("-")[0] for form, file in FILES.items() if (folder / file).exists()})
 
 
 def _frontend(trained: Trained) -> str:
@@ -202,8 +204,8 @@ def _format_rows(folder: Path, checked: Sequence[Checked]) -> str:
         lines.append(line)
     told = "The files were not run."
     if checked:
-        told = (
-            "Compared with the float32 student in Flax on the fold's test utterances, whose logits"
+        told = _paragraph(
+            "Compared with the float32 student in Flax on the fold's test utterances, whose logits "
+            f"differ from those of the run by at most {by_form['run'].difference:.1e}."
         )
-        told += f"\ndiffer from those of the run by at most {by_form['run'].difference:.1e}."
     return "\n".join([*lines, "", told])

@@ -1,0 +1,91 @@
+"""A page to try an exported model: ``python -m serkd_jax.page --model=DIR``, then open its address.
+
+Record or upload speech and see the emotions, of the whole and over time. It listens on this machine
+alone unless --host says otherwise, and keeps no recording for longer than an hour.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import gradio as gr
+import pandas as pd
+
+from serkd_jax.deploy.folder import FILES
+from serkd_jax.errors import UserError
+from serkd_jax.predict import Model, Window, load_model
+
+KEPT_SECONDS = 3600  # that Gradio keeps what was uploaded
+
+
+def build_page(model: Model) -> gr.Blocks:
+    """The page: a recording in, probabilities of the whole and of overlapping windows out."""
+
+    def classify(recording: str | None) -> tuple[dict[str, float], pd.DataFrame]:
+        if recording is None:
+            raise gr.Error("Record or upload some speech first.")
+        try:
+            prediction = model(recording, hop_seconds=model.window_seconds / 4)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+        course = [
+            {"seconds": time, "emotion": label, "probability": value}
+            for window in prediction.windows
+            for time in _times(window, len(prediction.windows))
+            for label, value in window.probabilities.items()
+        ]
+        return prediction.probabilities, pd.DataFrame(course)
+
+    with gr.Blocks(
+        title="Speech emotion", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
+    ) as page:
+        gr.Markdown(
+            "# Speech emotion\nWhat a voice sounds like to a small model, not what a person feels. "
+            f"It knows {', '.join(model.labels)}, and hears {model.window_seconds:.1f} s at once."
+        )
+        recording = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Speech")
+        button = gr.Button("Classify", variant="primary")
+        with gr.Row():
+            whole = gr.Label(label="The whole recording")
+            course = gr.LinePlot(
+                x="seconds",
+                y="probability",
+                color="emotion",
+                y_lim=[0, 1],
+                x_title="seconds (middle of the window)",
+                label="Over time",
+            )
+        button.click(classify, recording, [whole, course], api_name="classify")
+    return page
+
+
+def _times(window: Window, count: int) -> list[float]:
+    """Where a window is drawn: in its middle, or as a level line if it is the only one."""
+    return [window.start, window.end] if count == 1 else [(window.start + window.end) / 2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves the page until it is interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m serkd_jax.page", description=__doc__)
+    parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
+    parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
+    parser.add_argument("--revision", help="of the name on the hub")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of the network")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max_seconds", type=float, default=600, help="refuse longer recordings")
+    flags = parser.parse_args(arguments)
+    try:
+        model = load_model(
+            flags.model, flags.format, revision=flags.revision, max_seconds=flags.max_seconds
+        )
+        build_page(model).launch(
+            server_name=flags.host, server_port=flags.port, max_file_size="100mb"
+        )
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
