@@ -1,0 +1,280 @@
+"""What an exported student costs on a CPU: time, times real time, size and memory, by format.
+
+    pip install -e '.[test]' && python -m benchmarks.inference --model=DIR
+
+DIR is an exported log-mel student; without it one of the recipe `configs/emodb.py:logmel`, with
+random weights, is exported here. Beside it: the student of the paper (326 frames of 1024 features,
+random weights) in every format and in torch, with scaled dot-product attention and the same
+weights; and the `audio-classification` pipeline of transformers with a HuBERT of the base size.
+Every row has a process of its own on `--cores` cores, which imports what it needs and no more; the
+rows go round and round, and the fastest pass of each counts, so that what else the machine does
+hits all. `--json` ends with one line of JSON, in which `ratio` is torch's time over ours.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from serkd_jax.deploy.backends import load_classifier, load_frontend
+from serkd_jax.deploy.folder import FILES, STUDENT_KEYS, ModelConfig, parse_config, read_config
+from serkd_jax.logmel import fingerprint, num_samples
+from serkd_jax.waveform import SAMPLE_RATE
+
+_MODEL = flags.DEFINE_string("model", None, "An exported log-mel student with all formats.")
+_CORES = flags.DEFINE_integer("cores", 1, "That a process may use.")
+_SECONDS = flags.DEFINE_float("seconds", 3, "Each pass of a row takes so long, at least 2 calls.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Passes of each row.")
+_SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of paper's student and HuBERT.")
+_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
+BATCHES = (1, 16)
+
+
+class Cost(NamedTuple):
+    """Of one row, for each recording or window."""
+
+    front_end: float  # seconds
+    model: float
+    memory: int  # bytes, the most that the process had
+
+
+def main(argv: list[str]) -> None:
+    """Measures all rows and prints two tables."""
+    del argv
+    with tempfile.TemporaryDirectory() as work:
+        logmel = Path(_MODEL.value or export_random(Path(work, "logmel"), logmel_config()))
+        paper = export_random(Path(work, "paper"), paper_config(_SIZE.value))
+        hubert = write_hubert(Path(work, "hubert"), _SIZE.value)
+        rows = {
+            (kind, form, batch): (run, folder, form, batch)
+            for kind, folder, forms, run in (
+                ("log-mel student", logmel, tuple(FILES), student_cost),
+                ("paper's student", paper, (*FILES, "torch"), student_cost),
+                ("HuBERT pipeline", hubert, ("torch",), pipeline_cost),
+            )
+            for form in forms
+            for batch in BATCHES
+        }
+        passes: dict[tuple, list[Cost]] = {row: [] for row in rows}
+        for _ in range(_ROUNDS.value):
+            for row, (run, *arguments) in rows.items():
+                passes[row].append(in_process(run, *arguments, _SECONDS.value))
+        costs = {row: Cost(*map(min, zip(*tried, strict=True))) for row, tried in passes.items()}
+        print_tables(costs, {row: size_of(*rows[row][1:3]) for row in rows}, logmel)
+
+
+def in_process(run: Callable, *arguments: object) -> Cost:
+    """Calls it in a new process on as many cores as the flag says."""
+    cores = sorted(os.sched_getaffinity(0))[: _CORES.value]
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), os.sched_setaffinity, (0, cores)
+    ) as processes:
+        return processes.submit(run, *arguments, len(cores)).result()
+
+
+def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:
+    """Of an exported student; the paper's gets ready features, as HuBERT is the same for all."""
+    config, rng = read_config(folder), np.random.default_rng(0)
+    front_end = 0.0
+    if config.frontend["name"] == "logmel":
+        waveforms = list(rng.normal(0, 0.1, (batch, num_samples(config.max_frames))))
+        waveforms = [waveform.astype(np.float32) for waveform in waveforms]
+        featurize = load_frontend(folder, config)
+        front_end = fastest(lambda: featurize(waveforms), seconds / 4) / batch
+        inputs = featurize(waveforms)
+    else:
+        shape = (batch, config.max_frames, config.num_features)
+        features = rng.normal(0, 1, shape).astype(np.float32)
+        inputs = features, np.full(batch, config.max_frames, np.int32)
+    if form == "torch":
+        classify = load_torch(folder, config, cores)
+    else:
+        classify = load_classifier(folder, config, form, cores)
+    return Cost(front_end, fastest(lambda: classify(*inputs), seconds) / batch, peak_memory())
+
+
+def load_torch(folder: Path, config: ModelConfig, cores: int) -> Callable:
+    """The same student in torch; checked against Flax by the test of this benchmark."""
+    import torch
+    from ml_collections import ConfigDict
+    from safetensors.torch import load_file
+
+    from benchmarks.torch_steps import Student
+
+    torch.set_num_threads(cores)
+    sizes = ConfigDict(dict(config.student) | {"dropout": 0.0, "projection_dim": 1})
+    model = Student(sizes, config.max_frames, len(config.labels), None).eval()
+    tensors = {}
+    for name, value in load_file(folder / FILES["safetensors"]).items():
+        name = name.replace("layers_", "layers.").replace(".attention.", ".")
+        value = value.T.contiguous() if name.endswith("kernel") else value
+        tensors[name.replace(".kernel", ".weight").replace(".scale", ".weight")] = value
+    for layer in range(config.student["num_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"layers.{layer}.{part}_proj.{kind}") for part in "qkv"]
+            tensors[f"layers.{layer}.qkv.{kind}"] = torch.cat(parts)
+    missing = model.load_state_dict(tensors, strict=False)
+    assert missing == (["projection.weight", "projection.bias"], [])
+
+    @torch.inference_mode()
+    def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        del num_frames
+        return model(torch.from_numpy(features)).logits.numpy()
+
+    return classify
+
+
+def pipeline_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:
+    """Of transformers' pipeline on recordings of two seconds, its front-end included."""
+    del form
+    import torch
+    from transformers import pipeline
+
+    torch.set_num_threads(cores)
+    classify = pipeline("audio-classification", model=str(folder), device="cpu")
+    rng = np.random.default_rng(0)
+    clips = [rng.normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32) for _ in range(batch)]
+    cost = fastest(lambda: list(classify(clips, batch_size=batch)), seconds) / batch
+    return Cost(0.0, cost, peak_memory())
+
+
+def fastest(call: Callable[[], object], seconds: float) -> float:
+    """The shortest time of calls in so many seconds, at least two, after one that is not timed."""
+    call()
+    times = []
+    while len(times) < 2 or sum(times) < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak_memory() -> int:
+    """Bytes; what getrusage tells would begin with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def size_of(folder: Path, form: str) -> int:
+    """Bytes on disk."""
+    return (folder / FILES.get(form, FILES["safetensors"])).stat().st_size
+
+
+def logmel_config() -> ModelConfig:
+    """Of the recipe for EMO-DB."""
+    from configs import emodb
+
+    recipe = emodb.get_config("logmel")
+    mels = recipe.frontend.num_mels
+    frontend = {"name": "logmel", "num_mels": mels, "fingerprint": fingerprint(mels)}
+    return model_config(recipe.student, recipe.max_frames, mels, 7, frontend)
+
+
+def paper_config(size: str) -> ModelConfig:
+    """Of the paper's student on IEMOCAP."""
+    from configs import common
+
+    recipe, width = common.paper("iemocap"), 1024
+    if size == "tiny":
+        width, recipe.max_frames = 8, 16
+        recipe.student.update({"width": 16, "mlp_dim": 16, "num_heads": 2, "num_layers": 1})
+    frontend = {"name": "hubert", "model": "facebook/hubert-large-ll60k", "revision": None}
+    frontend |= {"layer": -1, "dtype": "float32", "fingerprint": ""}
+    return model_config(recipe.student, recipe.max_frames, width, 4, frontend)
+
+
+def model_config(
+    student: Sequence, frames: int, width: int, classes: int, frontend: dict
+) -> ModelConfig:
+    """As an export writes it."""
+    return parse_config(
+        {
+            "format": 1,
+            "labels": [f"class {i}" for i in range(classes)],
+            "sample_rate": SAMPLE_RATE,
+            "max_frames": frames,
+            "num_features": width,
+            "student": {key: student[key] for key in STUDENT_KEYS},
+            "frontend": frontend,
+        }
+    )
+
+
+def export_random(folder: Path, config: ModelConfig) -> Path:
+    """All formats of a student with random weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from serkd_jax.deploy.backends import make_student
+    from serkd_jax.deploy.formats import write_format
+
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json())
+    features = jnp.zeros((1, config.max_frames, config.num_features))
+    init = jax.jit(make_student(config).init)
+    params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
+    for form in FILES:
+        write_format(form, folder, config, params)
+    return folder
+
+
+def write_hubert(folder: Path, size: str) -> Path:
+    """HuBERT with a classifier, random weights, as transformers saves it."""
+    from transformers import HubertConfig, HubertForSequenceClassification, Wav2Vec2FeatureExtractor
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"conv_dim": (8,) * 7, "intermediate_size": 16, "num_conv_pos_embeddings": 4}
+    small |= {"num_conv_pos_embedding_groups": 2}
+    config = HubertConfig(num_labels=4, **(small if size == "tiny" else {}))
+    HubertForSequenceClassification(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def print_tables(costs: dict[tuple, Cost], sizes: dict[tuple, int], logmel: Path) -> None:
+    """For people, and as JSON."""
+    config = read_config(logmel)
+    spans = {"log-mel student": num_samples(config.max_frames) / SAMPLE_RATE}
+    spans |= {"paper's student": 6.525, "HuBERT pipeline": 2.0}
+    print(
+        f"{_CORES.value} core(s), {os.cpu_count()} in the machine, float32 but where it says other"
+    )
+    print("| | format | batch | front-end, ms | model, ms | x real time | torch's time / its "
+          "| file, MB | peak memory, MB |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    results = []
+    for (kind, form, batch), cost in costs.items():
+        peer = costs.get((kind, "torch", batch)) if form != "torch" else None
+        row = {
+            "kind": kind,
+            "format": form,
+            "batch": batch,
+            "front_end_ms": 1e3 * cost.front_end,
+            "model_ms": 1e3 * cost.model,
+            "times_real_time": spans[kind] / (cost.front_end + cost.model),
+            "ratio": peer.model / cost.model if peer else None,
+            "file_mb": sizes[kind, form, batch] / 1e6,
+            "memory_mb": cost.memory / 1e6,
+        }
+        results.append(row)
+        ratio = f"{row['ratio']:.2f}" if peer else ""
+        print(
+            f"| {kind} | {form} | {batch} | {row['front_end_ms']:.2f} | {row['model_ms']:.3g} "
+            f"| {row['times_real_time']:.3g} | {ratio} | {row['file_mb']:.2f} "
+            f"| {row['memory_mb']:.0f} |"
+        )
+    if _JSON.value:
+        print(json.dumps({"cores": _CORES.value, "rows": results}))
+
+
+if __name__ == "__main__":
+    app.run(main)
