@@ -90,14 +90,15 @@ def read_params(path: Path, config: ModelConfig) -> Any:
     expected = traverse_util.flatten_dict(expected, sep=".")
     tensors = load_file(path)
     for name in sorted(expected.keys() | tensors.keys()):
-        want, have = expected.get(name), tensors.get(name)
-        if want is None or have is None or (have.shape, have.dtype) != (want.shape, want.dtype):
-            described = [x and f"{x.dtype}{x.shape}" for x in (want, have) if x is not None]
+        have, want = (
+            f"{values[name].dtype}{values[name].shape}" if name in values else "absent"
+            for values in (tensors, expected)
+        )
+        if have != want:
             raise UserError(
-                f"{path} is not the model of its config.json: {name} is "
-                f"{'unexpected' if want is None else 'missing' if have is None else described}"
+                f"{path} is not the model of its config.json: {name} is {have}, not {want}"
             )
-        if not np.isfinite(have).all():
+        if not np.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; export the model again")
     return traverse_util.unflatten_dict(tensors, sep=".")
 

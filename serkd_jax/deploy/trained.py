@@ -70,13 +70,14 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         row,
         results,
         predictions,
-        _model_config(results, fold, row, frontend),
+        model_config(results, fold, row, frontend),
         params,
         frontend,
     )
 
 
-def _model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> ModelConfig:
+def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> ModelConfig:
+    """What is exported beside the weights; a HuBERT from a local folder comes along, unnamed."""
     config = results["config"]
     settings = {"name": frontend.name, "fingerprint": frontend.fingerprint}
     if isinstance(frontend, Hubert):

@@ -1,0 +1,248 @@
+"""Exports of a finished run: what is written, and that every format does as the checkpoint did."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from exported_models import STUDENT, write_model
+from layouts import ROOT, SHARED, needs_corpora, write_wav
+from serkd_jax.deploy.backends import load_classifier
+from serkd_jax.deploy.folder import FILES, read_config
+from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained, model_config
+from serkd_jax.errors import UserError
+from serkd_jax.experiment import Experiment
+from serkd_jax.export import export
+from serkd_jax.frontends import Hubert, make_frontend
+from serkd_jax.metrics import bootstrap_interval, classification_metrics
+from serkd_jax.predict import load_model
+from tiny_config import get_config
+
+EXACT = {"safetensors": 0, "stablehlo": 1e-5, "onnx": 1e-5, "tflite": 1e-5}
+CLOSE = {"stablehlo-bf16": 0.1, "onnx-int8": 0.2, "tflite-int8": 0.2}
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A finished run of the tiny recipe."""
+    workdir = tmp_path_factory.mktemp("finished")
+    Experiment(get_config(), workdir).run()
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def exported(workdir, tmp_path_factory):
+    """The updated student of the first fold in all formats; how they compare; its test inputs."""
+    folder = tmp_path_factory.mktemp("exported") / "student"
+    trained = load_trained(workdir, "1", "updated_student")
+    inputs = load_test_inputs(trained, None)
+    return folder, export(trained, folder, list(FILES), inputs), inputs
+
+
+@pytest.fixture(scope="session")
+def predictions(workdir):
+    with np.load(workdir / "fold_1" / "predictions.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("row", STUDENT_ROWS)
+def test_the_exported_student_is_the_one_that_was_tested(row, workdir, predictions, tmp_path):
+    trained = load_trained(workdir, "1", row)
+    export(trained, tmp_path / "out", [], None)
+    classify = load_classifier(tmp_path / "out", read_config(tmp_path / "out"), "safetensors")
+    logits = classify(*load_test_inputs(trained, None))
+    np.testing.assert_allclose(logits, predictions[row], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FILES)
+def test_every_format_gives_the_students_logits_for_any_batch(form, exported):
+    folder, _, (features, num_frames) = exported
+    config = read_config(folder)
+    expected = load_classifier(folder, config, "safetensors")(features, num_frames)
+    classify = load_classifier(folder, config, form, threads=1)
+    for rows in (slice(0, 1), slice(1, 4), slice(None)):
+        got = classify(features[rows], num_frames[rows])
+        assert got.dtype == np.float32
+        atol = EXACT.get(form, CLOSE.get(form))
+        np.testing.assert_allclose(got, expected[rows], atol=atol)
+
+
+@pytest.mark.slow
+def test_the_comparison_says_how_far_each_format_is(exported, predictions):
+    folder, checked, (features, num_frames) = exported
+    config, labels = read_config(folder), predictions["label"]
+    assert [each.form for each in checked] == [*FILES, "run"]
+    logits = {form: load_classifier(folder, config, form)(features, num_frames) for form in FILES}
+    logits["run"] = predictions["updated_student"]
+    for each in checked:
+        exact, mine = logits["safetensors"], logits[each.form]
+        assert each.difference == pytest.approx(np.abs(mine - exact).max(), abs=1e-6)
+        assert each.agreement == pytest.approx((mine.argmax(1) == exact.argmax(1)).mean())
+        assert each.ua == classification_metrics(labels, mine.argmax(1), 4)["ua"]
+    by_form = {each.form: each for each in checked}
+    for form in ("stablehlo-bf16", "onnx-int8", "tflite-int8"):
+        assert by_form[form].difference > 0  # they are not the float32 model under another name
+        size = (folder / FILES[form]).stat().st_size
+        assert size < (folder / FILES[form.split("-")[0]]).stat().st_size
+
+
+@needs_corpora
+@pytest.mark.slow
+def test_every_format_gives_the_same_on_real_recordings(exported):
+    files = sorted((SHARED / "emodb" / "wav").glob("*.wav"))[::50]
+    expected = list(load_model(exported[0]).predict(files))
+    for form in FILES:
+        for a, b in zip(load_model(exported[0], form).predict(files), expected, strict=True):
+            difference = max(abs(a.probabilities[k] - b.probabilities[k]) for k in a.probabilities)
+            assert difference < (1e-4 if form in EXACT else 0.05), (form, a.source)
+
+
+@pytest.mark.slow
+def test_only_what_prediction_needs_is_in_the_folder(exported):
+    folder = exported[0]
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", *FILES.values()
+    }  # fmt: skip
+    names = load_file(folder / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {
+        "embed", "layers_0", "classifier_0", "classifier_1"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_card_is_one_of_the_hub_and_has_the_runs_scores(exported, workdir, predictions):
+    folder, checked, _ = exported
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "audio-classification"
+    results = json.loads((workdir / "results.json").read_text())
+    fold = results["folds"]["1"]["updated_student"]
+    scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    for name, metric in {"UA": "ua", "WA": "wa", "weighted F1": "wf1"}.items():
+        assert scores[name] == pytest.approx(100 * fold[metric], abs=0.01)
+    labels, predicted = predictions["label"], predictions["updated_student"].argmax(1)
+    low, high = bootstrap_interval(labels, predicted, "ua")
+    assert f"| {100 * fold['ua']:.1f} ({100 * low:.1f} to {100 * high:.1f}) |" in card.content
+    overall = results["overall"]["updated_student"]
+    pooled = f"all 2 folds, a model each | {overall['n']} | {100 * overall['ua']:.1f} ("
+    assert pooled in card.content
+    for each in checked[:-1]:
+        row = rf"\| {each.form} \| `{FILES[each.form]}` \|.* {100 * each.ua:.1f} \|\n"
+        assert re.search(row, card.content)
+
+
+def test_the_interval_of_a_score_is_scipys():
+    """Of accuracy over one class, it is that of a mean."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    predicted = (rng.random(200) < 0.3).astype(int)
+    labels = np.zeros(200, int)
+    low, high = bootstrap_interval(labels, predicted, "wa", draws=4000)
+    expected = stats.bootstrap(
+        ((predicted == 0).astype(float),), np.mean, method="percentile", n_resamples=4000, rng=1
+    ).confidence_interval
+    np.testing.assert_allclose((low, high), expected, atol=0.01)
+
+
+@pytest.mark.slow
+def test_the_commands_export_and_predict_without_tensorflow(workdir, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('not here')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    flags = [f"--workdir={workdir}", "--fold=2", "--row=student", f"--out={tmp_path / 'out'}"]
+    done = run("serkd_jax.export", *flags, "--format=stablehlo", "--nocheck")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| stablehlo | `model.stablehlo` |" in done.stdout
+    assert "The files were not run." in done.stdout
+    wav = write_wav(tmp_path / "a.wav", num_samples=9000)
+    done = run("serkd_jax.predict", f"--model={tmp_path / 'out'}", "--format=stablehlo", str(wav))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"{wav}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: shutil.rmtree(w), "name the workdir of a finished run"),
+        (lambda w: (w / "results.json").unlink(), "name the workdir of a finished run"),
+        (lambda w: (w / "results.json").write_text("{"), "is damaged"),
+        (lambda w: shutil.rmtree(w / "fold_1" / "curriculum"), "has no checkpoints"),
+        (lambda w: (w / "fold_2" / "predictions.npz").write_bytes(b""), "cannot be read"),
+        (lambda w: (w / "run.json").write_text('{"the front-end": "v0"}'), "its weights changed"),
+    ],
+)  # fmt: skip
+def test_a_workdir_that_is_not_whole_is_refused(change, message, workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    change(copy)
+    with pytest.raises(UserError, match=message):
+        load_trained(copy, "1", "updated_student")
+
+
+def test_a_fold_or_row_that_the_run_has_not_is_named(workdir):
+    with pytest.raises(UserError, match="has no fold 7: use one of 1, 2"):
+        load_trained(workdir, "7", "student")
+    with pytest.raises(UserError, match="has no tutor; it has teacher"):
+        load_trained(workdir, "1", "tutor")
+
+
+def test_features_that_are_gone_are_told_with_the_way_round(workdir, tmp_path):
+    trained = load_trained(workdir, "1", "student")
+    with pytest.raises(UserError, match="export with --nocheck"):
+        load_test_inputs(trained, tmp_path)
+
+
+def test_a_folder_with_something_else_is_left_alone(workdir, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    trained = load_trained(workdir, "1", "student")
+    with pytest.raises(UserError, match="holds something else"):
+        export(trained, tmp_path, [], None)
+    with pytest.raises(UserError, match="there is no format 'pt'"):
+        export(trained, tmp_path / "new", ["pt"], None)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("options", [{"inverted": False}, {"use_norm": True}, {"time_pooling": 3}])
+@pytest.mark.slow
+def test_every_kind_of_student_can_be_exported(options, tmp_path):
+    folder = write_model(tmp_path / "m", tuple(FILES), student=STUDENT | options)
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1, (3, 25, 8)).astype(np.float32)
+    num_frames = np.array([25, 10, 3], np.int32)
+    features *= np.arange(25)[:, None] < num_frames[:, None, None]
+    config = read_config(folder)
+    expected = load_classifier(folder, config, "safetensors")(features, num_frames)
+    for form in FILES:
+        got = load_classifier(folder, config, form)(features, num_frames)
+        scale = np.abs(expected).max()
+        atol = 1e-5 if form in EXACT else 0.1 * scale
+        np.testing.assert_allclose(got, expected, atol=atol, err_msg=form)
+
+
+def test_a_hubert_from_the_hub_is_named_and_a_local_one_comes_along(workdir, hubert_folder):
+    results = json.loads((workdir / "results.json").read_text())
+    local = make_frontend(ConfigDict({"name": "hubert", "model": hubert_folder}))
+    config = model_config(results, "1", "student", local)
+    assert config.frontend["model"] is None
+    assert config.num_features == 16
+
+    class OnHub(Hubert):
+        checkpoint = local.checkpoint
+
+    config = model_config(results, "1", "student", OnHub("facebook/some-hubert", "main"))
+    assert config.frontend["model"] == "facebook/some-hubert"
+    assert config.frontend["revision"] == "main"
