@@ -34,6 +34,7 @@ _CORES = flags.DEFINE_integer("cores", 1, "That a process may use.")
 _SECONDS = flags.DEFINE_float("seconds", 3, "Each pass of a row takes so long, at least 2 calls.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Passes of each row.")
 _SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of paper's student and HuBERT.")
+_FORMATS = flags.DEFINE_list("formats", list(FILES), "Of ours.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
@@ -55,8 +56,8 @@ def main(argv: list[str]) -> None:
         rows = {
             (kind, form, batch): (run, folder, form, batch)
             for kind, folder, forms, batches, run in (
-                ("log-mel student", logmel, tuple(FILES), (1, 16), student_cost),
-                ("paper's student", paper, (*FILES, "torch"), (1, 4), student_cost),
+                ("log-mel student", logmel, _FORMATS.value, (1, 16), student_cost),
+                ("paper's student", paper, [*_FORMATS.value, "torch"], (1, 4), student_cost),
                 ("HuBERT pipeline", hubert, ("torch",), (1, 4), pipeline_cost),
             )
             for form in forms
@@ -220,7 +221,7 @@ def export_random(folder: Path, config: ModelConfig) -> Path:
     features = jnp.zeros((1, config.max_frames, config.num_features))
     init = jax.jit(make_student(config).init)
     params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
-    for form in FILES:
+    for form in {"safetensors", *_FORMATS.value}:  # the first for torch
         write_format(form, folder, config, params)
     return folder
 

@@ -38,25 +38,33 @@ def classification_metrics(
     }
 
 
-def bootstrap_interval(
-    labels: np.ndarray, predictions: np.ndarray, metric: str, *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of a score, utterances drawn again within each class (Efron 1979).
+def bootstrap_intervals(
+    confusion: np.ndarray, draws: int = 10_000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of the scores, utterances drawn again within each class (Efron).
 
-    It takes utterances as independent; those of one speaker are not, so it is on the narrow side.
+    They take utterances as independent; those of one speaker are not, so they are on the narrow
+    side.
 
     Args:
-        labels: (n,) int, true classes.
-        predictions: (n,) int.
-        metric: ``ua``, ``wa`` or ``wf1``.
-        draws: how many samples of as many utterances.
+        confusion: C x C counts, rows are true classes. To draw utterances of a class again is to
+            draw its row from a multinomial distribution.
+        draws: how often.
         seed: of the draws.
+
+    Returns:
+        ``ua``, ``wa`` and ``wf1``, each (low, high).
     """
-    rng, count = np.random.default_rng(seed), int(max(labels.max(), predictions.max())) + 1
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    scores = []
-    for _ in range(draws):
-        rows = np.concatenate([rng.choice(rows, len(rows)) for rows in members])
-        scores.append(classification_metrics(labels[rows], predictions[rows], count)[metric])
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
+    rng, rows = np.random.default_rng(seed), [row for row in confusion if sum(row)]
+    present = [c for c, row in enumerate(confusion) if sum(row)]
+    drawn = np.stack(
+        [rng.multinomial(sum(row), np.array(row) / sum(row), draws) for row in rows], axis=1
+    )  # (draws, classes that occur, C)
+    hits = drawn[:, range(len(present)), present]
+    size, guessed = drawn.sum(axis=2), drawn.sum(axis=1)[:, present]
+    scores = {
+        "ua": (hits / size).mean(axis=1),
+        "wa": hits.sum(axis=1) / size.sum(axis=1),
+        "wf1": (2 * hits / (size + guessed) * size).sum(axis=1) / size.sum(axis=1),
+    }
+    return {name: tuple(np.percentile(each, [2.5, 97.5]).tolist()) for name, each in scores.items()}

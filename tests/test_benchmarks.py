@@ -8,11 +8,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import cost
+from benchmarks import cost, inference
 from benchmarks.common import student_operations
 from configs import common
+from exported_models import write_model
+from serkd_jax.deploy.backends import load_classifier
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
 
@@ -30,6 +33,45 @@ def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
     assert set(result["ratio"]) == {"student", "kd", "meta", "curriculum", "evaluation"}
     for name, row in result["steps"].items():
         assert row["ratio"] == pytest.approx(row["steps/s"] / row["torch steps/s"]), name
+
+
+@pytest.mark.slow
+def test_an_exported_student_is_compared_with_torch_and_the_pipeline():
+    command = [sys.executable, "-m", "benchmarks.inference", "--size=tiny", "--seconds=0.01"]
+    command += ["--rounds=1", "--formats=onnx", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    kinds = [(row["kind"], row["format"]) for row in rows[::2]]
+    assert kinds == [
+        ("log-mel student", "onnx"),
+        ("paper's student", "onnx"),
+        ("paper's student", "torch"),
+        ("HuBERT pipeline", "torch"),
+    ]
+    for row in rows:
+        assert row["model_ms"] > 0
+        assert row["file_mb"] > 0
+        assert row["memory_mb"] > 20
+    for ours, peer in zip(rows[2:4], rows[4:6], strict=True):
+        assert ours["ratio"] == pytest.approx(peer["model_ms"] / ours["model_ms"])
+
+
+def test_the_torch_student_of_the_benchmark_is_the_exported_one(tmp_path):
+    config = inference.paper_config("tiny")
+    student = dict(config.student)
+    folder = write_model(
+        tmp_path / "m",
+        labels=list(config.labels),
+        max_frames=config.max_frames,
+        num_features=config.num_features,
+        student=student,
+        frontend=config.frontend,
+    )
+    features = np.random.default_rng(0).normal(0, 1, (3, 16, 8)).astype(np.float32)
+    inputs = features, np.full(3, 16, np.int32)
+    ours = load_classifier(folder, config, "safetensors")(*inputs)
+    np.testing.assert_allclose(inference.load_torch(folder, config, 1)(*inputs), ours, atol=1e-5)
 
 
 def flops(function, *shapes):

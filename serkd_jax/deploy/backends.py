@@ -40,7 +40,7 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
         there = ", ".join(name for name, file in FILES.items() if (folder / file).is_file())
         raise UserError(f"{folder} has no {FILES[form]}; it has {there or 'no model'}")
     try:
-        run = _LOADERS[form.split("-")[0]](path, config, threads)
+        run = _LOADERS[form](path, config, threads)
     except UserError:
         raise
     except ImportError as error:
@@ -169,20 +169,30 @@ def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
     if shapes != {"features": [1, config.max_frames, config.num_features], "num_frames": [1]}:
         raise ValueError(f"it takes {shapes}")
 
-    def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-        rows = (slice(i, i + 1) for i in range(len(features)))
-        return np.concatenate(
-            [run(features=features[i], num_frames=num_frames[i])["logits"] for i in rows]
-        )
+    return _one_by_one(
+        lambda features, num_frames: run(features=features, num_frames=num_frames)["logits"]
+    )
 
-    return classify
+
+def _one_by_one(classify: Classify) -> Classify:
+    """For what takes no more at once, or has an example's result depend on the others."""
+
+    def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        rows = (slice(i, i + 1) for i in range(len(features)))
+        return np.concatenate([classify(features[row], num_frames[row]) for row in rows])
+
+    return run
 
 
 _LOADERS = {
     "safetensors": _load_flax,
     "stablehlo": _load_stablehlo,
+    "stablehlo-bf16": _load_stablehlo,
     "onnx": _load_onnx,
+    # Its activations get one scale for a whole batch.
+    "onnx-int8": lambda *arguments: _one_by_one(_load_onnx(*arguments)),
     "tflite": _load_tflite,
+    "tflite-int8": _load_tflite,
 }
 
 

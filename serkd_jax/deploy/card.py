@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
-from serkd_jax.metrics import bootstrap_interval, classification_metrics
+from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 
 METRICS = {"ua": "UA", "wa": "WA", "wf1": "weighted F1"}
 
@@ -169,7 +169,8 @@ def _score(title: str, parts: Sequence[Mapping[str, np.ndarray]], trained: Train
     labels = np.concatenate([part["label"] for part in parts])
     predicted = np.concatenate([part[trained.row].argmax(-1) for part in parts])
     scores = classification_metrics(labels, predicted, len(trained.config.labels))
-    values = {m: (scores[m], *bootstrap_interval(labels, predicted, m)) for m in METRICS}
+    intervals = bootstrap_intervals(scores["confusion"])
+    values = {metric: (scores[metric], *intervals[metric]) for metric in METRICS}
     return Scores(title, len(labels), values)
 
 
