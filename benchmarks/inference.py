@@ -11,6 +11,7 @@ rows go round and round, and the fastest pass of each counts, so that what else 
 hits all. `--json` ends with one line of JSON, in which `ratio` is torch's time over ours.
 """
 
+import argparse
 import json
 import os
 import tempfile
@@ -19,23 +20,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
 
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import FILES, STUDENT_KEYS, ModelConfig, parse_config, read_config
 from serkd_jax.logmel import fingerprint, num_samples
 from serkd_jax.waveform import SAMPLE_RATE
-
-_MODEL = flags.DEFINE_string("model", None, "An exported log-mel student with all formats.")
-_CORES = flags.DEFINE_integer("cores", 1, "That a process may use.")
-_SECONDS = flags.DEFINE_float("seconds", 3, "Each pass of a row takes so long, at least 2 calls.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Passes of each row.")
-_SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of paper's student and HuBERT.")
-_FORMATS = flags.DEFINE_list("formats", list(FILES), "Of ours.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
 class Cost(NamedTuple):
@@ -46,37 +38,57 @@ class Cost(NamedTuple):
     memory: int  # bytes, the most that the process had
 
 
-def main(argv: list[str]) -> None:
-    """Measures all rows and prints two tables."""
-    del argv
+def main() -> None:
+    """Measures all rows and prints a table."""
+    options = parse_options()
     with tempfile.TemporaryDirectory() as work:
-        logmel = Path(_MODEL.value or export_random(Path(work, "logmel"), logmel_config()))
-        paper = export_random(Path(work, "paper"), paper_config(_SIZE.value))
-        hubert = write_hubert(Path(work, "hubert"), _SIZE.value)
+        logmel = options.model
+        if not logmel:
+            logmel = export_random(Path(work, "logmel"), logmel_config(), options.formats)
+        paper = export_random(Path(work, "paper"), paper_config(options.size), options.formats)
+        hubert = write_hubert(Path(work, "hubert"), options.size)
         rows = {
             (kind, form, batch): (run, folder, form, batch)
             for kind, folder, forms, batches, run in (
-                ("log-mel student", logmel, _FORMATS.value, (1, 16), student_cost),
-                ("paper's student", paper, [*_FORMATS.value, "torch"], (1, 4), student_cost),
-                ("HuBERT pipeline", hubert, ("torch",), (1, 4), pipeline_cost),
+                ("log-mel student", logmel, options.formats, (1, 16), student_cost),
+                ("paper's student", paper, [*options.formats, "torch"], (1, 4), student_cost),
+                ("HuBERT pipeline", hubert, ["torch"], (1, 4), pipeline_cost),
             )
             for form in forms
             for batch in batches
         }
         passes: dict[tuple, list[Cost]] = {row: [] for row in rows}
-        for _ in range(_ROUNDS.value):
+        for _ in range(options.rounds):
             for row, (run, *arguments) in rows.items():
-                passes[row].append(in_process(run, *arguments, _SECONDS.value))
+                cost = in_process(run, options.cores, *arguments, options.seconds)
+                passes[row].append(cost)
         costs = {row: Cost(*map(min, zip(*tried, strict=True))) for row, tried in passes.items()}
-        print_tables(costs, {row: size_of(*rows[row][1:3]) for row in rows}, logmel)
+        sizes = {row: size_of(*rows[row][1:3]) for row in rows}
+        table = make_table(costs, sizes, num_samples(read_config(logmel).max_frames) / SAMPLE_RATE)
+    print(f"{options.cores} of {os.cpu_count()} cores; float32 where the format does not say other")
+    print_table(table)
+    if options.json:
+        print(json.dumps({"cores": options.cores, "rows": table}))
 
 
-def in_process(run: Callable, *arguments: object) -> Cost:
-    """Calls it in a new process on as many cores as the flag says."""
-    cores = sorted(os.sched_getaffinity(0))[: _CORES.value]
-    with ProcessPoolExecutor(
-        1, get_context("spawn"), os.sched_setaffinity, (0, cores)
-    ) as processes:
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="exported log-mel student with all formats")
+    parser.add_argument("--cores", type=int, default=1, help="that a process may use")
+    parser.add_argument("--seconds", type=float, default=3, help="of each pass; at least 2 calls")
+    parser.add_argument("--rounds", type=int, default=3, help="passes of each row")
+    parser.add_argument("--formats", nargs="+", default=[*FILES], choices=FILES, help="of ours")
+    parser.add_argument("--size", default="paper", choices=["paper", "tiny"], help="not of DIR")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args()
+
+
+def in_process(run: Callable, count: int, *arguments: object) -> Cost:
+    """Calls it in a new process on so many cores."""
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    start = get_context("spawn"), os.sched_setaffinity, (0, cores)
+    with ProcessPoolExecutor(1, *start) as processes:
         return processes.submit(run, *arguments, len(cores)).result()
 
 
@@ -208,8 +220,8 @@ def model_config(
     )
 
 
-def export_random(folder: Path, config: ModelConfig) -> Path:
-    """All formats of a student with random weights."""
+def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> Path:
+    """A student with random weights."""
     import jax
     import jax.numpy as jnp
 
@@ -221,7 +233,7 @@ def export_random(folder: Path, config: ModelConfig) -> Path:
     features = jnp.zeros((1, config.max_frames, config.num_features))
     init = jax.jit(make_student(config).init)
     params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
-    for form in {"safetensors", *_FORMATS.value}:  # the first for torch
+    for form in {"safetensors", *formats}:  # the first for torch
         write_format(form, folder, config, params)
     return folder
 
@@ -239,39 +251,42 @@ def write_hubert(folder: Path, size: str) -> Path:
     return folder
 
 
-def print_tables(costs: dict[tuple, Cost], sizes: dict[tuple, int], logmel: Path) -> None:
-    """For people, and as JSON."""
-    config = read_config(logmel)
-    spans = {"log-mel student": num_samples(config.max_frames) / SAMPLE_RATE}
-    spans |= {"paper's student": 6.525, "HuBERT pipeline": 2.0}
-    print(f"{_CORES.value} of {os.cpu_count()} cores; float32 where the format says nothing else")
-    print("| | format | batch | front-end, ms | model, ms | x real time | torch's time / its "
-          "| file, MB | peak memory, MB |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
-    results = []
+def make_table(
+    costs: dict[tuple, Cost], sizes: dict[tuple, int], seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each cost; ``seconds`` is how long a recording of the log-mel student is."""
+    spans = {"log-mel student": seconds, "paper's student": 6.525, "HuBERT pipeline": 2.0}
+    table = []
     for (kind, form, batch), cost in costs.items():
         peer = costs.get((kind, "torch", batch)) if form != "torch" else None
-        row = {
-            "kind": kind,
-            "format": form,
-            "batch": batch,
-            "front_end_ms": 1e3 * cost.front_end,
-            "model_ms": 1e3 * cost.model,
-            "times_real_time": spans[kind] / (cost.front_end + cost.model),
-            "ratio": peer.model / cost.model if peer else None,
-            "file_mb": sizes[kind, form, batch] / 1e6,
-            "memory_mb": cost.memory / 1e6,
-        }
-        results.append(row)
-        ratio = f"{row['ratio']:.2f}" if peer else ""
-        print(
-            f"| {kind} | {form} | {batch} | {row['front_end_ms']:.2f} | {row['model_ms']:.3g} "
-            f"| {row['times_real_time']:.3g} | {ratio} | {row['file_mb']:.2f} "
-            f"| {row['memory_mb']:.0f} |"
+        table.append(
+            {
+                "kind": kind,
+                "format": form,
+                "batch": batch,
+                "front_end_ms": 1e3 * cost.front_end,
+                "model_ms": 1e3 * cost.model,
+                "times_real_time": spans[kind] / (cost.front_end + cost.model),
+                "ratio": peer.model / cost.model if peer else None,
+                "file_mb": sizes[kind, form, batch] / 1e6,
+                "memory_mb": cost.memory / 1e6,
+            }
         )
-    if _JSON.value:
-        print(json.dumps({"cores": _CORES.value, "rows": results}))
+    return table
+
+
+def print_table(table: list[dict[str, Any]]) -> None:
+    """For people; the paper's student starts from HuBERT's features, which cost more than it."""
+    heads = "of,format,batch,front-end ms,model ms,times real time,torch / this,file MB,memory MB"
+    print(f"| {heads.replace(',', ' | ')} |\n{'|---' * 9}|")
+    for row in table:
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
+        print(
+            f"| {row['kind']} | {row['format']} | {row['batch']} | {row['front_end_ms']:.2f} "
+            f"| {row['model_ms']:.3g} | {row['times_real_time']:.3g} | {ratio} "
+            f"| {row['file_mb']:.2f} | {row['memory_mb']:.0f} |"
+        )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

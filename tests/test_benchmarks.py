@@ -38,7 +38,7 @@ def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
 @pytest.mark.slow
 def test_an_exported_student_is_compared_with_torch_and_the_pipeline():
     command = [sys.executable, "-m", "benchmarks.inference", "--size=tiny", "--seconds=0.01"]
-    command += ["--rounds=1", "--formats=onnx", "--json"]
+    command += ["--rounds=1", "--formats", "onnx", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -71,7 +71,7 @@ def test_the_torch_student_of_the_benchmark_is_the_exported_one(tmp_path):
     features = np.random.default_rng(0).normal(0, 1, (3, 16, 8)).astype(np.float32)
     inputs = features, np.full(3, 16, np.int32)
     ours = load_classifier(folder, config, "safetensors")(*inputs)
-    np.testing.assert_allclose(inference.load_torch(folder, config, 1)(*inputs), ours, atol=1e-5)
+    np.testing.assert_allclose(inference.load_torch(folder, config, 1)(*inputs), ours, atol=1e-4)
 
 
 def flops(function, *shapes):
