@@ -57,10 +57,12 @@ def main() -> None:
             for form in forms
             for batch in batches
         }
+        # Before the processes start, as their libraries look for cores when they are imported.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         passes: dict[tuple, list[Cost]] = {row: [] for row in rows}
         for _ in range(options.rounds):
             for row, (run, *arguments) in rows.items():
-                cost = in_process(run, options.cores, *arguments, options.seconds)
+                cost = in_process(run, *arguments, options.seconds)
                 passes[row].append(cost)
         costs = {row: Cost(*map(min, zip(*tried, strict=True))) for row, tried in passes.items()}
         sizes = {row: size_of(*rows[row][1:3]) for row in rows}
@@ -84,12 +86,10 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_process(run: Callable, count: int, *arguments: object) -> Cost:
-    """Calls it in a new process on so many cores."""
-    cores = sorted(os.sched_getaffinity(0))[:count]
-    start = get_context("spawn"), os.sched_setaffinity, (0, cores)
-    with ProcessPoolExecutor(1, *start) as processes:
-        return processes.submit(run, *arguments, len(cores)).result()
+def in_process(run: Callable, *arguments: object) -> Cost:
+    """Calls it in a new process, with the number of cores as its last argument."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as processes:
+        return processes.submit(run, *arguments, len(os.sched_getaffinity(0))).result()
 
 
 def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:

@@ -16,6 +16,7 @@ import soxr
 from serkd_jax.errors import UserError
 from serkd_jax.waveform import SAMPLE_RATE, AudioError, check_audio
 
+BLOCK = 2**16  # frames that are decoded at once
 END_TOLERANCE = 0.25  # seconds by which a file may be shorter than it, or a manifest, says
 
 # What libsndfile does not read.
@@ -101,8 +102,15 @@ def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.nda
         log, rate = file.extra_info, file.samplerate
         if start:
             file.seek(min(round(start * rate), file.frames))
-        frames = -1 if math.isinf(seconds) else round(seconds * rate)
-        audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+        left = seconds if math.isinf(seconds) else round(seconds * rate)
+        # In blocks: a header may promise more than there is, or memory for.
+        blocks = [np.zeros(0, np.float32)]
+        while left > 0 and len(
+            block := file.read(min(BLOCK, left), dtype="float32", always_2d=True)
+        ):
+            blocks.append(block.mean(axis=1))
+            left -= len(block)
+        audio = np.concatenate(blocks)
     if match := _SHORT_DATA_CHUNK.search(log):
         stated, there = int(match[1]), int(match[2])
         if there < 0.99 * stated and stated < _UNKNOWN_LENGTH:  # some headers are a little off

@@ -85,10 +85,10 @@ def export(
     if isinstance(frontend, Hubert) and trained.config.frontend["model"] is None:
         save_hubert(frontend.checkpoint, folder / files.FRONTEND)
     wanted = [form for form in files.FILES if form == "safetensors" or form in formats]
-    for file in files.FILES.values():  # of another student, perhaps
-        (folder / file).unlink(missing_ok=True)
     for form in tqdm(wanted, "formats", unit="format", disable=None):
         write_format(form, folder, trained.config, trained.params)
+    for form in files.FILES.keys() - wanted:  # of other weights, perhaps
+        (folder / files.FILES[form]).unlink(missing_ok=True)
     checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []
     write_atomically(folder / files.CARD, write_card(trained, folder, checked))
     return checked

@@ -24,7 +24,7 @@ def download(name: str, revision: str | None, patterns: Sequence[str], remedy: s
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*patterns])
         )
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub, the network, a proxy ... each has its own
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
             f"{name!r} is neither a local folder nor a model{at} that could be fetched from the "

@@ -7,21 +7,22 @@ alone unless --host says otherwise, and keeps no recording for longer than an ho
 import argparse
 import sys
 from collections.abc import Sequence
-
-import gradio as gr
-import pandas as pd
+from typing import Any
 
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.errors import UserError
 from serkd_jax.predict import Model, Window, load_model
 
-KEPT_SECONDS = 3600  # that Gradio keeps what was uploaded
+# Every five minutes, Gradio deletes what was uploaded more than 55 minutes before.
+CLEANING = (300, 3300)
 
 
-def build_page(model: Model) -> gr.Blocks:
-    """The page: a recording in, probabilities of the whole and of overlapping windows out."""
+def build_page(model: Model) -> Any:
+    """The page, a `gradio.Blocks`: a recording in, probabilities of it and of its windows out."""
+    import gradio as gr
+    import pandas as pd
 
-    def classify(recording: str | None) -> tuple[dict[str, float], pd.DataFrame]:
+    def classify(recording: str | None) -> tuple[dict[str, float], Any]:
         if recording is None:
             raise gr.Error("Record or upload some speech first.")
         try:
@@ -36,9 +37,7 @@ def build_page(model: Model) -> gr.Blocks:
         ]
         return prediction.probabilities, pd.DataFrame(course)
 
-    with gr.Blocks(
-        title="Speech emotion", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
-    ) as page:
+    with gr.Blocks(title="Speech emotion", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.Markdown(
             "# Speech emotion\nWhat a voice sounds like to a small model, not what a person feels. "
             f"It knows {', '.join(model.labels)}, and hears {model.window_seconds:.1f} s at once."
@@ -81,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_page(model).launch(
             server_name=flags.host, server_port=flags.port, max_file_size="100mb"
         )
+    except ImportError as error:
+        print(f'error: no {error.name}: pip install "serkd-jax[page]"', file=sys.stderr)
+        return 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,7 +118,7 @@ class Model:
         """
         hop = self._window if hop_seconds is None else round(hop_seconds * SAMPLE_RATE)
         if not 0 < hop <= self._window:
-            raise UserError(f"hop_seconds is {hop_seconds}: use 0.001 to {self.window_seconds:g}")
+            raise UserError(f"hop_seconds is {hop_seconds}: use up to {self.window_seconds:g}")
         open_clips: deque[_Clip | Failure] = deque()
         batch: list[tuple[_Clip, int]] = []
         for recording in recordings:
@@ -150,6 +151,8 @@ class Model:
                 )
         except (AudioError, OSError) as error:
             return Failure(source, str(error))
+        except MemoryError:
+            return Failure(source, f"{source}: does not fit into memory; split it")
         last = max(0, len(waveform) - self._window)
         starts = [
             start
@@ -206,13 +209,13 @@ def load_model(
         format: which of its files: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
             onnx-int8, tflite or tflite-int8.
         revision: branch, tag or commit on the hub.
-        threads: for ONNX and LiteRT; 0 means all.
+        threads: for ONNX and LiteRT; 0 lets them choose.
         max_seconds: longer recordings are refused.
 
     Raises:
         UserError: the model is not there, is damaged, or what runs it is not installed.
     """
-    return Model(find_folder(model, revision, (format,)), format, threads, max_seconds)
+    return Model(find_folder(model, revision, format), format, threads, max_seconds)
 
 
 def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
@@ -239,9 +242,11 @@ def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what each recording sounds like; 1 if any could not be used, or the model not."""
     flags = _parser().parse_args(arguments)
-    from tqdm import tqdm
-
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
+        from tqdm import tqdm
+
         model = load_model(
             flags.model,
             flags.format,
@@ -258,7 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += isinstance(result, Failure)
             for line, stream in show(result):
                 tqdm.write(line, file=stream)
-    except UserError as error:
+    except ImportError as error:
+        print(f"error: reading files needs {error.name}: pip install it", file=sys.stderr)
+        return 1
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if failed:
@@ -277,12 +285,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
     parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
     parser.add_argument("--revision", help="of the name on the hub")
-    parser.add_argument("--hop", type=float, help="seconds between windows (default: no overlap)")
-    parser.add_argument("--batch_size", type=int, default=16, help="windows at once")
+    parser.add_argument("--hop", type=_positive, help="seconds from window to window")
+    parser.add_argument("--batch_size", type=_count, default=16, help="windows at once")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX and LiteRT; 0: theirs")
     parser.add_argument(
-        "--threads", type=int, default=0, help="of ONNX and LiteRT (0: they choose)"
+        "--max_seconds", type=_positive, default=3600, help="longer ones are refused"
     )
-    parser.add_argument("--max_seconds", type=float, default=3600, help="refuse longer recordings")
     parser.set_defaults(output="text")
     output = parser.add_mutually_exclusive_group()
     for name in ("json", "csv"):
@@ -291,8 +299,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> float:
+    """For argparse, which tells of a ValueError by itself."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def _list_audio(place: Path) -> list[Path]:
-    if not place.is_dir():
+    try:
+        if not place.is_dir():
+            return [place]
+    except OSError:  # a name too long, a folder that is not ours: told with the others
         return [place]
     from serkd_jax.audio import find_audio
 

@@ -27,7 +27,7 @@ from serkd_jax.predict import load_model
 from tiny_config import get_config
 
 EXACT = {"safetensors": 1e-5, "stablehlo": 1e-5, "onnx": 1e-5, "tflite": 1e-5}
-CLOSE = {"stablehlo-bf16": 0.1, "onnx-int8": 0.2, "tflite-int8": 0.2}
+CLOSE = 0.3  # of the logits' spread, for what is not float32
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,8 @@ def test_every_format_gives_the_students_logits_for_any_batch(form, exported):
     for rows in (slice(0, 1), slice(1, 4), slice(None)):
         got = classify(features[rows], num_frames[rows])
         assert got.dtype == np.float32
-        atol = EXACT.get(form, CLOSE.get(form))
+        # This student hardly tells recordings apart; test_every_kind_of_student has one that does.
+        atol = EXACT.get(form, 0.03)
         np.testing.assert_allclose(got, expected[rows], atol=atol)
 
 
@@ -100,10 +101,12 @@ def test_the_comparison_says_how_far_each_format_is(exported, predictions):
 def test_every_format_gives_the_same_on_real_recordings(exported):
     files = sorted((SHARED / "emodb" / "wav").glob("*.wav"))[::50]
     expected = list(load_model(exported[0]).predict(files))
+    exact = np.array([list(each.probabilities.values()) for each in expected])
     for form in FILES:
-        for a, b in zip(load_model(exported[0], form).predict(files), expected, strict=True):
-            difference = max(abs(a.probabilities[k] - b.probabilities[k]) for k in a.probabilities)
-            assert difference < (1e-4 if form in EXACT else 0.05), (form, a.source)
+        got = [each.probabilities for each in load_model(exported[0], form).predict(files)]
+        atol = 1e-5 if form in EXACT else CLOSE * exact.std(axis=0).max()
+        got = np.array([list(each.values()) for each in got])
+        np.testing.assert_allclose(got, exact, atol=atol, err_msg=form)
 
 
 @pytest.mark.slow
@@ -176,6 +179,17 @@ def test_the_commands_export_and_predict_without_tensorflow(workdir, tmp_path):
     assert done.stdout.startswith(f"{wav}: ")
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_the_code_in_the_docs_runs(page, tmp_path, monkeypatch, capsys):
+    write_model(tmp_path / "emotions", ("safetensors", "onnx"))
+    write_wav(tmp_path / "a.wav", num_samples=20_000)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for code in (block for block in blocks if "serkd_jax.predict" in block):
+        exec(code, {})
+        assert capsys.readouterr().out.split()[0] in ("anger", "joy", "sadness")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,8 +243,7 @@ def test_every_kind_of_student_can_be_exported(options, tmp_path):
     expected = load_classifier(folder, config, "safetensors")(features, num_frames)
     for form in FILES:
         got = load_classifier(folder, config, form)(features, num_frames)
-        scale = np.abs(expected).max()
-        atol = 1e-4 if form in EXACT else 0.1 * scale
+        atol = 1e-4 if form in EXACT else CLOSE * expected.std(axis=0).max()
         np.testing.assert_allclose(got, expected, atol=atol, err_msg=form)
 
 

@@ -9,6 +9,8 @@ import sys
 import textwrap
 
 import huggingface_hub
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import onnx
@@ -19,11 +21,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from exported_models import settings, write_model
+from exported_models import STUDENT, settings, write_model
 from layouts import ROOT, SHARED, needs_corpora, tone, write_mp4
 from serkd_jax import predict
 from serkd_jax.deploy.backends import load_frontend, make_student, read_params
-from serkd_jax.deploy.folder import FILES, parse_config, read_config
+from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert_weights import load_hubert, save_hubert
 from serkd_jax.predict import Failure, load_model
@@ -34,7 +36,9 @@ WINDOW = 24 * 320 + 400  # samples of 25 frames
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "m", ("safetensors", "onnx"))
+    return write_model(
+        tmp_path_factory.mktemp("model") / "m", ("safetensors", "onnx", "tflite", "stablehlo")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +128,7 @@ def test_samples_of_any_type_rate_and_channels_give_the_same(change, model):
         (np.ones((2, 2, 2)), 16_000, "no recording"),
         (np.ones(8000, complex), 16_000, "no recording"),
         (np.ones(8000), 1, "a rate of 1 Hz"),
+        (np.full(8000, 1e38), 16_000, "samples above 1e"),
         (np.ones(160_001, np.float32), 16_000, "longer than 10 s"),
     ],
 )
@@ -197,7 +202,10 @@ def test_json_and_csv_say_the_same(folder, recordings, capsys, model):
     ("flags", "message"),
     [
         (["--model={empty}", "a.wav"], "has no config.json: name a folder"),
-        (["--model={folder}", "--format=tflite", "a.wav"], r"has no model.tflite; it has safe"),
+        (
+            ["--model={folder}", "--format=onnx-int8", "a.wav"],
+            r"has no model.int8.onnx",
+        ),
         (["--model={folder}", "{empty}"], "holds no audio file"),
         (["--model={folder}", "--hop=9", "a.wav"], "hop_seconds is 9"),
         (["--model=no/model", "a.wav"], "neither a local folder nor a model"),
@@ -208,6 +216,24 @@ def test_what_cannot_be_done_is_told_in_one_line(flags, message, folder, tmp_pat
     status, out, err = command(capsys, *flags)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--hop=nan"], ["--max_seconds=-1"], ["--batch_size=0"], ["--json", "--csv"]]
+)
+def test_flags_that_make_no_sense_are_refused(flags, folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(capsys, f"--model={folder}", *flags, "a.wav")
+    assert caught.value.code == 2
+
+
+def test_a_loud_file_and_one_with_a_long_name_do_not_stop_the_others(folder, recordings, capsys):
+    soundfile.write(recordings / "loud.wav", np.full(9000, 3e38, np.float32), 16_000, "FLOAT")
+    files = [recordings / "loud.wav", "x" * 300 + ".wav", recordings / "a.wav"]
+    status, out, err = command(capsys, f"--model={folder}", *files)
+    assert status == 1
+    assert out.startswith(f"{recordings / 'a.wav'}: ")
+    assert err.count("error: ") == 2
 
 
 BLOCK = """
@@ -308,6 +334,20 @@ def test_a_hubert_in_a_pickle_is_not_opened(with_hubert):
     (frontend / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors: no weights"):
         load_model(with_hubert)
+    index = {"weight_map": {"a": "pytorch_model.bin"}}
+    (frontend / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="names files of another place or kind"):
+        load_model(with_hubert)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 0}, {"hidden_size": -1}, {"conv_stride": [0] * 7}]
+)
+def test_a_hubert_that_is_none_is_refused(changes, with_hubert):
+    path = with_hubert / "frontend" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError):
+        load_model(with_hubert)
 
 
 def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, monkeypatch):
@@ -332,14 +372,19 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"labels": ["anger", "joy"]}, "classifier_1"),
         ({"labels": ["anger", "anger", "joy"]}, "two labels are the same"),
         ({"labels": ["anger", 3, " "]}, "a label is no name"),
+        ({"labels": ["anger", "joy", "\x1b[2J"]}, "a label is no name"),
         ({"labels": "anger"}, "labels is no list"),
         ({"max_frames": 10**12}, "max_frames is 1000000000000"),
         ({"max_frames": True}, "max_frames is True"),
+        (
+            {"max_frames": 9999, "student": STUDENT | {"inverted": False, "num_heads": 16}},
+            "too large",
+        ),
         ({"num_features": 9}, "num_mels is not num_features"),
-        ({"student": settings()["student"] | {"width": 32}}, "classifier_0"),
-        ({"student": settings()["student"] | {"width": 10**9}}, "student.width"),
-        ({"student": settings()["student"] | {"num_heads": 3}}, "not divisible"),
-        ({"student": settings()["student"] | {"code": "os.system('true')"}}, "must have the keys"),
+        ({"student": STUDENT | {"width": 32}}, "classifier_0"),
+        ({"student": STUDENT | {"width": 10**9}}, "student.width"),
+        ({"student": STUDENT | {"num_heads": 3}}, "not divisible"),
+        ({"student": STUDENT | {"code": "os.system('true')"}}, "must have the keys"),
         ({"student": None}, "student must have the keys"),
         ({"frontend": {"name": "logmel", "num_mels": 8, "fingerprint": "v0"}}, "another version"),
         ({"frontend": {"name": "../../etc"}}, "neither logmel nor hubert"),
@@ -349,8 +394,18 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
     ],
 )
 def test_an_edited_config_is_refused(changes, message, copied):
-    (copied / "config.json").write_text(json.dumps(settings(**changes)))
+    (copied / "config.json").write_text(json.dumps(sealed(settings(**changes))))
     with pytest.raises(UserError, match=message):
+        load_model(copied)
+
+
+@pytest.mark.parametrize("key", ["labels", "student", "max_frames"])
+def test_an_edit_that_fits_the_weights_is_refused_too(key, copied):
+    changes = {"labels": ["joy", "anger", "sadness"], "max_frames": 24}
+    changes["student"] = STUDENT | {"num_heads": 1}
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: changes[key]}))
+    with pytest.raises(UserError, match="its sha256 is another"):
         load_model(copied)
 
 
@@ -380,8 +435,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_refused_and_never_run(form, damage, copied):
     path = copied / FILES[form]
-    data = path.read_bytes() if path.exists() else bytes(5000)
-    path.write_bytes(DAMAGE[damage](data))
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(UserError, match="cannot be read; it is truncated, damaged"):
         load_model(copied, form)
 
@@ -407,15 +461,58 @@ def test_weights_of_another_model_are_refused_with_the_name(change, message, cop
         load_model(copied)
 
 
-def test_an_onnx_model_cannot_read_other_files(copied):
-    (copied.parent / "secret").write_bytes(bytes(8000))
-    graph = onnx.load(copied / "model.onnx")
-    tensor = next(t for t in graph.graph.initializer if len(t.raw_data) > 100)
-    onnx.external_data_helper.set_external_data(tensor, "../secret", 0, len(tensor.raw_data))
+def onnx_model(nodes, initializers=(), kind=onnx.TensorProto.INT32):
+    """A graph with the inputs of an exported one."""
+    make = onnx.helper.make_tensor_value_info
+    features = make("features", onnx.TensorProto.FLOAT, ["B", 25, 8])
+    inputs = [features, make("num_frames", kind, ["B"])]
+    outputs = [make(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    return onnx.helper.make_model(graph, ir_version=10, opset_imports=[
+        onnx.helper.make_opsetid("", 21)]).SerializeToString()  # fmt: skip
+
+
+def test_an_onnx_model_cannot_read_other_files(copied, monkeypatch):
+    """Neither beside itself nor in the folder that the program is in."""
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    monkeypatch.chdir(copied)
+    (copied / "secret").write_bytes(table.tobytes())
+    tensor = onnx.numpy_helper.from_array(table, "table")
+    onnx.external_data_helper.set_external_data(tensor, "secret", 0, table.nbytes)
     tensor.ClearField("raw_data")
-    (copied / "model.onnx").write_bytes(graph.SerializeToString())
-    with pytest.raises(UserError, match=r"model\.onnx cannot be read"):
-        load_model(copied, "onnx")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    gather = onnx.helper.make_node("Gather", ["table", "num_frames"], ["logits"])
+    (copied / "model.onnx").write_bytes(onnx_model([gather], [tensor]))
+    with pytest.raises(UserError, match=r"model\.onnx cannot be r"):
+        load_model(copied, "onnx")(tone(300))
+
+
+@pytest.mark.parametrize(
+    ("output", "kind", "problem"),
+    [
+        ("logits", onnx.TensorProto.INT64, "cannot be run"),
+        ("other", onnx.TensorProto.INT32, "cannot be run"),
+        ("logits", onnx.TensorProto.INT32, "of a wrong shape"),
+    ],
+)
+def test_a_graph_that_does_not_keep_its_promise_is_told(output, kind, problem, copied):
+    node = onnx.helper.make_node("Identity", ["features"], [output])
+    (copied / "model.onnx").write_bytes(onnx_model([node], kind=kind))
+    with pytest.raises(UserError, match=problem):
+        load_model(copied, "onnx")(tone(300))
+
+
+def test_a_stablehlo_model_cannot_call_functions_of_the_process(copied):
+    """Here LAPACK, as jax.export itself refuses callbacks."""
+
+    def factorise(features, num_frames):
+        return jnp.linalg.cholesky(features[:, :8, :8])[:, 0, :3]
+
+    shapes = (jax.ShapeDtypeStruct((2, 25, 8), "float32"), jax.ShapeDtypeStruct((2,), "int32"))
+    exported = jax.export.export(jax.jit(factorise), platforms=["cpu"])(*shapes)
+    (copied / "model.stablehlo").write_bytes(exported.serialize())
+    with pytest.raises(UserError, match="it calls lapack_"):
+        load_model(copied, "stablehlo")
 
 
 def test_a_model_that_gives_no_numbers_says_so(copied):

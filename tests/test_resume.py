@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import quick_xla
 from finished_runs import final_arrays
 from serkd_jax.programs import STAGES
 
@@ -25,7 +26,7 @@ def start(workdir, cache, *flags):
     command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
     command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES]
     command += ["--config.steps_per_dispatch=1", *flags]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
     output = (Path(cache) / "output.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 

@@ -1,9 +1,11 @@
 """What runs an exported model: a function per file format, and the front-end before it.
 
 Nothing is imported before it is needed: ONNX with log-mel features runs on numpy and onnxruntime.
-No format holds code, and none is read by pickle.
+None is read by pickle. StableHLO, ONNX and LiteRT files are graphs of operations, which cannot
+reach beyond their inputs: what could is refused.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,12 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
         folder: of the model.
         config: its ``config.json``.
         form: one of `FILES`; ``safetensors`` runs in Flax.
-        threads: for ONNX and LiteRT; 0 means all. JAX takes what the process may use.
+        threads: for ONNX and LiteRT; 0 lets them choose. JAX takes what the process may use.
 
     Raises:
-        UserError: the format is not known or not there, is damaged or another model's, or what
-            runs it is not installed. When called: the logits are not finite.
+        UserError: the format is not there, is damaged or another model's, or what runs it is not
+            installed. When called: it fails, or gives no finite logits.
     """
-    if form not in FILES:
-        raise UserError(f"there is no format {form!r}: use one of {', '.join(FILES)}")
     path = folder / FILES[form]
     if not path.is_file():
         there = ", ".join(name for name, file in FILES.items() if (folder / file).is_file())
@@ -52,7 +52,10 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
         ) from error
 
     def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-        logits = run(features, num_frames)
+        try:
+            logits = np.asarray(run(features, num_frames), np.float32)
+        except Exception as error:  # of a graph that is not what its inputs promise
+            raise UserError(f"{path} cannot be run: {str(error)[:500]}") from error
         if logits.shape != (len(features), len(config.labels)) or not np.isfinite(logits).all():
             raise UserError(f"{path} gives logits that are not finite or of a wrong shape")
         return logits
@@ -115,7 +118,7 @@ def _load_flax(path: Path, config: ModelConfig, threads: int) -> Classify:
         with jax.default_matmul_precision("highest"):
             return model.apply({"params": params}, features, num_frames).logits
 
-    return _few_shapes(lambda *inputs: apply(params, *inputs))
+    return _few_shapes(lambda *inputs: apply(params, *inputs), config)
 
 
 def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:
@@ -124,22 +127,43 @@ def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:
     import jax.export
 
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    calls = set(re.findall(r"custom_call[ @\"]+([\w.$-]+)", exported.mlir_module()))
+    if unknown := calls - {"shape_assertion"}:  # they name functions of the process
+        raise ValueError(f"it calls {', '.join(sorted(unknown))}")
     features, num_frames = exported.in_avals
     want = (config.max_frames, config.num_features)
     if (features.shape[1:], num_frames.shape[1:]) != (want, ()):
         raise ValueError(f"it takes {features} and {num_frames}")
-    return _few_shapes(jax.jit(exported.call))
+    return _few_shapes(jax.jit(exported.call), config)
 
 
-def _few_shapes(apply: Callable) -> Classify:
+def _few_shapes(apply: Callable, config: ModelConfig) -> Classify:
     """JAX compiles for each size of batch: only powers of two, padded with silence."""
+    import jax
 
     def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
         missing = (1 << (len(features) - 1).bit_length()) - len(features)
         padded = np.pad(features, ((0, missing), (0, 0), (0, 0))), np.pad(num_frames, (0, missing))
         return np.asarray(apply(*padded))[: len(features)]
 
-    return run
+    return _at_most(_rows_in_cache(config), run) if jax.default_backend() == "cpu" else run
+
+
+def _at_most(count: int, run: Classify) -> Classify:
+    """Passes no more than so many rows at once."""
+
+    def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        parts = (slice(i, i + count) for i in range(0, len(features), count))
+        return np.concatenate([run(features[part], num_frames[part]) for part in parts])
+
+    return classify
+
+
+def _rows_in_cache(config: ModelConfig) -> int:
+    """A power of two: a CPU is faster with one large example than with several at once."""
+    tokens = config.num_features if config.student["inverted"] else config.max_frames
+    rows = 2**19 // (tokens * config.student["width"])
+    return 1 << max(0, rows.bit_length() - 1)
 
 
 def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
@@ -148,16 +172,23 @@ def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    # From memory: a model cannot name other files to read.
+    # A model may name other files with its weights: in this folder, which is not there.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path / "none")
+    )
     session = onnxruntime.InferenceSession(
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
     shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
     if shapes != {"features": [config.max_frames, config.num_features], "num_frames": []}:
         raise ValueError(f"it takes {shapes}")
-    return lambda features, num_frames: session.run(
-        ["logits"], {"features": features, "num_frames": num_frames}
-    )[0]
+
+    def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+        return session.run(["logits"], {"features": features, "num_frames": num_frames})[0]
+
+    # The quantised one gives the activations of a whole batch one scale.
+    quantised = path.name == FILES["onnx-int8"]
+    return _at_most(1 if quantised else _rows_in_cache(config), run)
 
 
 def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
@@ -169,19 +200,9 @@ def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
     if shapes != {"features": [1, config.max_frames, config.num_features], "num_frames": [1]}:
         raise ValueError(f"it takes {shapes}")
 
-    return _one_by_one(
-        lambda features, num_frames: run(features=features, num_frames=num_frames)["logits"]
+    return _at_most(
+        1, lambda features, num_frames: run(features=features, num_frames=num_frames)["logits"]
     )
-
-
-def _one_by_one(classify: Classify) -> Classify:
-    """For what takes no more at once, or has an example's result depend on the others."""
-
-    def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-        rows = (slice(i, i + 1) for i in range(len(features)))
-        return np.concatenate([classify(features[row], num_frames[row]) for row in rows])
-
-    return run
 
 
 _LOADERS = {
@@ -189,8 +210,7 @@ _LOADERS = {
     "stablehlo": _load_stablehlo,
     "stablehlo-bf16": _load_stablehlo,
     "onnx": _load_onnx,
-    # Its activations get one scale for a whole batch.
-    "onnx-int8": lambda *arguments: _one_by_one(_load_onnx(*arguments)),
+    "onnx-int8": _load_onnx,
     "tflite": _load_tflite,
     "tflite-int8": _load_tflite,
 }
@@ -214,7 +234,13 @@ def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
     settings = {key: config.frontend[key] for key in ("revision", "layer", "dtype")}
     model = config.frontend["model"] or str(folder / FRONTEND)
     hubert = Hubert(model=model, **settings, safetensors_only=True)
-    if (hubert.width, hubert.fingerprint) != (config.num_features, config.frontend["fingerprint"]):
+    try:
+        made = hubert.width, hubert.fingerprint
+    except UserError:
+        raise
+    except Exception as error:  # a config.json of HuBERT can be wrong in many ways
+        raise UserError(f"{model} is no HuBERT ({error}): export or fetch it again") from error
+    if made != (config.num_features, config.frontend["fingerprint"]):
         raise UserError(f"{model} is not the HuBERT that {folder} was trained on")
 
     def featurize(waveforms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

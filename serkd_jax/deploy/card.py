@@ -81,7 +81,7 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
 ```python
 from serkd_jax.predict import load_model
 
-model = load_model("{folder.name}")  # this folder, or its name on the hub
+model = load_model("{folder.resolve().name}")  # this folder, or its name on the hub
 print(model("speech.wav").label)
 ```
 

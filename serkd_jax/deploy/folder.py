@@ -3,6 +3,7 @@
 No path is ever taken from the configuration: every file has a fixed name.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ FILES = {
 }
 
 # What each key may be: its type, the least and the greatest value.
-_MODEL = {"max_frames": (int, 1, 100_000), "num_features": (int, 1, 10_000)}
+_MODEL = {"max_frames": (int, 1, 10_000), "num_features": (int, 1, 10_000)}
 _STUDENT = {
     "inverted": (bool, False, True),
     "width": (int, 2, 8192),
@@ -72,18 +73,28 @@ class ModelConfig:
         known = {"format": VERSION, "labels": list(self.labels), "sample_rate": logmel.SAMPLE_RATE}
         sizes = {"max_frames": self.max_frames, "num_features": self.num_features}
         parts = {"frontend": self.frontend, "student": self.student, "trained": self.trained}
-        return json.dumps(known | sizes | parts, indent=1) + "\n"
+        return json.dumps(sealed(known | sizes | parts), indent=1) + "\n"
 
 
-def find_folder(
-    model: str | Path, revision: str | None = None, formats: tuple[str, ...] = tuple(FILES)
-) -> Path:
-    """The folder of that name or, from the hub, one with the files that these formats need."""
-    folder = Path(model).expanduser()
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the hash of all else that is in it, which tells edits and damage."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def find_folder(model: str | Path, revision: str | None, form: str) -> Path:
+    """The folder of that name or, from the hub, one with the files that the format needs.
+
+    Raises:
+        UserError: there is no such folder, model or format.
+    """
+    if form not in FILES:
+        raise UserError(f"there is no format {form!r}: use one of {', '.join(FILES)}")
+    folder = Path(model)
     if folder.is_dir():
         return folder
-    patterns = [CONFIG, CARD, f"{FRONTEND}/*.json", f"{FRONTEND}/*.safetensors"]
-    patterns += [FILES[name] for name in formats]
+    patterns = [CONFIG, CARD, FILES[form], f"{FRONTEND}/*.json", f"{FRONTEND}/*.safetensors"]
     return download(str(model), revision, patterns, f"a local folder has a {CONFIG}")
 
 
@@ -99,7 +110,11 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         if path.stat().st_size > 1_000_000:
             raise ValueError("it is larger than 1 MB")
-        return parse_config(json.loads(path.read_text("utf-8")))
+        given = json.loads(path.read_text("utf-8"))
+        config = parse_config(given)
+        if sealed(given) != given:
+            raise ValueError("its sha256 is another")
+        return config
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged, or was edited or written by another version ({error}): export "
@@ -118,7 +133,7 @@ def parse_config(given: Any) -> ModelConfig:
     labels = given.get("labels")
     if not (isinstance(labels, list) and 2 <= len(labels) <= 1000):
         raise ValueError("labels is no list of 2 to 1000 names")
-    if not all(isinstance(label, str) and label.strip() for label in labels):
+    if not all(map(_is_name, labels)):
         raise ValueError("a label is no name")
     if len(set(labels)) < len(labels):
         raise ValueError("two labels are the same")
@@ -131,11 +146,22 @@ def parse_config(given: Any) -> ModelConfig:
         raise ValueError("student.width is not divisible by student.num_heads")
     if student["time_pooling"] > given["max_frames"]:
         raise ValueError("student.time_pooling is greater than max_frames")
+    tokens = given["num_features" if student["inverted"] else "max_frames"]
+    if (
+        tokens**2 * student["num_heads"] > 2**28
+        or given["max_frames"] * given["num_features"] > 2**26
+    ):
+        raise ValueError("the model is too large to be run")
     _check_frontend(frontend, given["num_features"])
     trained = given.get("trained", {})
     return ModelConfig(
         tuple(labels), given["max_frames"], given["num_features"], student, frontend, trained
     )
+
+
+def _is_name(label: Any) -> bool:
+    """Printable, too: a terminal would obey control characters."""
+    return isinstance(label, str) and label.isprintable() and 0 < len(label.strip()) <= 100
 
 
 def _check(values: Any, allowed: Mapping[str, tuple], where: str) -> None:
@@ -153,7 +179,7 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
     name = frontend.get("name") if isinstance(frontend, dict) else None
     if name == "logmel":
         if frontend.get("num_mels") != num_features or num_features > logmel.FFT_LENGTH // 2:
-            raise ValueError("frontend.num_mels is not num_features")
+            raise ValueError("frontend.num_mels is not num_features, or more than 256")
         if frontend.get("fingerprint") != logmel.fingerprint(num_features):
             raise ValueError("it was made with another version of the log-mel front-end")
     elif name == "hubert":

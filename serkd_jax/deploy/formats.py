@@ -151,7 +151,7 @@ _WRITERS = {
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Without a converter's warnings of its own doings."""
-    logger = logging.getLogger(name) if name != "root" else logging.getLogger()
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

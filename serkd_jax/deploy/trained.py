@@ -123,6 +123,7 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
     from serkd_jax.data.records import read_examples  # needs TensorFlow
 
     config, ids = trained.config, trained.predictions[trained.fold]["ids"].tolist()
+    held_out = set(ids)
     cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")
     wanted = {"frontend": trained.frontend.fingerprint, "max_frames": config.max_frames}
     for path in sorted(cache.glob("features/*/metadata.json")):
@@ -132,7 +133,7 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
         found = {
             example["id"]: example["features"]
             for example in read_examples(path.parent, ("id", "features"))
-            if example["id"] in ids
+            if example["id"] in held_out
         }
         if len(found) == len(ids):
             return pad_features([found[key] for key in ids], config)

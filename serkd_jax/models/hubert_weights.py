@@ -283,8 +283,8 @@ def _weight_files(folder: Path, stored: Sequence[str]) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             weight_map = _read_json(index).get("weight_map", {})
             shards = [folder / shard for shard in sorted(set(weight_map.values()))]
-            if any(shard.parent != folder for shard in shards):
-                raise UserError(f"{index} names files of other folders: download the model again")
+            if any((s.parent, s.suffix) != (folder, Path(name).suffix) for s in shards):
+                raise UserError(f"{index} names files of another place or kind: fetch it again")
             missing = [shard.name for shard in shards if not shard.exists()]
             if missing or not shards:
                 raise UserError(
