@@ -115,6 +115,10 @@ def test_only_what_prediction_needs_is_in_the_folder(exported):
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", *FILES.values()
     }  # fmt: skip
+    trained = json.loads((folder / "config.json").read_text())["trained"]["config"]
+    assert trained["seed"] == 0
+    assert "cache_dir" not in trained  # nor any other place on this machine
+    assert "file" not in trained["protocol"]
     names = load_file(folder / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {
         "embed", "variate_embedding", "layers_0", "classifier_0", "classifier_1"

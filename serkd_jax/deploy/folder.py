@@ -147,10 +147,8 @@ def parse_config(given: Any) -> ModelConfig:
     if student["time_pooling"] > given["max_frames"]:
         raise ValueError("student.time_pooling is greater than max_frames")
     tokens = given["num_features" if student["inverted"] else "max_frames"]
-    if (
-        tokens**2 * student["num_heads"] > 2**28
-        or given["max_frames"] * given["num_features"] > 2**26
-    ):
+    values = given["max_frames"] * given["num_features"]
+    if tokens**2 * student["num_heads"] > 2**28 or values > 2**26:
         raise ValueError("the model is too large to be run")
     _check_frontend(frontend, given["num_features"])
     trained = given.get("trained", {})

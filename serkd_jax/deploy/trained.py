@@ -18,6 +18,7 @@ from serkd_jax.frontends import Frontend, Hubert, make_frontend
 from serkd_jax.report import STAGE_OF_ROW
 from serkd_jax.training import load_selected
 
+PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe
 STUDENT_ROWS = ("updated_student", "distilled_student", "student")
 
 
@@ -101,10 +102,21 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
                 "corpus": results["corpus"],
                 "fold": fold,
                 "row": row,
-                "config": config,
+                "config": _without_places(config),
             },
         }
     )
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Less what names files of the machine that it ran on."""
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_places(value)
+        elif key not in PLACES and not (key == "model" and Path(value).is_dir()):
+            kept[key] = value
+    return kept
 
 
 def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
