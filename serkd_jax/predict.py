@@ -26,7 +26,14 @@ from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import FILES, find_folder, read_config
 from serkd_jax.errors import UserError
 from serkd_jax.logmel import num_samples
-from serkd_jax.waveform import SAMPLE_RATE, SILENCE_PEAK, AudioError, check_audio
+from serkd_jax.waveform import (
+    SAMPLE_RATE,
+    SILENCE_PEAK,
+    AudioError,
+    check_audio,
+    to_float,
+    to_int16,
+)
 
 
 class Window(NamedTuple):
@@ -153,6 +160,7 @@ class Model:
             return Failure(source, str(error))
         except MemoryError:
             return Failure(source, f"{source}: does not fit into memory; split it")
+        waveform = to_float(to_int16(waveform))  # as in the records that it learned from
         last = max(0, len(waveform) - self._window)
         starts = [
             start

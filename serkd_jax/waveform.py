@@ -7,7 +7,7 @@ from serkd_jax.errors import UserError
 SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that HuBERT or a log-mel frame can see
 SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
-LOUDEST_PEAK = 1e6  # floats may be of another full scale than 1, but not of any
+LOUDEST_PEAK = 10  # decoders overshoot full scale a little; more is another scale
 
 
 class AudioError(UserError):
@@ -30,7 +30,9 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
     if not np.isfinite(audio).all():
         raise AudioError(f"{name}: holds NaN or infinite samples; convert it again from the source")
     if np.abs(audio).max() > LOUDEST_PEAK:
-        raise AudioError(f"{name}: samples above {LOUDEST_PEAK:g} are no audio; convert it again")
+        raise AudioError(
+            f"{name}: samples of {np.abs(audio).max():g}, where full scale is 1; divide them by it"
+        )
     if np.abs(audio).max() < SILENCE_PEAK:
         raise AudioError(
             f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale; "

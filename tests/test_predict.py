@@ -29,7 +29,7 @@ from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
 from serkd_jax.errors import UserError
 from serkd_jax.models.hubert_weights import load_hubert, save_hubert
 from serkd_jax.predict import Failure, load_model
-from serkd_jax.waveform import AudioError
+from serkd_jax.waveform import AudioError, to_float, to_int16
 
 WINDOW = 24 * 320 + 400  # samples of 25 frames
 
@@ -54,7 +54,7 @@ def copied(folder, tmp_path):
 def by_hand(folder, waveform):
     """Probabilities of one window, from the parts that training has, and the softmax by hand."""
     config = read_config(folder)
-    features, num_frames = load_frontend(folder, config)([waveform])
+    features, num_frames = load_frontend(folder, config)([to_float(to_int16(waveform))])
     params = read_params(folder / FILES["safetensors"], config)
     logits = make_student(config).apply({"params": params}, jnp.array(features), num_frames).logits
     values = np.exp(np.asarray(logits[0], np.float64))
@@ -128,7 +128,8 @@ def test_samples_of_any_type_rate_and_channels_give_the_same(change, model):
         (np.ones((2, 2, 2)), 16_000, "no recording"),
         (np.ones(8000, complex), 16_000, "no recording"),
         (np.ones(8000), 1, "a rate of 1 Hz"),
-        (np.full(8000, 1e38), 16_000, "samples above 1e"),
+        (np.full(8000, 1e38), 16_000, "full scale is 1"),
+        (np.full(8000, 3000.0), 16_000, "samples of 3000, where full scale is 1"),
         (np.ones(160_001, np.float32), 16_000, "longer than 10 s"),
     ],
 )
