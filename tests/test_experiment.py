@@ -225,6 +225,8 @@ def test_hubert_features_and_teacher_on_a_folder_of_recordings(
     config.frontend = {"name": "hubert", "model": hubert_folder}
     config.teacher.update({"input": teacher_input, "model": hubert_folder, "patch_frames": 0})
     config.num_devices = 8 if teacher_input == "waveform" else 1
+    if teacher_input == "features":
+        config.stages = "teacher"
     for stage in STAGES:
         config[stage].epochs = 1
     Experiment(config, tmp_path / "run").run()

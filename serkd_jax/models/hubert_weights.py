@@ -292,7 +292,7 @@ def _weight_files(folder: Path, stored: Sequence[str]) -> list[Path]:
                     f"{', missing in that folder' if missing else ''}: download the model again"
                 )
             return shards
-    raise UserError(f"{folder} has no {' and no '.join(stored)}: no weights to load")
+    raise UserError(f"{folder} has none of {', '.join(stored)}: no weights to load")
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
