@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from serkd_jax.deploy import folder as files
-from serkd_jax.deploy.backends import Classify, load_classifier
+from serkd_jax.deploy.backends import at_most, load_classifier
 from serkd_jax.deploy.card import Checked, write_card
 from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
@@ -23,6 +23,8 @@ from serkd_jax.frontends import Hubert
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.hubert_weights import save_hubert
 from serkd_jax.report import write_atomically
+
+BATCH = 16  # utterances that are checked at once
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished run.")
 _FOLD = flags.DEFINE_string("fold", "1", "Which fold's model.")
@@ -108,18 +110,13 @@ def _check(
         if form == "run":
             logits = predictions[trained.row]
         else:
-            classify = load_classifier(folder, trained.config, form)
-            logits = _in_batches(classify, features, num_frames)
+            classify = at_most(BATCH, load_classifier(folder, trained.config, form))
+            logits = classify(features, num_frames)
         if expected is None:
             expected = logits
         scores = classification_metrics(labels, logits.argmax(-1), len(trained.config.labels))
         agreement = np.mean(logits.argmax(-1) == expected.argmax(-1))
         yield Checked(form, float(np.abs(logits - expected).max()), float(agreement), scores["ua"])
-
-
-def _in_batches(classify: Classify, features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    rows = (slice(start, start + 16) for start in range(0, len(features), 16))
-    return np.concatenate([classify(features[i], num_frames[i]) for i in rows])
 
 
 if __name__ == "__main__":

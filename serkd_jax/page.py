@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from serkd_jax.deploy.folder import FILES
 from serkd_jax.errors import UserError
-from serkd_jax.predict import Model, Window, load_model
+from serkd_jax.predict import Model, Window, add_model_options, load_model
 
 # Every five minutes, Gradio deletes what was uploaded more than 55 minutes before.
 CLEANING = (300, 3300)
@@ -66,12 +65,9 @@ def _times(window: Window, count: int) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves the page until it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m serkd_jax.page", description=__doc__)
-    parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
-    parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
-    parser.add_argument("--revision", help="of the name on the hub")
+    add_model_options(parser, max_seconds=600)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of the network")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max_seconds", type=float, default=600, help="refuse longer recordings")
     flags = parser.parse_args(arguments)
     try:
         model = load_model(

@@ -290,21 +290,25 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit status is 1 if a recording, or the model, could not be used.",
     )
     parser.add_argument("recordings", nargs="+", metavar="FILE_OR_FOLDER")
-    parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
-    parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
-    parser.add_argument("--revision", help="of the name on the hub")
+    add_model_options(parser, max_seconds=3600)
     parser.add_argument("--hop", type=_positive, help="seconds from window to window")
     parser.add_argument("--batch_size", type=_count, default=16, help="windows at once")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX and LiteRT; 0: theirs")
-    parser.add_argument(
-        "--max_seconds", type=_positive, default=3600, help="longer ones are refused"
-    )
     parser.set_defaults(output="text")
     output = parser.add_mutually_exclusive_group()
     for name in ("json", "csv"):
         told = {"json": "a JSON object per recording", "csv": "a row per window"}[name]
         output.add_argument(f"--{name}", dest="output", action="store_const", const=name, help=told)
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, max_seconds: float) -> None:
+    """Which model a command loads, and its longest recording."""
+    parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
+    parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
+    parser.add_argument("--revision", help="of the name on the hub")
+    told = "longer recordings are refused"
+    parser.add_argument("--max_seconds", type=_positive, default=max_seconds, help=told)
 
 
 def _positive(text: str) -> float:

@@ -146,10 +146,10 @@ def _few_shapes(apply: Callable, config: ModelConfig) -> Classify:
         padded = np.pad(features, ((0, missing), (0, 0), (0, 0))), np.pad(num_frames, (0, missing))
         return np.asarray(apply(*padded))[: len(features)]
 
-    return _at_most(_rows_in_cache(config), run) if jax.default_backend() == "cpu" else run
+    return at_most(_rows_in_cache(config), run) if jax.default_backend() == "cpu" else run
 
 
-def _at_most(count: int, run: Classify) -> Classify:
+def at_most(count: int, run: Classify) -> Classify:
     """Passes no more than so many rows at once."""
 
     def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
 
     # The quantised one gives the activations of a whole batch one scale.
     quantised = path.name == FILES["onnx-int8"]
-    return _at_most(1 if quantised else _rows_in_cache(config), run)
+    return at_most(1 if quantised else _rows_in_cache(config), run)
 
 
 def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
@@ -200,7 +200,7 @@ def _load_tflite(path: Path, config: ModelConfig, threads: int) -> Classify:
     if shapes != {"features": [1, config.max_frames, config.num_features], "num_frames": [1]}:
         raise ValueError(f"it takes {shapes}")
 
-    return _at_most(
+    return at_most(
         1, lambda features, num_frames: run(features=features, num_frames=num_frames)["logits"]
     )
 

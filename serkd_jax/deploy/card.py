@@ -200,8 +200,6 @@ def _format_rows(folder: Path, checked: Sequence[Checked]) -> str:
         line = f"| {form} | `{file}` | {(folder / file).stat().st_size / 1e6:.2f} |"
         if each := by_form.get(form):
             line += f" {each.difference:.1e} | {100 * each.agreement:.1f} % | {100 * each.ua:.1f} |"
-        elif checked:
-            line += " not run | | |"
         lines.append(line)
     told = "The files were not run."
     if checked:

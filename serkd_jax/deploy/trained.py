@@ -83,8 +83,7 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
     config = results["config"]
     settings = {"name": frontend.name, "fingerprint": frontend.fingerprint}
     if isinstance(frontend, Hubert):
-        local = Path(frontend.model).expanduser().is_dir()
-        settings["model"] = None if local else frontend.model
+        settings["model"] = None if _is_folder(frontend.model) else frontend.model
         settings |= {key: getattr(frontend, key) for key in ("revision", "layer", "dtype")}
     else:
         settings |= frontend.settings
@@ -114,9 +113,14 @@ def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             kept[key] = _without_places(value)
-        elif key not in PLACES and not (key == "model" and Path(value).is_dir()):
+        elif key not in PLACES and not (key == "model" and _is_folder(value)):
             kept[key] = value
     return kept
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a HuBERT is named by a place on this machine, not by the hub's name."""
+    return Path(model).expanduser().is_dir()
 
 
 def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
