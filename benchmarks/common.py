@@ -64,7 +64,8 @@ def make_programs(config: ConfigDict, order: str, variates: int) -> Programs:
     """The programs of one order of the meta-gradient, for one device."""
     config = config.copy_and_resolve_references()
     config.meta.order = order
-    programs = Programs(config, CLASSES, (config.max_frames, variates), 1, jax.devices()[:1])
+    shape = (config.max_frames, variates)
+    programs = Programs(config, CLASSES, shape, variates, 1, jax.devices()[:1])
     programs.adapter = Adapter(HIDDEN)  # otherwise the teacher would be loaded for its width
     return programs
 

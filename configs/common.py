@@ -1,6 +1,23 @@
 """The paper's values (Section 4 and Table 3), on which every recipe builds."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def encoder(name: str, model: str = "", layer: int | list[int] = -1) -> ConfigDict:
+    """A front-end of a pretrained encoder: hubert, wav2vec2, wavlm or whisper.
+
+    Args:
+        name: the kind of encoder; empty as a teacher's means the student's front-end.
+        model: a local folder, or a name on the Hugging Face hub.
+        layer: -1 for the last hidden state, k for the output of layer k, or a list of these, whose
+            outputs are averaged (on the command line, 8,9,10).
+    """
+    settings = {"name": name, "model": model, "revision": "", "dtype": "float32"}
+    settings |= {"pad_to_30s": False} if name == "whisper" else {}  # transformers pads, we do not
+    config = ConfigDict(settings | {"layer": placeholder(object)})
+    config.layer = layer
+    return config
 
 
 def paper(table3: str = "iemocap") -> ConfigDict:
@@ -25,7 +42,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.stages = "teacher,student,distill,curriculum"
 
     # Section 4.3: hubert-large-ll60k, cut or padded to T frames of 20 ms.
-    config.frontend = ConfigDict({"name": "hubert", "model": "facebook/hubert-large-ll60k"})
+    config.frontend = encoder("hubert", "facebook/hubert-large-ll60k")
     config.max_frames = 326 if iemocap else 224
 
     # Which utterances test, select epochs (validation) and reward the teacher (quiz): ours.
@@ -52,7 +69,9 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.teacher = ConfigDict(
         {
             "input": "waveform",  # or features: the layers read the stored features
+            "frontend": encoder(""),  # of these features, if it is not the student's
             "model": "facebook/hubert-large-ls960-ft",
+            "revision": "",
             "patch_frames": 0,  # the input frames are what the layers read
             "dropout": 0.1,  # ours
             "max_frequency_mask": 0,  # SpecAugment of the teacher's input: none
@@ -143,7 +162,9 @@ def logmel(config: ConfigDict) -> ConfigDict:
     config.teacher = ConfigDict(
         {
             "input": "features",
+            "frontend": encoder(""),  # empty: the student's
             "model": "",  # empty: from scratch, with the sizes below
+            "revision": "",
             "patch_frames": 4,  # 80 ms
             "width": 192,
             "mlp_dim": 384,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import batches, losses, parallel, report
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import make_frontend
+from serkd_jax.frontends import Frontend, make_frontend
 from serkd_jax.logmel import num_samples
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
@@ -60,23 +60,29 @@ class Experiment:
         self.table = records.load_table(records_dir)
         counted = counts.check_counts(self.table, corpus, config.strict, most_named=20)
         self.folds = self._make_folds()
-        self.data_report = "\n\n".join([counted, *self._notes()])
         splits = folds_as_json(self.folds, self.table.ids)
         # Enough batches for the largest fold's training part, so that all folds share programs.
         largest = max(len(fold.train) for fold in self.folds)
         self.steps_per_epoch = -(-largest // config.batch_size)
 
         frontend = make_frontend(config.frontend, parallel.local_devices(devices))
-        reads_waveforms = config.teacher.input == "waveform" and "teacher" in chosen_stages(config)
+        teacher_frontend = frontend
+        if config.teacher.frontend.name:
+            teacher_frontend = make_frontend(
+                config.teacher.frontend, parallel.local_devices(devices)
+            )
+        has_teacher = "teacher" in chosen_stages(config)
+        reads_waveforms = has_teacher and config.teacher.input == "waveform"
+        reads_its_own = has_teacher and teacher_frontend is not frontend
         samples = num_samples(max_frames)
-        bytes_of_all = (
-            2 * len(self.table) * (max_frames * frontend.width + samples * reads_waveforms)
-        )
+        width = frontend.width + reads_its_own * teacher_frontend.width
+        bytes_of_all = 2 * len(self.table) * (max_frames * width + samples * reads_waveforms)
         resident = batches.are_resident(config.examples, bytes_of_all, devices)
         self.programs = Programs(
             config,
             len(self.table.class_names),
             (max_frames, frontend.width),
+            teacher_frontend.width,
             self.steps_per_epoch,
             devices,
             resident,
@@ -86,15 +92,22 @@ class Experiment:
                 "the corpus": corpus.fingerprint,
                 "the splits": hashlib.sha256(splits.encode()).hexdigest()[:16],
                 "the front-end": frontend.fingerprint,
+                "the teacher's front-end": teacher_frontend.fingerprint,
                 "the teacher's weights": self.programs.weights_hash,
             },
             splits,
         )
-        features_dir = features.prepare_features(records_dir, frontend, max_frames, cache)
-        self.features = self._open(features_dir, "features", max_frames)
-        self.teacher_inputs = self.features
+        self.data_report = "\n\n".join([counted, *self._notes(frontend, teacher_frontend)])
+
+        def open_features(frontend: Frontend) -> batches.Examples:
+            folder = features.prepare_features(records_dir, frontend, max_frames, cache)
+            return self._open(folder, "features", max_frames)
+
+        self.features = self.teacher_inputs = open_features(frontend)
         if reads_waveforms:
             self.teacher_inputs = self._open(records_dir, "audio", samples)
+        elif reads_its_own:
+            self.teacher_inputs = open_features(teacher_frontend)
 
     def _open(self, folder: Path, name: str, length: int) -> batches.Examples:
         """The utterances with one array of records as their inputs."""
@@ -331,8 +344,8 @@ class Experiment:
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name
 
-    def _notes(self) -> list[str]:
-        """What a reader of the results must know of the data."""
+    def _notes(self, *frontends: Frontend) -> list[str]:
+        """What a reader of the results must know of the data and of the encoders."""
         notes = [speaker_note(self.folds, self.table.speakers)]
         for fold in self.folds:
             if unused := len(self.table) - sum(map(len, fold.parts.values())):
@@ -348,7 +361,10 @@ class Experiment:
                 f"{cut} utterances are longer than max_frames={self.config.max_frames} "
                 f"({limit / 16000:.1f} s) and were cut there."
             )
-        return notes
+        assumptions = [frontend.assumption for frontend in frontends]
+        if checkpoint := self.programs.checkpoint:
+            assumptions.append(checkpoint.assumption)
+        return [*notes, *dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)]
 
     def _claim_workdir(self, sources: dict[str, str], splits: str) -> None:
         """Writes what this run is, or refuses a workdir in which another one has trained."""

@@ -18,10 +18,10 @@ from serkd_jax.deploy.backends import at_most, load_classifier
 from serkd_jax.deploy.card import Checked, write_card
 from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
+from serkd_jax.encoders.checkpoint import save_encoder
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Hubert
+from serkd_jax.frontends import Pretrained
 from serkd_jax.metrics import classification_metrics
-from serkd_jax.models.hubert_weights import save_hubert
 from serkd_jax.report import write_atomically
 
 BATCH = 16  # utterances that are checked at once
@@ -84,8 +84,8 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(config, trained.config.to_json())
     frontend = trained.frontend
-    if isinstance(frontend, Hubert) and trained.config.frontend["model"] is None:
-        save_hubert(frontend.checkpoint, folder / files.FRONTEND)
+    if isinstance(frontend, Pretrained) and trained.config.frontend["model"] is None:
+        save_encoder(frontend.checkpoint, folder / files.FRONTEND)
     wanted = [form for form in files.FILES if form == "safetensors" or form in formats]
     for form in tqdm(wanted, "formats", unit="format", disable=None):
         write_format(form, folder, trained.config, trained.params)

@@ -1,9 +1,10 @@
-"""HuBERT features of any audio: ``python -m serkd_jax.features --model=M --input=IN --output=DIR``.
+"""Features of any audio: ``python -m serkd_jax.features --model=M --input=IN --output=DIR``.
 
-IN is a folder or a manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each
-record has ``id`` (the path relative to the input), ``features`` (frames x width, float16) and
-``num_frames``. Started again after it was killed, it goes on. Several processes share the work:
-start the same command in each, with ``--coordinator``.
+M is a HuBERT, wav2vec 2.0, WavLM or Whisper; its config.json says which. IN is a folder or a
+manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has ``id``
+(the path relative to the input), ``features`` (frames x width, float16) and ``num_frames``. Started
+again after it was killed, it goes on. Several processes share the work: start the same command in
+each, with ``--coordinator``.
 """
 
 import json
@@ -15,16 +16,17 @@ from absl import app, flags, logging
 from serkd_jax import parallel, processes
 from serkd_jax.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "HuBERT: a folder or a name on the hub.")
+_MODEL = flags.DEFINE_string("model", None, "An encoder: a folder or a name on the hub.")
 _REVISION = flags.DEFINE_string("revision", None, "Of the name on the hub.")
 _INPUT = flags.DEFINE_string(
     "input", None, "A folder of audio files, or a .csv or .jsonl manifest."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the manifest's paths begin.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-_LAYER = flags.DEFINE_integer(
-    "layer", -1, "-1: last hidden state, final norm included; k: layer k."
+_LAYER = flags.DEFINE_string(
+    "layer", "-1", "-1: last hidden state, final norm included; k: layer k; 8,9: their mean."
 )
+_PAD = flags.DEFINE_bool("pad_to_30s", False, "Whisper: pad every file, as transformers does.")
 _MAX_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "Of a file; what follows is left out.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 _BATCH_FRAMES = flags.DEFINE_integer(
@@ -44,7 +46,7 @@ def _extract() -> None:
     # Slow to import, so after the flags are parsed.
     from serkd_jax.data.features import extract_features
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.frontends import Hubert, default_batching
+    from serkd_jax.frontends import Pretrained, default_batching
     from serkd_jax.logmel import num_frames
     from serkd_jax.waveform import SAMPLE_RATE
 
@@ -53,11 +55,16 @@ def _extract() -> None:
         raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
     max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
     source = AudioFiles(_INPUT.value, _DATA_DIR.value)
-    frontend = Hubert(
+    try:
+        layers = [int(layer) for layer in str(_LAYER.value).split(",")]
+    except ValueError as error:
+        raise UserError(f"layer is {_LAYER.value}: use a number, or several as 8,9") from error
+    frontend = Pretrained(
         model=_MODEL.value,
         revision=_REVISION.value,
-        layer=_LAYER.value,
+        layer=layers[0] if len(layers) == 1 else layers,
         dtype=_DTYPE.value,
+        pad_to_30s=_PAD.value,
         batching=default_batching()._replace(frames=_BATCH_FRAMES.value)
         if _BATCH_FRAMES.value
         else None,
@@ -76,6 +83,8 @@ def _summary(folder: Path) -> str:
     """What was extracted and skipped, for people."""
     metadata = json.loads((folder / "metadata.json").read_text())
     lines = [f"{metadata['hours']:.2f} h of audio are in {folder}"]
+    if assumption := metadata["frontend_settings"]["assumption"]:
+        lines.append(f"assumed: {assumption}")
     if cut := metadata["num_cut"]:
         lines.append(f"{cut} longer files were cut at {metadata['max_frames'] / 50:.0f} s")
     if skipped := metadata["skipped"]:

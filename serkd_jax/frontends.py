@@ -1,7 +1,7 @@
 """Front-ends: 16 kHz waveforms to feature sequences at 50 frames a second.
 
-A front-end is called with waveforms; `Frontend` says what else it has. All share HuBERT's frame
-grid: n samples give (n - 400) // 320 + 1 frames.
+A front-end is called with waveforms; `Frontend` says what else it has. All share one grid of
+frames: n samples give (n - 400) // 320 + 1 of them.
 """
 
 import dataclasses
@@ -16,11 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax import logmel, parallel
+from serkd_jax.encoders import ENCODERS
+from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.errors import UserError
 from serkd_jax.logmel import HOP, num_frames, num_samples
-from serkd_jax.models.hubert import HubertModel, normalize_waveform
-from serkd_jax.models.hubert import num_frames as hubert_frames
-from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
 
 
 class Frontend(Protocol):
@@ -31,6 +30,7 @@ class Frontend(Protocol):
     settings: dict[str, Any]  # for people, in JSON types
     fingerprint: str  # changes with everything that the output depends on, rounding apart
     num_devices: int  # how many it computes on
+    assumption: str  # about the model, where its files leave something open; else empty
 
     def __call__(
         self,
@@ -55,6 +55,7 @@ class LogMel:
     num_mels: int = 80
     name: ClassVar[str] = "logmel"
     num_devices: ClassVar[int] = 1
+    assumption: ClassVar[str] = ""
 
     @property
     def width(self) -> int:
@@ -100,7 +101,7 @@ def default_batching() -> Batching:
 
 
 class Batch(NamedTuple):
-    """Clips that go through HuBERT together."""
+    """Clips that go through an encoder together."""
 
     clips: np.ndarray  # (n,) int, which ones
     frames: int  # that each is padded to
@@ -148,15 +149,18 @@ def plan_batches(num_frames: Sequence[int], max_frames: int, batching: Batching)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hubert:
-    """Hidden states of a HuBERT checkpoint (Section 4.3: the last), on all given devices.
+class Pretrained:
+    """Hidden states of a pretrained encoder (Section 4.3: HuBERT's last), on all given devices.
 
     Attributes:
         model: a local folder in the Hugging Face format, or a name on the hub.
         revision: of the name on the hub.
-        layer: -1 for the last hidden state, with the final norm that the large variant has; else
-            an index into `HubertOutput.hidden_states`, k for the output of layer k without it.
+        layer: -1 for the last hidden state, with the final norm that some encoders have; else an
+            index into `EncoderOutput.hidden_states`, k for the output of layer k without it; or
+            several of these, whose mean is taken.
         dtype: of the computation, float32 or bfloat16.
+        pad_to_30s: of Whisper alone: whether every clip is padded as transformers does it.
+        kind: the `model_type` that the model must have; empty takes any.
         batching: None means `default_batching()`.
         devices: none means all local ones.
         safetensors_only: whether to refuse weights in torch's own format, which is a pickle.
@@ -164,30 +168,52 @@ class Hubert:
 
     model: str
     revision: str | None = None
-    layer: int = -1
+    layer: int | Sequence[int] = -1
     dtype: str = "float32"
+    pad_to_30s: bool = False
+    kind: str = ""
     batching: Batching | None = None
     devices: tuple[jax.Device, ...] = ()
     safetensors_only: bool = False
-    name: ClassVar[str] = "hubert"
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     @cached_property
-    def checkpoint(self) -> HubertCheckpoint:
-        """Architecture and weights."""
+    def checkpoint(self) -> Checkpoint:
+        """Architecture and weights, once the settings have been checked against them."""
         if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"the dtype of HuBERT is {self.dtype!r}: use float32 or bfloat16")
-        checkpoint = load_hubert(self.model, self.revision, self.safetensors_only)
-        if hubert_frames(checkpoint.config, num_samples(326)) != 326:
-            raise UserError(f"{self.model} does not give one frame every {HOP} samples, as HuBERT")
+            raise UserError(f"the front-end's dtype is {self.dtype!r}: use float32 or bfloat16")
+        checkpoint = load_encoder(self.model, self.revision or None, self.safetensors_only)
+        found = checkpoint.kind
+        if self.kind and self.kind != found.model_type:
+            raise UserError(
+                f"{self.model} is a {found.model_type}, not a {self.kind}: set the front-end's "
+                f"name to {found.model_type}, or name another model"
+            )
+        if self.pad_to_30s and "pad_to_30s" not in found.options:
+            raise UserError(f"{self.model} is a {found.model_type}: pad_to_30s is Whisper's alone")
+        if found.num_frames(checkpoint.config, num_samples(326)) != 326:
+            raise UserError(f"{self.model} does not give one frame every {HOP} samples")
         layers = checkpoint.config.num_hidden_layers
-        if not -layers - 1 <= self.layer <= layers:
+        if not self.layers or any(not -layers - 1 <= layer <= layers for layer in self.layers):
             raise UserError(
                 f"{self.model} has {layers} layers: layer {self.layer} is not in "
-                f"{-layers - 1} to {layers}"
+                f"{-layers - 1} to {layers}, nor a list of such"
             )
         return checkpoint
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """One or several, each once."""
+        given = (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
+        if not all(type(layer) is int for layer in given) or len(set(given)) < len(given):
+            raise UserError(f"layer is {self.layer!r}: use a number, or a list of different ones")
+        return given
+
+    @property
+    def name(self) -> str:
+        """The kind of encoder."""
+        return self.checkpoint.kind.model_type
 
     @property
     def width(self) -> int:
@@ -195,10 +221,17 @@ class Hubert:
         return self.checkpoint.config.hidden_size
 
     @property
+    def assumption(self) -> str:
+        """See `Checkpoint`."""
+        return self.checkpoint.assumption
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Which model, weights, layer and type; and what may change the rounding."""
-        shown = {key: getattr(self, key) for key in ("name", "model", "revision", "layer", "dtype")}
-        return shown | {
+        keys = ("name", "model", "revision", "layer", "dtype", *self.checkpoint.kind.options)
+        return {key: getattr(self, key) for key in keys} | {
+            "do_normalize": self.checkpoint.do_normalize,
+            "assumption": self.assumption,
             "weights_sha256": self.checkpoint.sha256,
             "batch_frames": self._batching.frames,
             "device": self._devices[0].device_kind,
@@ -206,11 +239,13 @@ class Hubert:
 
     @property
     def fingerprint(self) -> str:
-        """The weights' hash: a folder and a hub name with the same files give the same features.
+        """The weights' hash: a folder and a hub name with the same weights give the same features.
 
         Neither device nor size of batches: they change the rounding alone.
         """
-        return f"hubert-v{self.VERSION}-{self.checkpoint.sha256}-{self.layer}-{self.dtype}"
+        layers = ",".join(map(str, self.layers))
+        padded = "-30s" if self.pad_to_30s else ""
+        return f"{self.name}-v{self.VERSION}-{self.checkpoint.sha256}-{layers}-{self.dtype}{padded}"
 
     @property
     def num_devices(self) -> int:
@@ -227,16 +262,17 @@ class Hubert:
 
     @cached_property
     def _encode(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        model = HubertModel(self.checkpoint.config, self.dtype)
+        options = {"pad_to_30s": True} if self.pad_to_30s else {}
 
         def encode(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-            waveform, num_samples = batch
-            if self.checkpoint.do_normalize:
-                waveform = normalize_waveform(waveform, num_samples)
-            output = model.apply({"params": params}, waveform, num_samples)
-            last = self.layer == -1
-            hidden = output.last_hidden_state if last else output.hidden_states[self.layer]
-            return hidden.astype(jnp.float16)
+            output = self.checkpoint.encode(params, *batch, self.dtype, **options)
+            states = [
+                output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+                for layer in self.layers
+            ]
+            if len(states) == 1:
+                return states[0].astype(jnp.float16)
+            return jnp.stack(states).astype(jnp.float32).mean(0).astype(jnp.float16)
 
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(self.dtype)), self.checkpoint.params)
         params = parallel.replicate(params, self._devices)
@@ -250,6 +286,12 @@ class Hubert:
         groups: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See `Frontend`; batches are made within groups, and the devices share them out."""
+        most = self.checkpoint.kind.max_frames(self.checkpoint.config)
+        if most is not None and max_frames > most:
+            raise UserError(
+                f"{self.model} takes at most {most} frames, {most / 50:g} s, not {max_frames}: "
+                "lower max_frames or max_seconds"
+            )
         waveforms = [waveform[: num_samples(max_frames)] for waveform in waveforms]
         frames = np.array([num_frames(len(waveform)) for waveform in waveforms])
         running = None  # the devices work on these batches while the host takes the last results
@@ -304,15 +346,20 @@ def _unstack(
 
 
 def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> Frontend:
-    """Makes the front-end of a config's ``frontend`` part: its ``name`` and that one's settings."""
-    frontends = {"logmel": LogMel, "hubert": Hubert}
+    """Makes the front-end of a config's ``frontend`` part: its ``name`` and that one's settings.
+
+    Args:
+        config: ``name`` is ``logmel`` or a kind of encoder; the others are the attributes of
+            `LogMel` or `Pretrained`.
+        devices: that an encoder computes on; none means all local ones.
+    """
     settings = config.to_dict()
     name = settings.pop("name")
-    if name not in frontends:
-        raise UserError(f"frontend.name is {name!r}: use one of {', '.join(frontends)}")
-    if name == "hubert":
-        settings["devices"] = tuple(devices)
+    if name not in ("logmel", *ENCODERS):
+        raise UserError(f"frontend.name is {name!r}: use one of logmel, {', '.join(ENCODERS)}")
     try:
-        return frontends[name](**settings)
+        if name == "logmel":
+            return LogMel(**settings)
+        return Pretrained(**settings, kind=name, devices=tuple(devices))
     except TypeError as error:
         raise UserError(f"frontend {name}: {error}; use the {name} part of a recipe") from error

@@ -1,6 +1,6 @@
 """The log-mel front-end in NumPy alone, so that it also runs where nothing else is installed.
 
-Frames are HuBERT's: n samples at 16 kHz give (n - 400) // 320 + 1 of them, 50 a second.
+Frames are those of wav2vec 2.0: n samples at 16 kHz give (n - 400) // 320 + 1 of them, 50 a second.
 """
 
 import functools
@@ -59,11 +59,15 @@ def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
 
 
 @functools.cache
-def mel_filters(num_mels: int) -> np.ndarray:
-    """(257, num_mels) triangles on Slaney's mel scale, each of the same area (Slaney 1998)."""
-    ends = _hertz_to_mel(np.array([MIN_HZ, SAMPLE_RATE / 2]))
+def mel_filters(num_mels: int, fft_length: int = FFT_LENGTH, min_hz: float = MIN_HZ) -> np.ndarray:
+    """Triangles on Slaney's mel scale, each of the same area (Slaney 1998), up to 8 kHz.
+
+    Returns:
+        float64 (fft_length // 2 + 1, num_mels).
+    """
+    ends = _hertz_to_mel(np.array([min_hz, SAMPLE_RATE / 2]))
     corners = _mel_to_hertz(np.linspace(*ends, num_mels + 2))
-    bins = np.linspace(0, SAMPLE_RATE / 2, FFT_LENGTH // 2 + 1)[:, None]
+    bins = np.linspace(0, SAMPLE_RATE / 2, fft_length // 2 + 1)[:, None]
     rising = (bins - corners[:-2]) / np.diff(corners)[:-1]
     falling = (corners[2:] - bins) / np.diff(corners)[1:]
     triangles = np.maximum(0, np.minimum(rising, falling))

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
-from transformers import HubertConfig
 
 from serkd_jax import parallel
 from serkd_jax.batches import Examples, predict_rows
+from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
+from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
 from serkd_jax.errors import UserError
-from serkd_jax.models.hubert import HubertEmbed
-from serkd_jax.models.hubert_weights import HubertCheckpoint, load_hubert
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
@@ -53,7 +53,12 @@ def check_config(config: ConfigDict) -> None:
         if value not in choices:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
     if config.teacher.input == "waveform" and not config.teacher.model:
-        raise UserError("teacher.input=waveform needs a HuBERT checkpoint in teacher.model")
+        raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
+    if config.teacher.input == "waveform" and config.teacher.frontend.name:
+        raise UserError(
+            "teacher.input=waveform reads no features: leave teacher.frontend.name empty, or set "
+            "teacher.input=features"
+        )
     if config.steps_per_dispatch < 1:
         raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
     if config.contrastive.queue_size < config.batch_size:
@@ -82,7 +87,8 @@ class Programs:
     Attributes:
         config: the whole config.
         num_classes: C.
-        feature_shape: (T, N) of the stored features.
+        feature_shape: (T, N) of the student's features.
+        teacher_width: of the teacher's features, if it reads any.
         steps_per_epoch: of every stage.
         devices: where the steps run.
         resident: whether the examples are on the devices, or come with every call.
@@ -93,55 +99,66 @@ class Programs:
         config: ConfigDict,
         num_classes: int,
         feature_shape: tuple[int, int],
+        teacher_width: int,
         steps_per_epoch: int,
         devices: list[jax.Device],
         resident: bool = True,
     ):
-        self.config, self.num_classes, self.feature_shape = config, num_classes, feature_shape
+        self.config, self.num_classes = config, num_classes
+        self.feature_shape, self.teacher_width = feature_shape, teacher_width
         self.steps_per_epoch, self.devices, self.resident = steps_per_epoch, devices, resident
 
     # Teacher (Section 3.1) ---------------------------------------------------------------------
 
     @cached_property
-    def checkpoint(self) -> HubertCheckpoint:
-        """The pretrained HuBERT that the teacher starts from."""
-        return load_hubert(self.config.teacher.model)
+    def checkpoint(self) -> Checkpoint | None:
+        """The pretrained encoder that the teacher starts from; None from scratch."""
+        config = self.config.teacher
+        return load_encoder(config.model, config.revision or None) if config.model else None
 
     @property
     def weights_hash(self) -> str:
         """Of the checkpoint that the teacher starts from; empty if it starts from scratch."""
-        return self.checkpoint.sha256 if self.config.teacher.model else ""
+        return self.checkpoint.sha256 if self.checkpoint else ""
 
     @cached_property
     def teacher_model(self) -> Teacher:
         """The trained part of the teacher."""
         config = self.config.teacher
-        if config.model:
-            sizes = self.checkpoint.config.to_dict()
-        else:
-            sizes = {
-                "hidden_size": config.width,
-                "intermediate_size": config.mlp_dim,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "do_stable_layer_norm": True,
-            }
-        dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout")
-        sizes |= dict.fromkeys(dropouts, config.dropout)
-        return Teacher(
-            HubertConfig(**sizes),
-            self.num_classes,
-            config.patch_frames,
-            self.dtype,
-            self.config.remat,
+        make_layers = self.checkpoint.kind.layers if self.checkpoint else Wav2Vec2Layers
+        layers = make_layers(self._layers_config, self.dtype, self.config.remat)
+        return Teacher(layers, self.num_classes, config.patch_frames)
+
+    @property
+    def _layers_config(self) -> Any:
+        """Of the checkpoint's layers, or of layers from scratch; the dropout is the recipe's."""
+        config = self.config.teacher
+        if self.checkpoint:
+            architecture = self.checkpoint.config
+            dropouts = dict.fromkeys(self.checkpoint.kind.dropouts, config.dropout)
+            return type(architecture).from_dict(architecture.to_dict() | dropouts)
+        from transformers import Wav2Vec2Config
+
+        return Wav2Vec2Config(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            do_stable_layer_norm=True,
+            **dict.fromkeys(Wav2Vec2.dropouts, config.dropout),
         )
 
     @cached_property
-    def embed(self) -> HubertEmbed | None:
-        """The frozen convolutional front, for waveform input."""
+    def embed(self) -> nn.Module | None:
+        """The frozen front of the encoder, for waveform input."""
         if not self._reads_waveforms:
             return None
-        return HubertEmbed(self.checkpoint.config, self.dtype)
+        return self.checkpoint.kind.embed(self.checkpoint.config, self.dtype)
+
+    @property
+    def teacher_hidden(self) -> int:
+        """H, the width of h(., T)."""
+        return self.teacher_model.encoder.config.hidden_size
 
     @property
     def _reads_waveforms(self) -> bool:
@@ -149,8 +166,7 @@ class Programs:
 
     @cached_property
     def _new_teacher_params(self) -> Callable[[jax.Array], Any]:
-        hidden_size, stored_width = self.teacher_model.config.hidden_size, self.feature_shape[1]
-        shape = (1, 8, hidden_size if self._reads_waveforms else stored_width)
+        shape = (1, 8, self.teacher_hidden if self._reads_waveforms else self.teacher_width)
 
         def init(rng: jax.Array) -> Any:
             mask = jnp.ones(shape[:2], bool)
@@ -161,7 +177,7 @@ class Programs:
     def init_teacher(self) -> teacher.TeacherState:
         """State before fine-tuning: pretrained layers where a checkpoint is named."""
         params = self._new_teacher_params(jax.random.fold_in(jax.random.key(self.config.seed), 0))
-        if self.config.teacher.model:
+        if self.checkpoint:
             params = {**params, "encoder": self.checkpoint.params["encoder"]}
         frozen = self.checkpoint.params["embed"] if self._reads_waveforms else {}
         return teacher.init_state(params, self.teacher_optimizer, frozen)
@@ -238,7 +254,7 @@ class Programs:
     @cached_property
     def adapter(self) -> Adapter:
         """Maps the student's hidden vector to the teacher's width."""
-        return Adapter(self.teacher_model.config.hidden_size)
+        return Adapter(self.teacher_hidden)
 
     @cached_property
     def classifier(self) -> Classifier:

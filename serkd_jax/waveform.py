@@ -5,7 +5,7 @@ import numpy as np
 from serkd_jax.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz
-MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that HuBERT or a log-mel frame can see
+MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that an encoder or a log-mel frame can see
 SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
 LOUDEST_PEAK = 10  # decoders overshoot full scale a little; more is another scale
 

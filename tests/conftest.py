@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, set before JAX starts, and what several test files share."""
 
+import functools
 import os
 import tempfile
 
@@ -53,24 +54,37 @@ def three_wavs(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def hubert_folder(tmp_path_factory):
-    """A small random HuBERT in Hugging Face's own format."""
-    from transformers import HubertConfig, HubertModel
+def encoder_folder(tmp_path_factory):
+    """Kind -> the folder of a small random encoder in Hugging Face's own format."""
+    import tiny_encoders
 
-    folder = tmp_path_factory.mktemp("hubert")
-    config = HubertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
-    HubertModel(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "conv_dim": (8,) * 7,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    }
+
+    @functools.cache
+    def make(kind: str) -> str:
+        whisper = kind == "whisper"
+        config = tiny_encoders.tiny_config(
+            "whisper 80" if whisper else f"{kind} large", **({} if whisper else sizes)
+        )
+        folder = tmp_path_factory.mktemp(kind)
+        cls = tiny_encoders.model_class(config)
+        tiny_encoders.save(cls(config), folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hubert_folder(encoder_folder):
+    """Of a small random HuBERT."""
+    return encoder_folder("hubert")
 
 
 @pytest.fixture(scope="session")

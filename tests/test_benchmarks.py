@@ -93,7 +93,7 @@ def test_the_students_operations_are_those_that_xla_counts():
 def test_the_teachers_front_and_layers_cost_what_xla_counts():
     from transformers import HubertConfig
 
-    from serkd_jax.models.hubert import HubertEmbed
+    from serkd_jax.encoders.wav2vec2 import Wav2Vec2Embed, Wav2Vec2Layers
 
     large = HubertConfig(
         hidden_size=1024,
@@ -106,10 +106,11 @@ def test_the_teachers_front_and_layers_cost_what_xla_counts():
     )
     frames = 100
     front, layers = cost.teacher_operations(frames)
-    embed, waveform = HubertEmbed(large), jnp.zeros((1, frames * 320 + 80))
+    embed, waveform = Wav2Vec2Embed(large), jnp.zeros((1, frames * 320 + 80))
     params = jax.eval_shape(embed.init, jax.random.key(0), waveform)
     assert flops(lambda p: embed.apply(p, waveform)[0], params) == pytest.approx(front, rel=0.1)
-    teacher, inputs = Teacher(large, 4), (jnp.zeros((1, frames, 1024)), jnp.ones((1, frames), bool))
+    teacher = Teacher(Wav2Vec2Layers(large), 4)
+    inputs = jnp.zeros((1, frames, 1024)), jnp.ones((1, frames), bool)
     params = jax.eval_shape(teacher.init, jax.random.key(0), *inputs)
     counted = flops(lambda p: teacher.apply(p, *inputs).logits, params)
     assert counted == pytest.approx(layers / 24, rel=0.1)

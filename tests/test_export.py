@@ -21,7 +21,7 @@ from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_traine
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
 from serkd_jax.export import export
-from serkd_jax.frontends import Hubert, make_frontend
+from serkd_jax.frontends import Pretrained, make_frontend
 from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 from serkd_jax.predict import load_model
 from tiny_config import get_config
@@ -258,7 +258,7 @@ def test_a_hubert_from_the_hub_is_named_and_a_local_one_comes_along(workdir, hub
     assert config.frontend["model"] is None
     assert config.num_features == 16
 
-    class OnHub(Hubert):
+    class OnHub(Pretrained):
         checkpoint = local.checkpoint
 
     config = model_config(results, "1", "student", OnHub("facebook/some-hubert", "main"))

@@ -1,4 +1,4 @@
-"""HuBERT as a front-end: batches, devices, layers; log-mel frames are in test_audio.py."""
+"""Encoders as front-ends: batches, devices, layers; log-mel frames are in test_audio.py."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from serkd_jax.frontends import (
     ACCELERATOR_BATCHING,
     CPU_BATCHING,
     Batching,
-    Hubert,
+    Pretrained,
     bucket_lengths,
     plan_batches,
 )
@@ -77,7 +77,7 @@ def test_features_are_those_of_torch_on_the_clip_up_to_the_limit(hubert_folder, 
     waveforms = clips()
     assert any(num_frames(len(w)) > MAX_FRAMES for w in waveforms)
     for waveform, features in zip(
-        waveforms, extract(Hubert(hubert_folder), waveforms), strict=True
+        waveforms, extract(Pretrained(hubert_folder), waveforms), strict=True
     ):
         expected = hubert_oracle(waveform[: 99 * 320 + 400])
         assert features.dtype == np.float16
@@ -88,28 +88,28 @@ def test_features_are_those_of_torch_on_the_clip_up_to_the_limit(hubert_folder, 
 @pytest.mark.parametrize("layer", [0, 1, 2, -2, -1])
 def test_any_layer_can_be_had(layer, hubert_folder, hubert_oracle):
     waveform = clips(1)[0][:20_000]
-    (features,) = extract(Hubert(hubert_folder, layer=layer), [waveform])
+    (features,) = extract(Pretrained(hubert_folder, layer=layer), [waveform])
     np.testing.assert_allclose(features, hubert_oracle(waveform, layer), **FLOAT16)
 
 
 @pytest.mark.parametrize("settings", [{"layer": 3}, {"layer": -4}, {"dtype": "float16"}])
 def test_settings_that_the_model_does_not_have_are_refused(settings, hubert_folder):
     with pytest.raises(UserError, match=r"layer|dtype"):
-        Hubert(hubert_folder, **settings).checkpoint  # noqa: B018
+        Pretrained(hubert_folder, **settings).checkpoint  # noqa: B018
 
 
 def test_fingerprint_tells_layers_types_and_weights_apart(hubert_folder):
     kinds = [{}, {"layer": 1}, {"dtype": "bfloat16"}]
-    assert len({Hubert(hubert_folder, **kind).fingerprint for kind in kinds}) == 3
+    assert len({Pretrained(hubert_folder, **kind).fingerprint for kind in kinds}) == 3
 
 
 def test_features_are_the_same_bits_on_any_devices_in_any_order_beside_any_group(hubert_folder):
     waveforms = clips()
     groups = np.arange(24) % 3
-    one = Hubert(hubert_folder, devices=tuple(jax.devices()[:1]))
+    one = Pretrained(hubert_folder, devices=tuple(jax.devices()[:1]))
     expected = extract(one, waveforms, groups)
 
-    eight = Hubert(hubert_folder, devices=tuple(jax.devices()))
+    eight = Pretrained(hubert_folder, devices=tuple(jax.devices()))
     assert (one.num_devices, eight.num_devices) == (1, 8)
     backwards = np.arange(24)[::-1]
     shuffled = extract(eight, [waveforms[i] for i in backwards], groups[backwards])
@@ -127,8 +127,8 @@ def test_features_are_the_same_bits_on_any_devices_in_any_order_beside_any_group
 def test_features_depend_on_the_size_of_batches_by_rounding_alone(batch_frames, hubert_folder):
     waveforms = clips()
     for a, b in zip(
-        extract(Hubert(hubert_folder, batching=Batching(batch_frames, 1.25)), waveforms),
-        extract(Hubert(hubert_folder), waveforms),
+        extract(Pretrained(hubert_folder, batching=Batching(batch_frames, 1.25)), waveforms),
+        extract(Pretrained(hubert_folder), waveforms),
         strict=True,
     ):
         assert np.abs(a - b).max() <= 2 * np.spacing(np.abs(b).max())
@@ -137,15 +137,15 @@ def test_features_depend_on_the_size_of_batches_by_rounding_alone(batch_frames, 
 def test_bfloat16_is_close(hubert_folder):
     waveforms = clips(4)
     for a, b in zip(
-        extract(Hubert(hubert_folder, dtype="bfloat16"), waveforms),
-        extract(Hubert(hubert_folder), waveforms),
+        extract(Pretrained(hubert_folder, dtype="bfloat16"), waveforms),
+        extract(Pretrained(hubert_folder), waveforms),
         strict=True,
     ):
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.05
 
 
 def test_no_more_programs_are_compiled_than_there_are_lengths(hubert_folder):
-    frontend = Hubert(hubert_folder, devices=tuple(jax.devices()[:1]))
+    frontend = Pretrained(hubert_folder, devices=tuple(jax.devices()[:1]))
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
     for seed in range(3):

@@ -15,6 +15,7 @@ from transformers import HubertConfig
 from configs import common
 from serkd_jax import parallel
 from serkd_jax.batches import Examples, predict_rows
+from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
@@ -82,7 +83,7 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
 
 @pytest.mark.parametrize("patch_frames", [0, 2])
 def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_frames):
-    teacher = Teacher(HUBERT, 3, patch_frames)
+    teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames)
     frames = np.random.default_rng(2).normal(size=(2, 12, HUBERT.hidden_size)).astype(np.float32)
     mask = np.arange(12) < np.array([12, 8])[:, None]
     params = random_params(teacher, frames, mask)
@@ -240,10 +241,10 @@ def test_rematerialisation_changes_no_gradient_and_bfloat16_little(inverted):
 def test_rematerialisation_of_the_teacher_changes_no_gradient():
     frames, mask = np.random.default_rng(0).normal(size=(B, T, 8)), np.ones((B, T), bool)
     keys = jax.random.split(jax.random.key(0), B)
-    params = Teacher(HUBERT, 3, 2).init(jax.random.key(1), frames, mask)["params"]
+    params = Teacher(Wav2Vec2Layers(HUBERT), 3, 2).init(jax.random.key(1), frames, mask)["params"]
 
     def gradient(remat):
-        teacher = Teacher(HUBERT, 3, 2, remat=remat)
+        teacher = Teacher(Wav2Vec2Layers(HUBERT, remat=remat), 3, 2)
 
         def scalar(params):
             return jnp.sin(teacher.apply({"params": params}, frames, mask, keys).logits).sum()
@@ -323,4 +324,4 @@ def test_the_paper_sizes_are_those_of_table_7():
         feat_extract_norm="layer",
     )
     frames = np.zeros((1, 9, 1024), np.float32)
-    assert count(Teacher(large, 4), frames, np.ones((1, 9), bool)) == 302_451_140
+    assert count(Teacher(Wav2Vec2Layers(large), 4), frames, np.ones((1, 9), bool)) == 302_451_140

@@ -26,8 +26,8 @@ from layouts import ROOT, SHARED, needs_corpora, tone, write_mp4
 from serkd_jax import predict
 from serkd_jax.deploy.backends import load_frontend, make_student, read_params
 from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
+from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
 from serkd_jax.errors import UserError
-from serkd_jax.models.hubert_weights import load_hubert, save_hubert
 from serkd_jax.predict import Failure, load_model
 from serkd_jax.waveform import AudioError, to_float, to_int16
 
@@ -299,10 +299,11 @@ def test_real_recordings_get_the_same_in_onnx_and_flax(folder, model):
 @pytest.fixture
 def with_hubert(tmp_path, hubert_folder):
     frontend = {"name": "hubert", "model": None, "revision": None, "layer": -1, "dtype": "float32"}
-    checkpoint = load_hubert(hubert_folder)
-    save_hubert(checkpoint, tmp_path / "frontend")
-    sha256 = load_hubert(tmp_path / "frontend").sha256
-    frontend["fingerprint"] = f"hubert-v2-{sha256}--1-float32"
+    frontend["pad_to_30s"] = False
+    checkpoint = load_encoder(hubert_folder)
+    save_encoder(checkpoint, tmp_path / "frontend")
+    sha256 = load_encoder(tmp_path / "frontend").sha256
+    frontend["fingerprint"] = f"hubert-v3-{sha256}--1-float32"
     folder = write_model(tmp_path / "model", num_features=16, frontend=frontend)
     shutil.move(tmp_path / "frontend", folder / "frontend")
     return folder
@@ -321,10 +322,10 @@ def test_a_hubert_front_end_comes_with_the_folder(with_hubert, hubert_oracle):
 
 
 def test_another_hubert_than_in_training_is_refused(with_hubert):
-    checkpoint = load_hubert(with_hubert / "frontend")
+    checkpoint = load_encoder(with_hubert / "frontend")
     checkpoint.params["encoder"]["layers_0"]["output_dense"]["bias"][0] += 1
-    save_hubert(checkpoint, with_hubert / "frontend")
-    with pytest.raises(UserError, match="is not the HuBERT that"):
+    save_encoder(checkpoint, with_hubert / "frontend")
+    with pytest.raises(UserError, match="is not the hubert that"):
         load_model(with_hubert)
 
 
@@ -388,10 +389,12 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"student": STUDENT | {"code": "os.system('true')"}}, "must have the keys"),
         ({"student": None}, "student must have the keys"),
         ({"frontend": {"name": "logmel", "num_mels": 8, "fingerprint": "v0"}}, "another version"),
-        ({"frontend": {"name": "../../etc"}}, "neither logmel nor hubert"),
+        ({"frontend": {"name": "../../etc"}}, "neither logmel nor one of hubert"),
         ({"frontend": {"name": "hubert", "model": "../../etc"}}, "no name on the hub"),
         ({"frontend": {"name": "hubert", "model": "/etc/passwd"}}, "no name on the hub"),
         ({"frontend": {"name": "hubert", "model": "a/.."}}, "no name on the hub"),
+        ({"frontend": {"name": "whisper", "model": "a/b", "layer": [1, "2"]}}, "neither a number"),
+        ({"frontend": {"name": "wavlm", "model": "a/b", "layer": 3}}, "neither true nor false"),
     ],
 )
 def test_an_edited_config_is_refused(changes, message, copied):

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_oracle as oracle
 from serkd_jax.contrastive import Queue
+from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.stages import teacher as teacher_stages
 from tiny_stages import (
     HUBERT,
@@ -129,7 +130,7 @@ def assert_moco_follows(nets, config, before, after, student_params, train):
 def test_the_teacher_takes_a_step_on_equation_1():
     """Of its classifier; tests of HuBERT hold the layers below against torch."""
     quiet = {f"{name}_dropout": 0.0 for name in ("hidden", "attention", "activation")}
-    model = TEACHER.clone(config=type(HUBERT)(**HUBERT.to_dict() | quiet))
+    model = TEACHER.clone(encoder=Wav2Vec2Layers(type(HUBERT)(**HUBERT.to_dict() | quiet)))
     config = changed(teacher=NO_MASKS)
     make_step, init, make_batch = teacher_stage(config, model, PLAIN)
     with jax.enable_x64(True):

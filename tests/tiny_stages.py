@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 from transformers import HubertConfig
 
-from serkd_jax.models.hubert import HubertEmbed, num_frames
+from serkd_jax.encoders.wav2vec2 import Wav2Vec2Embed, Wav2Vec2Layers, conv_frames
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
@@ -69,7 +69,7 @@ STUDENT = Student(
     projection_dim=P,
     dropout=0.1,
 )
-TEACHER = Teacher(HUBERT, C, patch_frames=2)
+TEACHER = Teacher(Wav2Vec2Layers(HUBERT), C, patch_frames=2)
 ADAPTER, CLASSIFIER, POLICY = Adapter(H), Classifier(C), Policy(K, width=8)
 # Adam's usual epsilon would blow the rounding noise in a zero gradient up to a full step.
 OPTIMIZER, META_OPTIMIZER, POLICY_OPTIMIZER = (
@@ -108,10 +108,10 @@ def teacher_stage(config=CONFIG, model=TEACHER, optimizer=OPTIMIZER):
 
 
 def waveform_teacher_stage():
-    model, embed = Teacher(HUBERT, C), HubertEmbed(HUBERT)
+    model, embed = Teacher(Wav2Vec2Layers(HUBERT), C), Wav2Vec2Embed(HUBERT)
     samples = 3000
     frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
-    frames = num_frames(HUBERT, samples)
+    frames = conv_frames(HUBERT, samples)
     params = model.init(RNG, jnp.zeros((1, frames, H)), jnp.ones((1, frames), bool))["params"]
     make_step = partial(
         teacher.make_step, model, teacher.make_frames(embed, True), OPTIMIZER, CONFIG.teacher

@@ -217,34 +217,35 @@ _LOADERS = {
 
 
 def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
-    """The front-end of an exported folder: log-mel in NumPy, or HuBERT in JAX.
+    """The front-end of an exported folder: log-mel in NumPy, or an encoder in JAX.
 
     Raises:
-        UserError: HuBERT is not there, or not the one that the model was trained on.
+        UserError: the encoder is not there, or not the one that the model was trained on.
     """
-    if config.frontend["name"] == "logmel":
+    name = config.frontend["name"]
+    if name == "logmel":
         return lambda waveforms: pad_features(
             [logmel.log_mel(waveform, config.num_features) for waveform in waveforms], config
         )
     try:
-        from serkd_jax.frontends import Hubert
+        from serkd_jax.frontends import Pretrained
     except ImportError as error:
-        raise UserError(f"a HuBERT front-end needs {error.name}: pip install serkd-jax") from error
+        raise UserError(f"a {name} front-end needs {error.name}: pip install serkd-jax") from error
 
-    settings = {key: config.frontend[key] for key in ("revision", "layer", "dtype")}
+    settings = {key: config.frontend[key] for key in ("revision", "layer", "dtype", "pad_to_30s")}
     model = config.frontend["model"] or str(folder / FRONTEND)
-    hubert = Hubert(model=model, **settings, safetensors_only=True)
+    encoder = Pretrained(model=model, kind=name, **settings, safetensors_only=True)
     try:
-        made = hubert.width, hubert.fingerprint
+        made = encoder.width, encoder.fingerprint
     except UserError:
         raise
-    except Exception as error:  # a config.json of HuBERT can be wrong in many ways
-        raise UserError(f"{model} is no HuBERT ({error}): export or fetch it again") from error
+    except Exception as error:  # a config.json of an encoder can be wrong in many ways
+        raise UserError(f"{model} is no {name} ({error}): export or fetch it again") from error
     if made != (config.num_features, config.frontend["fingerprint"]):
-        raise UserError(f"{model} is not the HuBERT that {folder} was trained on")
+        raise UserError(f"{model} is not the {name} that {folder} was trained on")
 
     def featurize(waveforms: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        features = dict(hubert(waveforms, config.max_frames))
+        features = dict(encoder(waveforms, config.max_frames))
         return pad_features([features[i] for i in range(len(waveforms))], config)
 
     return featurize

@@ -131,13 +131,24 @@ def _frontend(trained: Trained) -> str:
     frontend = trained.config.frontend
     if frontend["name"] == "logmel":
         return f"{frontend['num_mels']} log-mel bands"
-    layer = "the last layer" if frontend["layer"] == -1 else f"layer {frontend['layer']}"
-    return f"{layer} of {frontend['model'] or 'the HuBERT in `frontend/`'}"
+    return f"{_layers(frontend['layer'])} of {_encoder(frontend)}"
+
+
+def _layers(layer: int | Sequence[int]) -> str:
+    if layer == -1:
+        return "the last layer"
+    if isinstance(layer, int):
+        return f"layer {layer}"
+    return f"the mean of layers {', '.join(map(str, layer))}"
+
+
+def _encoder(frontend: Mapping) -> str:
+    return frontend["model"] or f"the {frontend['name']} encoder in `frontend/`"
 
 
 def _weights_of(trained: Trained) -> str:
     frontend = trained.config.frontend
-    return f" and {frontend['model'] or 'HuBERT'}" if frontend["name"] == "hubert" else ""
+    return "" if frontend["name"] == "logmel" else f" and {_encoder(frontend)}"
 
 
 def _kind(trained: Trained) -> str:

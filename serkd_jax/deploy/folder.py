@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from serkd_jax import logmel
+from serkd_jax.encoders import ENCODERS
 from serkd_jax.errors import UserError
 from serkd_jax.hub import download
 
 CONFIG = "config.json"
 CARD = "README.md"
-FRONTEND = "frontend"  # a folder with HuBERT, where it came from a local folder
+FRONTEND = "frontend"  # a folder with the encoder, where it came from a local folder
 VERSION = 1  # of the layout
 
 # A file per format; the first is always there, with config.json and the model card.
@@ -57,7 +58,7 @@ class ModelConfig:
         max_frames: T that the model takes, at 50 a second: the length of a window.
         num_features: N.
         student: the student's sizes.
-        frontend: ``name``, ``fingerprint``, and the settings of ``logmel`` or ``hubert``.
+        frontend: ``name``, ``fingerprint``, and the settings of `LogMel` or `Pretrained`.
         trained: on what and how, for people.
     """
 
@@ -180,17 +181,20 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
             raise ValueError("frontend.num_mels is not num_features, or more than 256")
         if frontend.get("fingerprint") != logmel.fingerprint(num_features):
             raise ValueError("it was made with another version of the log-mel front-end")
-    elif name == "hubert":
+    elif name in ENCODERS:
         model, revision = frontend.get("model"), frontend.get("revision")
         if model is not None and not (isinstance(model, str) and _HUB_NAME.fullmatch(model)):
             raise ValueError("frontend.model is no name on the hub")
         if revision is not None and not isinstance(revision, str):
             raise ValueError("frontend.revision is no text")
-        if type(frontend.get("layer")) is not int:
-            raise ValueError("frontend.layer is no number")
+        layer = frontend.get("layer")
+        if not all(type(k) is int for k in (layer if isinstance(layer, list) else [layer])):
+            raise ValueError("frontend.layer is neither a number nor a list of them")
+        if type(frontend.get("pad_to_30s")) is not bool:
+            raise ValueError("frontend.pad_to_30s is neither true nor false")
         if frontend.get("dtype") not in ("float32", "bfloat16"):
             raise ValueError("frontend.dtype is neither float32 nor bfloat16")
         if not isinstance(frontend.get("fingerprint"), str):
             raise ValueError("frontend.fingerprint is no text")
     else:
-        raise ValueError("frontend.name is neither logmel nor hubert")
+        raise ValueError(f"frontend.name is neither logmel nor one of {', '.join(ENCODERS)}")

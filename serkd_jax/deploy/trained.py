@@ -14,7 +14,7 @@ from serkd_jax import __version__
 from serkd_jax.deploy.backends import pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, ModelConfig, parse_config
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Frontend, Hubert, make_frontend
+from serkd_jax.frontends import Frontend, Pretrained, make_frontend
 from serkd_jax.report import STAGE_OF_ROW
 from serkd_jax.training import load_selected
 
@@ -79,12 +79,13 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
 
 
 def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> ModelConfig:
-    """What is exported beside the weights; a HuBERT from a local folder comes along, unnamed."""
+    """What is exported beside the weights; an encoder from a local folder comes along, unnamed."""
     config = results["config"]
     settings = {"name": frontend.name, "fingerprint": frontend.fingerprint}
-    if isinstance(frontend, Hubert):
+    if isinstance(frontend, Pretrained):
         settings["model"] = None if _is_folder(frontend.model) else frontend.model
-        settings |= {key: getattr(frontend, key) for key in ("revision", "layer", "dtype")}
+        keys = ("revision", "layer", "dtype", "pad_to_30s")
+        settings |= {key: getattr(frontend, key) for key in keys}
     else:
         settings |= frontend.settings
     return parse_config(
@@ -119,7 +120,7 @@ def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_folder(model: str) -> bool:
-    """Whether a HuBERT is named by a place on this machine, not by the hub's name."""
+    """Whether an encoder is named by a place on this machine, not by the hub's name."""
     return Path(model).expanduser().is_dir()
 
 

@@ -1,1 +1,1 @@
-"""Flax (linen) models: HuBERT, the teacher, the student and the curriculum policy."""
+"""Flax (linen) models: the teacher, the student and the curriculum policy."""

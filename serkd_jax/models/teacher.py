@@ -1,15 +1,12 @@
-"""The teacher (Section 3.1): HuBERT's transformer layers, mean over frames, classifier."""
+"""The teacher (Section 3.1): an encoder's transformer layers, mean over frames, classifier."""
 
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from transformers import HubertConfig
 
 from serkd_jax.errors import UserError
-from serkd_jax.models.hubert import HubertLayers
 from serkd_jax.models.student import masked_mean, sinusoidal_positions
 from serkd_jax.models.transformer import LayerNorm
 
@@ -35,23 +32,20 @@ class Classifier(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Fine-tuned part of the teacher: everything after the frozen front of HuBERT.
+    """Fine-tuned part of the teacher: everything after the frozen front of an encoder.
 
     Attributes:
-        config: sizes and dropouts of the transformer layers.
+        encoder: the transformer layers, of `serkd_jax.encoders`: a module of (frames, frame_mask,
+            dropout_keys) with a configuration as its ``config``.
         num_classes: C.
-        patch_frames: 0 for frames that are what the layers read: of HuBERT's front, or
-            precomputed HuBERT features. For others, such as log-mel, how many of them a
-            convolution joins to one token, to which sinusoidal positions are added.
-        dtype: of the layers' computation; None means that of inputs and parameters.
-        remat: whether a layer's activations are computed again for the gradient, not kept.
+        patch_frames: 0 for frames that are what the layers read: of the encoder's front, or
+            precomputed features. For others, such as log-mel, how many of them a convolution joins
+            to one token, to which sinusoidal positions are added.
     """
 
-    config: HubertConfig
+    encoder: nn.Module
     num_classes: int
     patch_frames: int = 0
-    dtype: DTypeLike | None = None
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -64,7 +58,7 @@ class Teacher(nn.Module):
             frame_mask: (B, T) bool, True at valid frames.
             dropout_keys: (B,) a key per example; None turns dropout off.
         """
-        width = self.config.hidden_size
+        width = self.encoder.config.hidden_size
         if self.patch_frames:
             patch = (self.patch_frames,)
             frames = LayerNorm(name="input_norm")(frames)
@@ -76,8 +70,7 @@ class Teacher(nn.Module):
                 f"the teacher's layers are {width} wide but its input frames {frames.shape[-1]}: "
                 "set teacher.patch_frames or use another front-end"
             )
-        layers = HubertLayers(self.config, self.dtype, self.remat, name="encoder")
-        encoded, _ = layers(frames, frame_mask, dropout_keys)
+        encoded, _ = self.encoder(frames, frame_mask, dropout_keys)
         encoded = encoded.astype(jnp.promote_types(encoded.dtype, jnp.float32))
         hidden = masked_mean(encoded, frame_mask)
         return TeacherOutput(hidden, Classifier(self.num_classes, name="classifier")(hidden))

@@ -1,8 +1,9 @@
-"""The transformer encoder layer that HuBERT, the teacher and the student share."""
+"""The transformer encoder layer that the encoders, the teacher and the student share."""
 
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every tok
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function, as in HuBERT; not the tanh approximation."""
+    """GELU with the error function, as in HuBERT and Whisper; not the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -52,7 +53,19 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0)
 
 
-def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+class GatedBias(NamedTuple):
+    """What WavLM adds to the attention's logits: a bias of the positions, times a gate."""
+
+    gate: jax.Array  # (B, heads, L), of each query
+    bias: jax.Array  # (heads, L, L), of query and key
+
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None,
+    bias: GatedBias | None = None,
+) -> jax.Array:
     """Softmax of the scaled products, (..., L, L); ``mask`` (..., L) is True at valid keys."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
@@ -61,6 +74,8 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) 
         key,
         preferred_element_type=precise,
     )
+    if bias is not None:
+        logits += bias.gate[..., None].astype(precise) * bias.bias.astype(precise)
     if mask is not None:
         # As a sum, which on a CPU is faster than a selection.
         logits += jnp.where(mask, 0.0, MASKED_LOGIT)[..., None, :].astype(precise)
@@ -73,6 +88,7 @@ def attend(
     value: jax.Array,
     mask: jax.Array | None,
     form: str = "auto",
+    bias: GatedBias | None = None,
 ) -> jax.Array:
     """Attention in the form that suits the backend.
 
@@ -86,16 +102,17 @@ def attend(
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
         form: ``auto`` is as above; ``no_cudnn`` leaves out cuDNN's kernel, which has a gradient but
             no derivative beyond; ``plain`` is the formula, for any backend and exported models.
+        bias: added to the logits; None adds nothing.
     """
     if form != "plain" and jax.default_backend() == "cpu":
-        return _attend_by_heads(query, key, value, mask)
-    if form == "auto" and _cudnn_attends(query):
+        return _attend_by_heads(query, key, value, mask, bias)
+    if form == "auto" and bias is None and _cudnn_attends(query):
         lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
         tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(
             *tokens_first, key_value_seq_lengths=lengths, implementation="cudnn"
         ).swapaxes(1, 2)
-    return attention_weights(query, key, None if mask is None else mask[:, None]) @ value
+    return attention_weights(query, key, None if mask is None else mask[:, None], bias) @ value
 
 
 def _cudnn_attends(query: jax.Array) -> bool:
@@ -109,24 +126,36 @@ def _cudnn_attends(query: jax.Array) -> bool:
 
 
 def _attend_by_heads(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: GatedBias | None,
 ) -> jax.Array:
+    """A head of an example at a time; with a bias, which the examples share, a head of all."""
+    batch, _, length, _ = query.shape
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
+    parts = (query, key, value, mask, None if bias is None else bias.gate)
+    if bias is None:
+        split = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (*parts, None))
+        size = length**2
+    else:
+        split = (*jax.tree.map(lambda x: x.swapaxes(0, 1), parts), bias.bias)
+        size = batch * length**2
 
     @jax.checkpoint
     def one(head: tuple) -> jax.Array:
-        query, key, value, mask = head
-        return attention_weights(query, key, mask) @ value
+        query, key, value, mask, gate, table = head
+        bias = None if table is None else GatedBias(gate, table)
+        return attention_weights(query, key, mask, bias) @ value
 
-    batch, heads, length, _ = query.shape
-    at_once = max(1, WEIGHTS_AT_ONCE // length**2)
-    split = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, key, value, mask))
-    if at_once >= batch * heads:
+    at_once = max(1, WEIGHTS_AT_ONCE // size)
+    if at_once >= len(split[0]):
         out = jax.vmap(one)(split)
     else:
         out = jax.lax.map(one, split, batch_size=at_once if at_once > 1 else None)
-    return out.reshape(query.shape)
+    return out.reshape(query.shape) if bias is None else out.swapaxes(0, 1)
 
 
 class SelfAttention(nn.Module):
@@ -137,12 +166,18 @@ class SelfAttention(nn.Module):
         dropout: dropout of the attention weights.
         dtype: of the computation, softmax apart; None means that of inputs and parameters.
         form: see :func:`attend`.
+        key_bias: whether the keys have a bias, which the softmax does not see; Whisper has none.
     """
 
     num_heads: int
     dropout: float = 0.0
     dtype: DTypeLike | None = None
     form: str = "auto"
+    key_bias: bool = True
+
+    def bias(self, x: jax.Array, *inputs: Any) -> GatedBias | None:
+        """What is added to the logits; attention of other kinds says it."""
+        del x, inputs
 
     @nn.compact
     def __call__(
@@ -150,6 +185,7 @@ class SelfAttention(nn.Module):
         x: jax.Array,
         mask: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
+        *inputs: Any,
     ) -> jax.Array:
         """Attends from every token to every valid one.
 
@@ -157,6 +193,7 @@ class SelfAttention(nn.Module):
             x: (B, L, D) tokens.
             mask: (B, L) bool, True where a token may be attended to; None means all.
             dropout_keys: (B,) a key per example; None turns dropout off.
+            *inputs: of :meth:`bias`.
 
         Returns:
             (B, L, D).
@@ -166,15 +203,18 @@ class SelfAttention(nn.Module):
             raise UserError(f"width {width} is not divisible by num_heads {self.num_heads}")
         heads = (batch, length, self.num_heads, width // self.num_heads)
         query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads).swapaxes(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
+            nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)(x)
+            .reshape(heads)
+            .swapaxes(1, 2)
+            for name, use_bias in (("q_proj", True), ("k_proj", self.key_bias), ("v_proj", True))
         )
+        bias = self.bias(x, *inputs)
         if self.dropout and dropout_keys is not None:
-            weights = attention_weights(query, key, None if mask is None else mask[:, None])
+            weights = attention_weights(query, key, None if mask is None else mask[:, None], bias)
             weights = Dropout(self.dropout)(weights, dropout_keys)
             out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         else:
-            out = attend(query, key, value, mask, self.form)
+            out = attend(query, key, value, mask, self.form, bias)
         out = out.swapaxes(1, 2)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
@@ -196,6 +236,7 @@ class EncoderLayer(nn.Module):
         epsilon: of the layer norms.
         dtype: of the computation; None means that of inputs and parameters.
         attention_form: see :func:`attend`.
+        attention: what makes the attention, with the arguments of :class:`SelfAttention`.
     """
 
     num_heads: int
@@ -208,6 +249,7 @@ class EncoderLayer(nn.Module):
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
     attention_form: str = "auto"
+    attention: Callable[..., nn.Module] = SelfAttention
 
     @nn.compact
     def __call__(
@@ -215,21 +257,25 @@ class EncoderLayer(nn.Module):
         x: jax.Array,
         mask: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
+        *inputs: Any,
     ) -> jax.Array:
-        """Maps (B, L, D) tokens to (B, L, D); ``mask`` (B, L) is True at valid tokens."""
+        """Maps (B, L, D) tokens to (B, L, D); ``mask`` (B, L) is True at valid tokens.
+
+        ``inputs`` are what an attention of another kind reads beside.
+        """
         norm1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="layer_norm")
         norm2 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_layer_norm")
         dense = functools.partial(nn.Dense, dtype=self.dtype)
 
         def attend(h: jax.Array) -> jax.Array:
-            attention = SelfAttention(
+            attention = self.attention(
                 self.num_heads,
                 self.attention_dropout,
                 self.dtype,
                 self.attention_form,
                 name="attention",
             )
-            return Dropout(self.dropout)(attention(h, mask, dropout_keys), dropout_keys)
+            return Dropout(self.dropout)(attention(h, mask, dropout_keys, *inputs), dropout_keys)
 
         def feed_forward(h: jax.Array) -> jax.Array:
             h = self.activation(dense(self.mlp_dim, name="intermediate_dense")(h))

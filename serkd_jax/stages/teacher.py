@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys, spec_augment
-from serkd_jax.models.hubert import HubertEmbed, normalize_waveform
+from serkd_jax.encoders.base import normalize_waveform
 from serkd_jax.models.teacher import Teacher, TeacherOutput
 from serkd_jax.stages.common import Batch, accuracy
 
@@ -23,7 +24,7 @@ class TeacherState(struct.PyTreeNode):
         step: () int32, steps taken; also the position in the data.
         params: of :class:`Teacher`.
         opt_state: of the optimiser.
-        frozen: parameters of HuBERT's convolutional front, for waveform input; else empty.
+        frozen: parameters of the encoder's front, for waveform input; else empty.
     """
 
     step: jax.Array
@@ -39,11 +40,11 @@ def init_state(
     return TeacherState(jnp.int32(0), params, optimizer.init(params), frozen or {})
 
 
-def make_frames(embed: HubertEmbed | None, normalize: bool) -> Callable:
+def make_frames(embed: nn.Module | None, normalize: bool) -> Callable:
     """Makes the map from stored inputs to the frames that the trained layers read.
 
     Args:
-        embed: the frozen front of HuBERT, for waveforms; None for stored features.
+        embed: the frozen front of an encoder, for waveforms; None for stored features.
         normalize: whether each waveform is standardised, as the checkpoint's preprocessor says.
 
     Returns:

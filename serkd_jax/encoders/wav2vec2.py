@@ -1,33 +1,45 @@
-"""HuBERT (Hsu et al. 2021) in Flax, from waveform to the hidden states of every layer.
+"""wav2vec 2.0 (Baevski et al. 2020) in Flax, from waveform to the hidden states of every layer.
 
-Structure, parameter names and results follow `transformers.HubertModel`; the configuration is
-`transformers.HubertConfig`. Two differences:
+HuBERT is the same architecture, and WavLM adds to it; `hubert.py` and `wavlm.py` have what differs.
+Structure, parameter names and results follow transformers, whose configurations are read. Two
+differences:
 
-* A padded batch gives each clip what the clip gives alone, in HuBERT-base too: torch's group norm
-  takes its statistics over the padding as well, ours over the valid frames; and what torch's
+* A padded batch gives each clip what the clip gives alone, in the base variants too: torch's group
+  norm takes its statistics over the padding as well, ours over the valid frames; and what torch's
   `conv_pos_batch_norm` adds to padded frames does not reach valid ones.
 * Training keeps the statistics of that batch norm. It has dropout but neither layerdrop nor
   SpecAugment (`layerdrop`, `mask_time_prob` and `mask_feature_prob` are ignored), so that every
   step runs the same program.
-
-`HubertEmbed` and `HubertLayers` are the frozen and the fine-tuned part of the paper's teacher.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from serkd_jax.models.transformer import Dropout, EncoderLayer, LayerNorm, exact_gelu
+from serkd_jax.encoders.base import Encoder, Tensors, check_fields
+from serkd_jax.models.transformer import (
+    Dropout,
+    EncoderLayer,
+    LayerNorm,
+    SelfAttention,
+    exact_gelu,
+)
+from serkd_jax.waveform import SAMPLE_RATE
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import HubertConfig
+    from transformers import HubertConfig, Wav2Vec2Config, WavLMConfig
+
+    Config = HubertConfig | Wav2Vec2Config | WavLMConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": exact_gelu,
@@ -37,56 +49,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
 }
 CONV_NORM_EPSILON = 1e-5  # torch's default: config.layer_norm_eps is not meant for these
+POSITIONS = "encoder.pos_conv_embed."
+# The two spellings of torch's weight normalisation: magnitude and direction of a weight.
+WEIGHT_NORM = (
+    ("weight_g", "weight_v"),
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+)
 
 GroupNorm = functools.partial(nn.GroupNorm, use_fast_variance=False)  # as LayerNorm
 
 
-class HubertOutput(NamedTuple):
-    """What `HubertModel` returns."""
-
-    last_hidden_state: jax.Array  # (B, T, H)
-    hidden_states: tuple[jax.Array, ...]  # the layers' input and each layer's output, (B, T, H)
-    frame_mask: jax.Array  # (B, T) bool, True at valid frames
-
-
-def num_frames(config: HubertConfig, num_samples: int | jax.Array) -> int | jax.Array:
+def conv_frames(config: Config, num_samples: int | jax.Array) -> int | jax.Array:
     """Frames that the convolutions make of `num_samples` samples; 0 for too short a clip."""
     return _conv_length(num_samples, config.conv_kernel, config.conv_stride)
-
-
-def check_config(config: HubertConfig) -> None:
-    """Raises a ValueError that names each field whose value is not supported."""
-    groups = config.num_conv_pos_embedding_groups
-    supported = {
-        "feat_extract_norm": config.feat_extract_norm in ("group", "layer"),
-        "feat_extract_activation": config.feat_extract_activation in ACTIVATIONS,
-        "hidden_act": config.hidden_act in ACTIVATIONS,
-        "num_attention_heads": config.hidden_size % config.num_attention_heads == 0,
-        "num_conv_pos_embedding_groups": config.hidden_size % groups == 0,
-        "adapter_attn_dim": getattr(config, "adapter_attn_dim", None) is None,
-        "add_adapter": not getattr(config, "add_adapter", False),
-    }
-    bad = [f"{name}={getattr(config, name)!r}" for name, ok in supported.items() if not ok]
-    if bad:
-        raise ValueError(
-            f"HubertConfig has fields with unsupported values: {', '.join(bad)} "
-            f"(hidden_size={config.hidden_size}; activations: {', '.join(ACTIVATIONS)})"
-        )
-
-
-def normalize_waveform(waveform: jax.Array, num_samples: jax.Array) -> jax.Array:
-    """Zero mean and unit variance over each clip's valid samples, as HuBERT's preprocessor.
-
-    Args:
-        waveform: (B, samples) float32.
-        num_samples: (B,) int; what follows is set to zero.
-    """
-    valid = jnp.arange(waveform.shape[1]) < num_samples[:, None]
-    count = jnp.maximum(num_samples, 1)[:, None]
-    mean = jnp.where(valid, waveform, 0.0).sum(1, keepdims=True) / count
-    centred = jnp.where(valid, waveform - mean, 0.0)
-    variance = jnp.square(centred).sum(1, keepdims=True) / count
-    return centred / jnp.sqrt(variance + 1e-7)
 
 
 class PositionalConv(nn.Module):
@@ -101,7 +76,7 @@ class PositionalConv(nn.Module):
         dtype: of the computation; None means that of inputs and parameters.
     """
 
-    config: HubertConfig
+    config: Config
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -111,7 +86,7 @@ class PositionalConv(nn.Module):
         Frames where the (B, T) `frame_mask` is False count as 0, as beyond the end of a clip alone.
         """
         kernel_size, width = self.config.num_conv_pos_embeddings, x.shape[-1]
-        if self.config.conv_pos_batch_norm:
+        if getattr(self.config, "conv_pos_batch_norm", False):  # only HuBERT has it
             x = x * self.param("batch_norm_scale", nn.initializers.ones, (width,)).astype(x.dtype)
             x = x + self.param("batch_norm_bias", nn.initializers.zeros, (width,)).astype(x.dtype)
         x = nn.Conv(
@@ -126,15 +101,14 @@ class PositionalConv(nn.Module):
         return ACTIVATIONS[self.config.feat_extract_activation](x)
 
 
-class HubertEmbed(nn.Module):
+class Wav2Vec2Embed(nn.Module):
     """Waveform to the input of the transformer layers: convolutions, projection, positions."""
 
-    config: HubertConfig
+    config: Config
     dtype: DTypeLike | None = None
 
     def setup(self):
         """Makes the submodules."""
-        check_config(self.config)
         self.feature_extractor = _FeatureExtractor(self.config, self.dtype)
         self.feature_projection = _FeatureProjection(self.config, self.dtype)
         self.pos_conv_embed = PositionalConv(self.config, self.dtype)
@@ -157,26 +131,26 @@ class HubertEmbed(nn.Module):
             valid frames.
         """
         batch, length = waveform.shape
-        frames = num_frames(self.config, length)
+        frames = conv_frames(self.config, length)
         if not frames:
-            raise ValueError(f"a waveform of {length} samples is shorter than one HuBERT frame")
+            raise ValueError(f"a waveform of {length} samples is shorter than one frame")
         num_samples = jnp.full(batch, length) if num_samples is None else jnp.asarray(num_samples)
         hidden = self.feature_extractor(waveform, num_samples)
         hidden = self.feature_projection(hidden, dropout_keys)
-        frame_mask = jnp.arange(frames) < num_frames(self.config, num_samples)[:, None]
+        frame_mask = jnp.arange(frames) < conv_frames(self.config, num_samples)[:, None]
         return hidden + self.pos_conv_embed(hidden, frame_mask), frame_mask
 
 
-class HubertLayers(nn.Module):
+class Wav2Vec2Layers(nn.Module):
     """The transformer layers and their norm, which base applies first and large last."""
 
-    config: HubertConfig
+    config: Config
     dtype: DTypeLike | None = None
     remat: bool = False  # whether activations are computed again for the gradient, not kept
+    attention: ClassVar[type[nn.Module]] = SelfAttention
 
     def setup(self):
         """Makes the submodules."""
-        check_config(self.config)
         config = self.config
         layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
         self.layer_norm = LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype)
@@ -192,9 +166,15 @@ class HubertLayers(nn.Module):
                 activation=ACTIVATIONS[config.hidden_act],
                 epsilon=config.layer_norm_eps,
                 dtype=self.dtype,
+                attention=self.attention,
             )
             for _ in range(config.num_hidden_layers)
         ]
+
+    def attention_inputs(self, length: int) -> tuple[jax.Array, ...]:
+        """What the attention of every layer reads beside its input: nothing here."""
+        del length
+        return ()
 
     def __call__(
         self,
@@ -217,48 +197,109 @@ class HubertLayers(nn.Module):
         if not self.config.do_stable_layer_norm:
             hidden = self.layer_norm(hidden)
         hidden = self.dropout(hidden, dropout_keys)
-        states = [hidden]
+        states, shared = [hidden], self.attention_inputs(hidden.shape[1])
         for layer in self.layers:
-            hidden = layer(hidden, frame_mask, dropout_keys)
+            hidden = layer(hidden, frame_mask, dropout_keys, *shared)
             states.append(hidden)
         if self.config.do_stable_layer_norm:
             hidden = self.layer_norm(hidden)
         return hidden, tuple(states)
 
 
-class HubertModel(nn.Module):
-    """`HubertEmbed` followed by `HubertLayers`, as `embed` and `encoder`."""
+class Wav2Vec2(Encoder):
+    """wav2vec 2.0: base, large, robust, XLS-R; also fine-tuned, with any head."""
 
-    config: HubertConfig
-    dtype: DTypeLike | None = None
+    model_type = "wav2vec2"
+    config_name, model_name = "Wav2Vec2Config", "Wav2Vec2Model"
+    prefixes = ("wav2vec2.",)
+    embed, layers = Wav2Vec2Embed, Wav2Vec2Layers
+    dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout")
+    assumption = (
+        "each waveform is brought to zero mean and unit variance, as transformers does by default"
+    )
 
-    def setup(self):
-        """Makes the submodules."""
-        self.embed = HubertEmbed(self.config, self.dtype)
-        self.encoder = HubertLayers(self.config, self.dtype)
+    def check_config(self, config: Config) -> None:
+        """See `Encoder`."""
+        groups = config.num_conv_pos_embedding_groups
+        supported = {
+            "feat_extract_norm": config.feat_extract_norm in ("group", "layer"),
+            "feat_extract_activation": config.feat_extract_activation in ACTIVATIONS,
+            "hidden_act": config.hidden_act in ACTIVATIONS,
+            "num_attention_heads": config.hidden_size % config.num_attention_heads == 0,
+            "num_conv_pos_embedding_groups": config.hidden_size % groups == 0,
+        }
+        for name in ("adapter_attn_dim", "add_adapter"):  # not all of the family have these
+            if hasattr(config, name):
+                supported[name] = not getattr(config, name)
+        check_fields(config, supported)
 
-    def __call__(
-        self,
-        waveform: jax.Array,
-        num_samples: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
-    ) -> HubertOutput:
-        """Encodes a batch of clips; see `HubertEmbed` and `HubertLayers`.
+    def check_preprocessor(self, config: Config, settings: Mapping[str, Any]) -> bool:
+        """See `Encoder`."""
+        del config
+        rate = settings.get("sampling_rate", SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            raise ValueError(f"sampling_rate is {rate}: only {SAMPLE_RATE} is supported")
+        return bool(settings.get("do_normalize", True))
 
-        Args:
-            waveform: (B, samples) float32.
-            num_samples: (B,) int, the valid samples of each clip; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+    def num_frames(self, config: Config, num_samples: Any) -> Any:
+        """See `Encoder`."""
+        return conv_frames(config, num_samples)
+
+    def torch_name(self, path: tuple[str, ...]) -> str:
+        """See `Encoder`.
+
+        For example `("encoder", "layers_3", "output_dense", "kernel")` is
+        `encoder.layers.3.feed_forward.output_dense.weight`.
         """
-        hidden, frame_mask = self.embed(waveform, num_samples, dropout_keys)
-        last, states = self.encoder(hidden, frame_mask, dropout_keys)
-        return HubertOutput(last, states, frame_mask)
+        name = re.sub(r"^embed\.", "", ".".join(path))
+        name = re.sub(r"^pos_conv_embed\.", "encoder.pos_conv_embed.", name)
+        name = re.sub(r"\b(conv_layers|layers)_(\d+)\.", r"\1.\2.", name)
+        name = re.sub(r"\b(intermediate|output)_dense\.", r"feed_forward.\g<0>", name)
+        return re.sub(r"\b(kernel|scale)$", "weight", name)
+
+    def from_torch(self, tensors: Tensors) -> Tensors:
+        """Replaces each weight-normalised pair by its weight, g * v / |v|."""
+        tensors = dict(tensors)
+        for magnitude, direction in WEIGHT_NORM:
+            for name in [name for name in tensors if name.endswith(f".{direction}")]:
+                prefix = name.removesuffix(direction)
+                if prefix + magnitude not in tensors:
+                    continue  # both halves will be reported: one missing, one unexpected
+                g = tensors.pop(prefix + magnitude).astype(np.float32)
+                v = tensors.pop(name).astype(np.float32)
+                axes = tuple(axis for axis, size in enumerate(g.shape) if size == 1)
+                norm = np.sqrt(np.square(v).sum(axes, keepdims=True))
+                tensors[f"{prefix}weight"] = v * (g / norm)
+        return tensors
+
+    def to_torch(self, config: Config, tensors: Tensors) -> Tensors:
+        """Splits the positional convolution's weight in two, by the names of today's torch."""
+        del config
+        tensors = dict(tensors)
+        magnitude, direction = WEIGHT_NORM[-1]
+        weight = tensors.pop(f"{POSITIONS}conv.weight")
+        norm = np.sqrt(np.square(weight).sum((0, 1), keepdims=True))
+        tensors[f"{POSITIONS}conv.{magnitude}"] = norm
+        # Any direction will do where the magnitude is 0, but 0 / 0 will not.
+        tensors[f"{POSITIONS}conv.{direction}"] = np.where(norm > 0, weight, np.float32(1))
+        return tensors
+
+    def write_preprocessor(self, config: Config, do_normalize: bool, folder: Path) -> None:
+        """See `Encoder`."""
+        from transformers import Wav2Vec2FeatureExtractor
+
+        # With group norm, transformers wants padding with zeros and no mask.
+        masked = config.feat_extract_norm == "layer"
+        extractor = Wav2Vec2FeatureExtractor(
+            do_normalize=do_normalize, return_attention_mask=masked
+        )
+        extractor.save_pretrained(folder)
 
 
 class _FeatureExtractor(nn.Module):
     """The strided convolutions: (B, samples) to (B, T, conv_dim[-1])."""
 
-    config: HubertConfig
+    config: Config
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -323,12 +364,12 @@ class _ConvLayer(nn.Module):
 class _FeatureProjection(nn.Module):
     """(B, T, conv_dim[-1]) to (B, T, H)."""
 
-    config: HubertConfig
+    config: Config
     dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-        if self.config.feat_proj_layer_norm:
+        if getattr(self.config, "feat_proj_layer_norm", True):  # only HuBERT may lack it
             epsilon = self.config.layer_norm_eps
             x = LayerNorm(epsilon=epsilon, dtype=self.dtype, name="layer_norm")(x)
         x = nn.Dense(self.config.hidden_size, dtype=self.dtype, name="projection")(x)
@@ -342,3 +383,6 @@ def _conv_length(
     for kernel, stride in zip(kernels, strides, strict=True):
         length = (length - kernel) // stride + 1
     return length * (length > 0)
+
+
+ENCODER = Wav2Vec2()
