@@ -199,7 +199,7 @@ def paper_config(size: str) -> ModelConfig:
         width, recipe.max_frames = 8, 16
         recipe.student.update({"width": 16, "mlp_dim": 16, "num_heads": 2, "num_layers": 1})
     frontend = {"name": "hubert", "model": "facebook/hubert-large-ll60k", "revision": None}
-    frontend |= {"layer": -1, "dtype": "float32", "fingerprint": ""}
+    frontend |= {"layer": -1, "dtype": "float32", "pad_to_30s": False, "fingerprint": ""}
     return model_config(recipe.student, recipe.max_frames, width, 4, frontend)
 
 

@@ -69,10 +69,10 @@ def encoder_folder(tmp_path_factory):
 
     @functools.cache
     def make(kind: str) -> str:
-        whisper = kind == "whisper"
-        config = tiny_encoders.tiny_config(
-            "whisper 80" if whisper else f"{kind} large", **({} if whisper else sizes)
-        )
+        variant, changes = f"{kind} large", sizes
+        if kind == "whisper":
+            variant, changes = "whisper 80", {"d_model": 16}
+        config = tiny_encoders.tiny_config(variant, **changes)
         folder = tmp_path_factory.mktemp(kind)
         cls = tiny_encoders.model_class(config)
         tiny_encoders.save(cls(config), folder)

@@ -104,7 +104,7 @@ def assert_teacher_saves_back(workdir: Path, start: str, folder: Path) -> None:
     model = getattr(transformers, before.kind.model_name).from_pretrained(folder).eval()
     with torch.no_grad():
         theirs = torch_states(model, waveform)[-1]
-    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
     assert np.abs(ours - after.encode(before.params, waveform).last_hidden_state).max() > 1e-4
 
 
