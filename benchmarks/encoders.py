@@ -185,7 +185,7 @@ def make_cases(whisper: bool, gpu: bool) -> dict[str, Case]:
     many = Case(equal, 499, Batching(499 * batch, 1.0))
     extracted = Case(mixed, 749, standard)
     if whisper:
-        short = Case(noise([32_000] * (512 if gpu else 16)), 99, standard)  # as EMO-DB's here
+        short = Case(noise([32_000] * (512 if gpu else 16)), 100, standard)  # as our EMO-DB
         cases = {"2 s, as the extractor runs them": short, "10 s, one clip": one}
         cases["1 to 15 s, as the extractor runs them"] = extracted
         in_30_s = {

@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+WHISPER = ("whisper", "openai/whisper-base", 3)
+
 
 def encoder(name: str, model: str = "", layer: int | list[int] = -1) -> ConfigDict:
     """A front-end of a pretrained encoder: hubert, wav2vec2, wavlm or whisper.
@@ -154,11 +156,34 @@ def paper(table3: str = "iemocap") -> ConfigDict:
 
 
 def logmel(config: ConfigDict) -> ConfigDict:
-    """Turns a recipe to log-mel frames and models trained from scratch: nothing is downloaded.
-
-    The sizes suit corpora of some hundred to some thousand utterances and a CPU.
-    """
+    """Turns a recipe to log-mel frames and models trained from scratch: nothing is downloaded."""
     config.frontend = ConfigDict({"name": "logmel", "num_mels": 40})
+    config.contrastive.max_frequency_mask = 5
+    return small(config)
+
+
+def whisper(config: ConfigDict) -> ConfigDict:
+    """Turns a recipe to features of a middle layer of Whisper-base, some 0.3 GB to download.
+
+    Teacher and student are trained from scratch on them; the encoder stays as it is.
+    """
+    config.frontend = encoder(*WHISPER)
+    config = small(config)
+    # Tokens are frames: inverted, the mean over tokens forgets which feature is which, and 512
+    # tokens cost ten times as much.
+    config.student.update({"inverted": False, "variate_embedding": False})
+    return config
+
+
+def logmel_from_whisper(config: ConfigDict) -> ConfigDict:
+    """The log-mel student, deployed without encoder, of a teacher on Whisper's features."""
+    config = logmel(config)
+    config.teacher.frontend = encoder(*WHISPER)
+    return config
+
+
+def small(config: ConfigDict) -> ConfigDict:
+    """Models from scratch on features, for a CPU and some hundred to some thousand utterances."""
     config.teacher = ConfigDict(
         {
             "input": "features",
@@ -193,7 +218,7 @@ def logmel(config: ConfigDict) -> ConfigDict:
             "epochs": 50,
         }
     )
-    config.contrastive.update({"max_frequency_mask": 5, "queue_size": 256})
+    config.contrastive.queue_size = 256
     config.distill.update({"alpha": 0.5, "learning_rate": 1e-3, "epochs": 50})
     config.meta.update({"learning_rate": 1e-4, "pilot_learning_rate": 1e-3})
     config.curriculum.update(
@@ -207,7 +232,8 @@ def logmel(config: ConfigDict) -> ConfigDict:
 
 def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
     """Applies what follows the colon in ``--config=configs/X.py:preset``."""
-    presets = {"": lambda c: c, "logmel": logmel}
+    presets = {"": lambda c: c, "logmel": logmel, "whisper": whisper}
+    presets["logmel-from-whisper"] = logmel_from_whisper
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}: use one of {sorted(presets)}")
     return presets[preset](config)

@@ -5,7 +5,8 @@
 
 ``EMODB`` is the corpus as its authors ship it: the folder that holds ``wav``.
 
-``:logmel`` downloads nothing. Without it the features and the teacher are HuBERT-large.
+``:whisper`` takes features of Whisper-base, ``:logmel-from-whisper`` only for the teacher, and
+``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
 
 Expect with ``:logmel`` about half an hour on two CPU cores, and a UA of 46 to 50 in every row,
 measured on a copy whose recordings are all 2 s long. For longer ones raise ``--config.max_frames``.

@@ -8,7 +8,8 @@ FFmpeg is needed. Epochs are selected by the dev part's wF1 (``:logmel`` keeps t
 series' main speakers are in all parts.
 
 ``--config.strict=True`` stops if the counts are not those of Table 2, less the two utterances that
-no copy has. ``:logmel`` downloads nothing and trains from scratch on log-mel frames.
+no copy has. ``:logmel`` downloads nothing and trains from scratch on log-mel frames; ``:whisper``
+and ``:logmel-from-whisper`` as in ``configs/emodb.py``.
 
 Never run on the corpus itself, which was not available: on small generated corpora in its layout,
 with a tiny HuBERT. The paper reports, of the updated student, wF1 46.96 and WA 52.28 (Table 6).

@@ -81,11 +81,11 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
     np.testing.assert_allclose(np.asarray(unfused)[mask], np.asarray(exact)[mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("patch_frames", [0, 2])
-def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_frames):
+@pytest.mark.parametrize(("patch_frames", "length"), [(0, 8), (2, 8), (4, 7), (4, 6), (4, 1)])
+def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_frames, length):
     teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames)
     frames = np.random.default_rng(2).normal(size=(2, 12, HUBERT.hidden_size)).astype(np.float32)
-    mask = np.arange(12) < np.array([12, 8])[:, None]
+    mask = np.arange(12) < np.array([12, length])[:, None]
     params = random_params(teacher, frames, mask)
 
     @jax.jit
@@ -94,7 +94,7 @@ def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_
         return teacher.apply({"params": params}, frames, mask, **of_layers)
 
     padded, _ = apply(frames, mask)
-    alone, seen = apply(frames[1:, :8], mask[1:, :8])
+    alone, seen = apply(frames[1:, :length], mask[1:, :length])
     np.testing.assert_allclose(padded.hidden[1], alone.hidden[0], atol=1e-5)
     np.testing.assert_allclose(padded.logits[1], alone.logits[0], atol=1e-5)
     ((encoded, _),) = seen["intermediates"]["encoder"]["__call__"]

@@ -41,7 +41,7 @@ MOST_NAMED = 10  # tensors in a message
 HISTORY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one is itself alone, and can be hashed
 class Checkpoint:
     """A pretrained encoder.
 

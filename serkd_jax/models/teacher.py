@@ -39,8 +39,8 @@ class Teacher(nn.Module):
             dropout_keys) with a configuration as its ``config``.
         num_classes: C.
         patch_frames: 0 for frames that are what the layers read: of the encoder's front, or
-            precomputed features. For others, such as log-mel, how many of them a convolution joins
-            to one token, to which sinusoidal positions are added.
+            precomputed features. For others, such as log-mel, how many of them are joined to one
+            token, to which sinusoidal positions are added.
     """
 
     encoder: nn.Module
@@ -60,9 +60,13 @@ class Teacher(nn.Module):
         """
         width = self.encoder.config.hidden_size
         if self.patch_frames:
-            patch = (self.patch_frames,)
+            # Not as a convolution, whose gradient is slow on a CPU; filled up at the end with 0.
             frames = LayerNorm(name="input_norm")(frames)
-            frames = nn.Conv(width, patch, strides=patch, name="patches")(frames)
+            frames = jnp.where(frame_mask[..., None], frames, 0)
+            missing = -frames.shape[1] % self.patch_frames
+            frames = jnp.pad(frames, ((0, 0), (0, missing), (0, 0)))
+            patches = frames.reshape(len(frames), -1, self.patch_frames, frames.shape[-1])
+            frames = nn.DenseGeneral(width, axis=(-2, -1), name="patches")(patches)
             frames += sinusoidal_positions(frames.shape[1], width)
             frame_mask = frame_mask[:, :: self.patch_frames]
         elif frames.shape[-1] != width:
