@@ -9,12 +9,13 @@ on, their vectors standardised; `--splits=W/splits.json` takes the folds of a ru
 it does not test on for training.
 """
 
+import argparse
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
@@ -22,29 +23,23 @@ from sklearn.svm import LinearSVC
 from serkd_jax.errors import UserError
 from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 
-_FEATURES = flags.DEFINE_string("features", None, "A folder of feature records.", required=True)
-_MANIFEST = flags.DEFINE_string("manifest", "", "Has the label and speaker of each file.")
-_CORPUS = flags.DEFINE_string("corpus", "manifest", "Or a corpus by name.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where its recordings, or the manifest's, are.")
-_SPLITS = flags.DEFINE_string("splits", "", "The splits.json of a run: its folds.")
-_C = flags.DEFINE_float("c", 0.001, "Of the SVM.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
-
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the scores."""
-    del argv
+    options = parse_options()
+    logging.disable(logging.INFO)  # of TFDS
     try:
-        ids, vectors, labels, speakers = load(Path(_FEATURES.value))
-        groups = list(folds(ids, speakers, _SPLITS.value))
-    except UserError as error:
+        listed = list_utterances(options.corpus, options.manifest, options.data_dir)
+        ids, vectors, labels, speakers = load(options.features, listed)
+        groups = list(folds(ids, speakers, options.splits))
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     classes, numbers = np.unique(labels, return_inverse=True)
-    tested, predicted = probe(vectors, numbers, groups, _C.value)
+    tested, predicted = probe(vectors, numbers, groups, options.c)
     scores = classification_metrics(numbers[tested], predicted, len(classes))
     intervals = bootstrap_intervals(scores["confusion"])
     print(
-        f"Linear SVM, C {_C.value:g}, mean and deviation of {vectors.shape[1] // 2} features; "
+        f"Linear SVM, C {options.c:g}, mean and deviation of {vectors.shape[1] // 2} features; "
         f"{len(tested)} utterances, {len(groups)} folds, {len(classes)} classes"
     )
     print("| UA | WA | wF1 |")
@@ -54,8 +49,21 @@ def main(argv: list[str]) -> None:
         for name, (low, high) in intervals.items()
     ]
     print(f"| {' | '.join(cells)} |")
-    if _JSON.value:
+    if options.json:
         print(json.dumps({name: scores[name] for name in ("ua", "wa", "wf1", "n")}))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line; not absl's flags, so that tests can import this beside other commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
+    parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
+    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
+    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    parser.add_argument("--splits", default="", help="the splits.json of a run: its folds")
+    parser.add_argument("--c", type=float, default=0.001, help="of the SVM")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args()
 
 
 def probe(
@@ -88,8 +96,14 @@ def pool(features: np.ndarray) -> np.ndarray:
     return np.concatenate([features.mean(0), features.std(0)])
 
 
-def load(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def load(
+    folder: Path, listed: dict[str, tuple[str, str]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Ids, (n, 2 N) vectors, labels and speakers of the utterances, by id.
+
+    Args:
+        folder: of feature records.
+        listed: label and speaker by id, where the records have none.
 
     Raises:
         UserError: an utterance has no label or no speaker.
@@ -98,13 +112,12 @@ def load(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
     features = records.load_info(folder).features
     known = [name for name in ("label", "speaker") if name in features]
-    listed = _listed() if _MANIFEST.value or _CORPUS.value != "manifest" else {}
     rows = []
     for example in records.read_examples(folder, ["id", "features", *known]):
-        key = example["id"]
-        label, speaker = listed.get(key) or (example.get("label", ""), example.get("speaker", ""))
-        if "label" in known and not listed and not isinstance(label, str):
+        key, label = example["id"], example.get("label", "")
+        if not isinstance(label, str):  # a number, in the records of a run
             label = features["label"].names[label]
+        label, speaker = listed.get(key) or (label, example.get("speaker", ""))
         if not label or not speaker:
             raise UserError(
                 f"{folder}: {key} has no label or speaker: name a --manifest with path, label and "
@@ -115,14 +128,15 @@ def load(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array(column) for column in zip(*rows, strict=True))
 
 
-def _listed() -> dict[str, tuple[str, str]]:
+def list_utterances(corpus: str, manifest: str, data_dir: str) -> dict[str, tuple[str, str]]:
     """Label and speaker, by the id and by the path as seen from the corpus's folder."""
+    if corpus == "manifest" and not manifest:
+        return {}
     from serkd_jax.data import corpora
 
-    settings = {"manifest": _MANIFEST.value, "data_dir": _DATA_DIR.value}
-    listed = {}
-    for utterance in corpora.make_corpus(_CORPUS.value, **settings).list_utterances():
-        folder = Path(_DATA_DIR.value or Path(_MANIFEST.value).parent).absolute()
+    folder, listed = Path(data_dir or Path(manifest).parent).absolute(), {}
+    made = corpora.make_corpus(corpus, manifest=manifest, data_dir=data_dir)
+    for utterance in made.list_utterances():
         path = Path(utterance.path).absolute()
         names = [utterance.id]
         names += [path.relative_to(folder).as_posix()] if path.is_relative_to(folder) else []
@@ -147,4 +161,4 @@ def folds(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

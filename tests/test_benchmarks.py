@@ -36,6 +36,19 @@ def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
 
 
 @pytest.mark.slow
+def test_encoders_are_compared_with_torch_case_by_case():
+    command = [sys.executable, "-m", "benchmarks.encoders", "--size=tiny", "--seconds=0", "--json"]
+    command += ["--models=wavlm-base,whisper-base", "--cases=10 s, one clip"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *rows, last = done.stdout.splitlines()
+    cases = ["wavlm-base, 10 s, one clip", "whisper-base, 10 s, one clip"]
+    assert list(json.loads(last)["ratio"]) == [*cases, f"{cases[1]}; torch pads"]
+    differences = [float(row.split("|")[-2]) for row in rows[-3:]]
+    assert max(differences[:2]) < 1e-3  # padded to 30 s, torch's Whisper hears something else
+
+
+@pytest.mark.slow
 def test_an_exported_student_is_compared_with_torch_and_the_pipeline():
     command = [sys.executable, "-m", "benchmarks.inference", "--size=tiny", "--seconds=0.01"]
     command += ["--rounds=1", "--formats", "onnx", "--json"]

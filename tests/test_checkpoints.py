@@ -16,13 +16,6 @@ import safetensors.numpy
 import soundfile
 import torch
 import transformers
-from tiny_encoders import (
-    random_torch_model,
-    save,
-    tiny_config,
-    to_numpy,
-    torch_states,
-)
 
 from serkd_jax.encoders import checkpoint, find_encoder
 from serkd_jax.encoders.checkpoint import (
@@ -32,6 +25,13 @@ from serkd_jax.encoders.checkpoint import (
     save_encoder,
 )
 from serkd_jax.errors import UserError
+from tiny_encoders import (
+    random_torch_model,
+    save,
+    tiny_config,
+    to_numpy,
+    torch_states,
+)
 
 HUBERT = find_encoder("hubert")
 

@@ -14,17 +14,6 @@ import soundfile
 import torch
 import transformers
 from flax import traverse_util
-from tiny_encoders import (
-    LARGE,
-    VARIANTS,
-    encoder_of,
-    random_torch_model,
-    tiny_config,
-    to_numpy,
-    torch_states,
-    whisper_extractor,
-    without_weight_norm,
-)
 
 from serkd_jax.encoders import find_encoder
 from serkd_jax.encoders.base import Encoder, EncoderModel, EncoderOutput
@@ -38,6 +27,17 @@ from serkd_jax.encoders.wav2vec2 import (
 from serkd_jax.encoders.wavlm import distance_buckets
 from serkd_jax.encoders.whisper import log_mel
 from serkd_jax.models.transformer import EncoderLayer
+from tiny_encoders import (
+    LARGE,
+    VARIANTS,
+    encoder_of,
+    random_torch_model,
+    tiny_config,
+    to_numpy,
+    torch_states,
+    whisper_extractor,
+    without_weight_norm,
+)
 
 TOLERANCE = 1e-4
 LENGTHS = np.array([16_000, 9_999, 400])

@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 import transformers
-from tiny_encoders import torch_states
 
 from serkd_jax.deploy.folder import FRONTEND
 from serkd_jax.deploy.trained import load_test_inputs, load_trained
@@ -24,6 +23,7 @@ from serkd_jax.predict import load_model
 from serkd_jax.programs import STAGES
 from serkd_jax.report import ROWS
 from tiny_config import get_config
+from tiny_encoders import torch_states
 
 LAYERS = {"hubert": -1, "wav2vec2": 1, "wavlm": [1, 2], "whisper": 1}
 

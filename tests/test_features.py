@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -503,6 +504,23 @@ def test_the_command_started_again_has_nothing_to_do(extracted, hubert_folder, a
     assert contents(folder) == before
 
 
+def test_the_command_says_and_keeps_what_it_assumes_of_any_encoder(
+    encoder_folder, audio_folder, tmp_path, capsys
+):
+    """A WavLM without a preprocessor's file; the mean of two layers."""
+    model = shutil.copytree(encoder_folder("wavlm"), tmp_path / "model")
+    (model / "preprocessor_config.json").unlink()
+    flags = flags_for(str(model), audio_folder, tmp_path / "out") | {"layer": "1,2"}
+    run_here(flags)
+    assumed = f"{model} has no preprocessor_config.json: each waveform is brought to zero mean"
+    assert f"assumed: {assumed}" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "metadata.json").read_text())["frontend_settings"]
+    assert settings["assumption"].startswith(assumed)
+    assert settings["name"] == "wavlm"
+    assert settings["layer"] == [1, 2]
+    assert settings["do_normalize"] is True
+
+
 @pytest.mark.slow
 def test_the_command_killed_and_started_again_gives_the_same(
     extracted, hubert_folder, audio_folder, tmp_path
@@ -555,6 +573,8 @@ def test_two_processes_of_two_devices_share_the_files(
         ({"input": "/no/such"}, "/no/such: no such folder"),
         ({"model": "/no/such"}, "'/no/such' is neither a local folder nor"),
         ({"layer": 9}, "layer 9 is not in -3 to 2"),
+        ({"layer": "1,x"}, "layer is 1,x: use a number, or several as 8,9"),
+        ({"pad_to_30s": True}, "is a hubert: pad_to_30s is Whisper's alone"),
         ({"max_seconds": 0.01}, "use 0.025, one frame, to 3600"),
         ({"max_seconds": float("nan")}, "max_seconds is nan"),
         ({"num_processes": 2}, "need a --coordinator"),

@@ -6,6 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from serkd_jax.errors import UserError
 from serkd_jax.frontends import (
@@ -17,6 +19,7 @@ from serkd_jax.frontends import (
     plan_batches,
 )
 from serkd_jax.logmel import num_frames
+from tiny_encoders import torch_states, whisper_extractor
 
 MAX_FRAMES = 100
 FLOAT16 = {"atol": 5e-3}  # states are a few units at most
@@ -92,15 +95,65 @@ def test_any_layer_can_be_had(layer, hubert_folder, hubert_oracle):
     np.testing.assert_allclose(features, hubert_oracle(waveform, layer), **FLOAT16)
 
 
-@pytest.mark.parametrize("settings", [{"layer": 3}, {"layer": -4}, {"dtype": "float16"}])
+def test_of_several_layers_the_mean_is_taken(hubert_folder, hubert_oracle):
+    waveform = clips(1)[0][:20_000]
+    (features,) = extract(Pretrained(hubert_folder, layer=[0, 2, -1]), [waveform])
+    expected = np.mean([hubert_oracle(waveform, layer) for layer in (0, 2, -1)], axis=0)
+    np.testing.assert_allclose(features, expected, **FLOAT16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer": 3},
+        {"layer": -4},
+        {"layer": []},
+        {"layer": [1, 1]},
+        {"layer": [1, 3]},
+        {"layer": "1"},
+        {"dtype": "float16"},
+        {"pad_to_30s": True},
+        {"kind": "wavlm"},
+    ],
+)
 def test_settings_that_the_model_does_not_have_are_refused(settings, hubert_folder):
-    with pytest.raises(UserError, match=r"layer|dtype"):
+    with pytest.raises(UserError, match=r"layer|dtype|pad_to_30s|is a hubert, not a wavlm"):
         Pretrained(hubert_folder, **settings).checkpoint  # noqa: B018
 
 
-def test_fingerprint_tells_layers_types_and_weights_apart(hubert_folder):
-    kinds = [{}, {"layer": 1}, {"dtype": "bfloat16"}]
-    assert len({Pretrained(hubert_folder, **kind).fingerprint for kind in kinds}) == 3
+def test_fingerprint_tells_layers_types_and_weights_apart(hubert_folder, encoder_folder):
+    kinds = [{}, {"layer": 1}, {"layer": [1, 2]}, {"dtype": "bfloat16"}]
+    made = {Pretrained(hubert_folder, **kind).fingerprint for kind in kinds}
+    whisper = encoder_folder("whisper")
+    made |= {Pretrained(whisper, pad_to_30s=pad).fingerprint for pad in (False, True)}
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize("pad_to_30s", [False, True])
+def test_whispers_features_are_those_of_torch_for_the_frames_of_the_grid(
+    pad_to_30s, encoder_folder
+):
+    """The tiny one pads to 1.28 s, its longest clip; a clip's first frames are kept."""
+    folder = encoder_folder("whisper")
+    model = transformers.WhisperModel.from_pretrained(folder).eval()
+    waveforms = [waveform[:20_000] for waveform in clips()]
+    features = extract(Pretrained(folder, pad_to_30s=pad_to_30s), waveforms, max_frames=64)
+    for waveform, ours in zip(waveforms, features, strict=True):
+        assert len(ours) == num_frames(len(waveform))
+        if pad_to_30s:
+            extractor = whisper_extractor(model.config)
+            mel = extractor(waveform, sampling_rate=16_000, max_length=64 * 320)["input_features"]
+            with torch.no_grad():
+                theirs = model.encoder(torch.tensor(mel)).last_hidden_state
+        else:
+            with torch.no_grad():
+                theirs = torch_states(model, waveform[None])[-1]
+        np.testing.assert_allclose(ours, theirs[0, : len(ours)], **FLOAT16)
+
+
+def test_clips_beyond_what_whisper_hears_are_refused_before_any_is_computed(encoder_folder):
+    with pytest.raises(UserError, match=r"takes at most 64 frames, 1\.28 s, not 65"):
+        extract(Pretrained(encoder_folder("whisper")), clips(1), max_frames=65)
 
 
 def test_features_are_the_same_bits_on_any_devices_in_any_order_beside_any_group(hubert_folder):
