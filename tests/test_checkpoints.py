@@ -174,6 +174,15 @@ def test_load_a_model_with_a_head_of_its_own(tmp_path):
     assert_same(load_encoder(tmp_path).params, params_of(model))
 
 
+@pytest.mark.parametrize("prefix", ["", "encoder.", "model.encoder."])
+def test_load_a_whisper_encoder_alone(prefix, tmp_path):
+    model = random_torch_model(tiny_config("whisper 80"))
+    model.save_pretrained(tmp_path)
+    tensors = {f"{prefix}{name}": value for name, value in to_numpy(model).items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(load_encoder(tmp_path).params, params_of(model))
+
+
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -193,8 +193,6 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
     ("flags", "message"),
     [
         (["--config=configs/emodb.py:logmel", "--config.data_dir=/no/such"], "/no/such"),
-        (["--config=configs/manifest.py:logmel"], "manifest"),
-        (["--config=tests/tiny_config.py", "--config.protocol.groups_per_fold=4"], "has only 4"),
         (["--config=tests/tiny_config.py", "--config.corpus=imaginary"], "imaginary"),
     ],
 )

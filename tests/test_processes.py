@@ -21,8 +21,8 @@ from finished_runs import final_arrays
 from serkd_jax import processes
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of two steps each. In two stages they last long enough for a notice to reach both processes.
-EPOCHS = {"teacher": 2, "student": 20, "distill": 20, "curriculum": 2}
+# Of two steps each. In one stage they last long enough for a notice to reach both processes.
+EPOCHS = {"teacher": 2, "student": 12, "distill": 3, "curriculum": 2}
 FLAGS = ["--config=tests/tiny_config.py", "--config.num_devices=0"]
 FLAGS += [f"--config.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()]
 FLAGS += ["--config.steps_per_dispatch=1"]
