@@ -70,13 +70,11 @@ def encoder(kind: str, folder: str) -> dict:
 def test_features_and_a_teacher_on_waveforms_through_all_stages(
     kind, encoder_folder, manifest, tmp_path
 ):
-    """Eight devices for one of them."""
     folder, workdir = encoder_folder(kind), tmp_path / "run"
     results = tiny_run(
         manifest,
         workdir,
         frontend=encoder(kind, folder),
-        num_devices=8 if kind == "hubert" else 1,
         **{"teacher.input": "waveform", "teacher.model": folder, "teacher.patch_frames": 0},
     )
     assert tuple(results["overall"]) == ROWS
@@ -113,8 +111,7 @@ def assert_exported_student_hears_the_same(
 ) -> None:
     """From the files on, it gives the run's own probabilities; the encoder comes with it."""
     trained = load_trained(workdir, "1", "updated_student")
-    formats = ["safetensors", "stablehlo"]
-    for checked in export(trained, folder, formats, load_test_inputs(trained, None)):
+    for checked in export(trained, folder, ["safetensors"], load_test_inputs(trained, None)):
         assert checked.difference < 1e-4
     assert sorted(path.name for path in (folder / FRONTEND).iterdir()) == [
         "config.json",
@@ -155,14 +152,3 @@ def test_a_log_mel_student_of_a_teacher_with_a_front_end_of_its_own(
     assert trained.config.frontend["name"] == "logmel"
     export(trained, tmp_path / "exported", ["safetensors"], load_test_inputs(trained, None))
     assert not (tmp_path / "exported" / FRONTEND).exists()
-    # What the teacher reads is Whisper's: with other features it is another teacher.
-    again = tiny_run(
-        manifest,
-        tmp_path / "again",
-        stages="teacher",
-        **settings | {"teacher.frontend": {**encoder("whisper", folder), "layer": 0}},
-    )
-    assert np.load(tmp_path / "again/fold_1/predictions.npz")["teacher"].tolist() != (
-        np.load(workdir / "fold_1/predictions.npz")["teacher"].tolist()
-    )
-    assert tuple(again["overall"]) == ("teacher",)
