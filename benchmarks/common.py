@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from serkd_jax.batches import Examples
-from serkd_jax.models.student import Adapter
 from serkd_jax.programs import Programs
+from serkd_jax.standardization import no_statistics
 
-CLASSES, HIDDEN = 4, 1024  # of IEMOCAP; of the teacher
+CLASSES = 4  # of IEMOCAP
 # Forward passes of the student over a batch, where a backward pass counts twice: the momentum
 # encoder's keys (1) and the student's forward and backward (3); of the meta step also the pilot's
 # backward (2), the quiz (3) and the pilot's slope along its gradient (1); of the curriculum the
@@ -31,6 +31,7 @@ def make_config() -> tuple[ConfigDict, int]:
     config.batch_size = _BATCH_SIZE.value or (4 if jax.default_backend() == "cpu" else 32)
     if _SIZE.value == "tiny":
         config.max_frames, variates = 12, 6
+        config.teacher.projector = variates  # in the paper's size, too, they are alike
         config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
     return config, variates
 
@@ -65,9 +66,13 @@ def make_programs(config: ConfigDict, order: str, variates: int) -> Programs:
     config = config.copy_and_resolve_references()
     config.meta.order = order
     shape = (config.max_frames, variates)
-    programs = Programs(config, CLASSES, shape, variates, 1, jax.devices()[:1])
-    programs.adapter = Adapter(HIDDEN)  # otherwise the teacher would be loaded for its width
-    return programs
+    return Programs(config, CLASSES, shape, variates, 1, jax.devices()[:1])
+
+
+def new_classifier(programs: Programs) -> Any:
+    """Parameters of T'."""
+    hidden = jnp.zeros((1, programs.teacher_hidden))
+    return programs.classifier.init(jax.random.key(0), hidden)["params"]
 
 
 def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.ndarray]:
@@ -80,7 +85,7 @@ def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.nda
         "length": length,
         "label": rng.integers(0, CLASSES, size).astype(np.int32),
         "index": np.arange(size, dtype=np.int32),
-        "teacher_hidden": rng.normal(size=(size, HIDDEN)).astype(np.float32),
+        "teacher_hidden": rng.normal(size=(size, config.teacher.projector)).astype(np.float32),
     }
 
 
@@ -98,9 +103,9 @@ def make_steps(
     The examples are two batches: one to train on, one for the quiz.
     """
     plain, meta = (make_programs(config, each, variates) for each in ("none", order))
-    classifier = plain.classifier.init(jax.random.key(0), jnp.zeros((1, HIDDEN)))["params"]
-    student = plain.init_student(jax.random.key(1))
-    distilled = plain.init_distill(jax.random.key(1), classifier)
+    statistics = no_statistics(variates)
+    student = plain.init_student(jax.random.key(1), statistics)
+    distilled = plain.init_distill(jax.random.key(1), new_classifier(plain), statistics)
     updated = plain.init_curriculum(jax.random.key(2), distilled)
     train, quiz = np.split(np.arange(len(examples.columns["index"])), 2)
     tasks = np.stack([train] * plain.policy.num_tasks)

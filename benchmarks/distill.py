@@ -24,13 +24,14 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
 from benchmarks.common import (
-    HIDDEN,
     describe,
     make_batch,
     make_config,
     make_examples,
     make_programs,
+    new_classifier,
 )
+from serkd_jax.standardization import no_statistics
 
 ORDERS = {
     "none": "plain KD",
@@ -51,8 +52,8 @@ def main(argv: list[str]) -> None:
     about = describe(config)
 
     programs = {order: make_programs(config, order, variates) for order in ORDERS}
-    classifier = programs["none"].classifier.init(jax.random.key(0), jnp.zeros((1, HIDDEN)))
-    state = programs["none"].init_distill(jax.random.key(1), classifier["params"])
+    plain = programs["none"]
+    state = plain.init_distill(jax.random.key(1), new_classifier(plain), no_statistics(variates))
     train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
     examples = make_examples(train, quiz)
     one_step = np.arange(2 * config.batch_size).reshape(2, 1, -1)

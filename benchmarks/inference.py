@@ -14,9 +14,10 @@ hits all. `--json` ends with one line of JSON, in which `ratio` is torch's time 
 import argparse
 import json
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from serkd_jax.deploy.backends import load_classifier, load_frontend
-from serkd_jax.deploy.folder import FILES, STUDENT_KEYS, ModelConfig, parse_config, read_config
+from serkd_jax.deploy.folder import (
+    FILES,
+    STUDENT_KEYS,
+    VERSION,
+    ModelConfig,
+    parse_config,
+    read_config,
+)
 from serkd_jax.logmel import fingerprint, num_samples
 from serkd_jax.waveform import SAMPLE_RATE
 
@@ -119,27 +127,29 @@ def load_torch(folder: Path, config: ModelConfig, cores: int) -> Callable:
     from ml_collections import ConfigDict
     from safetensors.torch import load_file
 
-    from benchmarks.torch_steps import Student
+    from benchmarks.torch_steps import Student, standardize
 
     torch.set_num_threads(cores)
-    sizes = ConfigDict(dict(config.student) | {"dropout": 0.0, "projection_dim": 1})
-    model = Student(sizes, config.max_frames, len(config.labels), None).eval()
-    tensors = {}
-    for name, value in load_file(folder / FILES["safetensors"]).items():
+    sizes = ConfigDict(dict(config.student) | {"dropout": 0.0, "projection_dims": []})
+    shape = config.max_frames, config.num_features
+    model = Student(sizes, shape, len(config.labels), None).eval()
+    stored, tensors = load_file(folder / FILES["safetensors"]), {}
+    statistics = stored.pop("statistics.mean"), stored.pop("statistics.spread")
+    for name, value in stored.items():
         name = name.replace("layers_", "layers.").replace(".attention.", ".")
+        name = re.sub(r"classifier_(\d)", lambda i: f"classifier.{2 * int(i[1])}", name)  # ReLUs
         value = value.T.contiguous() if name.endswith("kernel") else value
         tensors[name.replace(".kernel", ".weight").replace(".scale", ".weight")] = value
     for layer in range(config.student["num_layers"]):
         for kind in ("weight", "bias"):
             parts = [tensors.pop(f"layers.{layer}.{part}_proj.{kind}") for part in "qkv"]
             tensors[f"layers.{layer}.qkv.{kind}"] = torch.cat(parts)
-    missing = model.load_state_dict(tensors, strict=False)
-    assert missing == (["projection.weight", "projection.bias"], [])
+    model.load_state_dict(tensors)
 
     @torch.inference_mode()
     def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-        del num_frames
-        return model(torch.from_numpy(features)).logits.numpy()
+        batch = {"inputs": torch.from_numpy(features), "length": torch.from_numpy(num_frames)}
+        return model(standardize(batch, statistics)).logits.numpy()
 
     return classify
 
@@ -204,37 +214,42 @@ def paper_config(size: str) -> ModelConfig:
 
 
 def model_config(
-    student: Sequence, frames: int, width: int, classes: int, frontend: dict
+    student: Mapping[str, Any], frames: int, width: int, classes: int, frontend: dict
 ) -> ModelConfig:
     """As an export writes it."""
+    sizes = {key: student[key] for key in STUDENT_KEYS}
     return parse_config(
         {
-            "format": 1,
+            "format": VERSION,
             "labels": [f"class {i}" for i in range(classes)],
             "sample_rate": SAMPLE_RATE,
             "max_frames": frames,
             "num_features": width,
-            "student": {key: student[key] for key in STUDENT_KEYS},
+            "student": sizes | {"classifier_dims": list(sizes["classifier_dims"])},
             "frontend": frontend,
         }
     )
 
 
 def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> Path:
-    """A student with random weights."""
+    """A student with random weights and statistics."""
     import jax
     import jax.numpy as jnp
 
-    from serkd_jax.deploy.backends import make_student
+    from serkd_jax.deploy.backends import Variables, make_student
     from serkd_jax.deploy.formats import write_format
+    from serkd_jax.standardization import Statistics
 
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json())
     features = jnp.zeros((1, config.max_frames, config.num_features))
     init = jax.jit(make_student(config).init)
     params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
+    rng, width = np.random.default_rng(0), config.num_features
+    mean, spread = rng.normal(0, 1, width), rng.uniform(0.5, 2, width)
+    statistics = Statistics(mean.astype(np.float32), spread.astype(np.float32))
     for form in {"safetensors", *formats}:  # the first for torch
-        write_format(form, folder, config, params)
+        write_format(form, folder, config, Variables(params, statistics))
     return folder
 
 

@@ -108,11 +108,21 @@ def load(
     Raises:
         UserError: an utterance has no label or no speaker.
     """
+    rows = [
+        (key, pool(features), *speech) for key, features, *speech in read_labelled(folder, listed)
+    ]
+    rows.sort(key=lambda row: row[0])
+    return tuple(np.array(column) for column in zip(*rows, strict=True))
+
+
+def read_labelled(
+    folder: Path, listed: dict[str, tuple[str, str]]
+) -> Iterator[tuple[str, np.ndarray, str, str]]:
+    """Id, (frames, N) features, label and speaker of each utterance; as in `load`."""
     from serkd_jax.data import records  # needs TensorFlow
 
     features = records.load_info(folder).features
     known = [name for name in ("label", "speaker") if name in features]
-    rows = []
     for example in records.read_examples(folder, ["id", "features", *known]):
         key, label = example["id"], example.get("label", "")
         if not isinstance(label, str):  # a number, in the records of a run
@@ -123,9 +133,7 @@ def load(
                 f"{folder}: {key} has no label or speaker: name a --manifest with path, label and "
                 "speaker, or a --corpus and its --data_dir"
             )
-        rows.append((key, pool(example["features"]), label, speaker))
-    rows.sort(key=lambda row: row[0])
-    return tuple(np.array(column) for column in zip(*rows, strict=True))
+        yield key, example["features"], label, speaker
 
 
 def list_utterances(corpus: str, manifest: str, data_dir: str) -> dict[str, tuple[str, str]]:

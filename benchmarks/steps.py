@@ -33,7 +33,6 @@ from ml_collections import ConfigDict
 from benchmarks import torch_steps
 from benchmarks.common import (
     CLASSES,
-    HIDDEN,
     PASSES,
     describe,
     make_batch,
@@ -107,7 +106,8 @@ def our_steps(config: ConfigDict, variates: int, train: dict, quiz: dict) -> dic
     _, student, rows = cases["student"]
 
     def evaluate(count: int) -> None:
-        plain.student_predict(student.params, examples, np.tile(rows, count))
+        variables = student.params, student.statistics
+        plain.student_predict(variables, examples, np.tile(rows, count))
 
     return {name: make(name) for name in cases} | {"evaluation": evaluate}
 
@@ -119,8 +119,9 @@ def their_steps(
     device = "cpu" if on_cpu else "cuda"
     dtype = None if on_cpu else torch.bfloat16
     torch.set_float32_matmul_precision("high")  # on a GPU, XLA's default, too
+    hidden = config.teacher.projector
     steps = torch_steps.make_steps(
-        config, CLASSES, variates, HIDDEN, device, dtype, compile=not on_cpu
+        config, CLASSES, variates, hidden, device, dtype, compile=not on_cpu
     )
     one, other = (
         {name: torch.tensor(array, device=device) for name, array in batch.items()}

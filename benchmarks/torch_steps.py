@@ -28,13 +28,13 @@ Batch = dict[str, Tensor]
 class Output(NamedTuple):
     """What the student says of a batch."""
 
-    hidden: Tensor  # (B, D)
+    hidden: Tensor  # (B, N)
     logits: Tensor  # (B, C)
     projection: Tensor  # (B, P), L2-normalised
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward network, each with a layer norm after it."""
+    """Self-attention and feed-forward network, each with a layer norm before it."""
 
     def __init__(self, width: int, num_heads: int, mlp_dim: int, dropout: float):
         super().__init__()
@@ -48,13 +48,13 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, training: bool, twice: bool) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(self.layer_norm(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         attended = attention(q, k, v) if twice else F.scaled_dot_product_attention(q, k, v)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))
-        x = self.layer_norm(x + F.dropout(attended, self.dropout, training))
-        fed = self.output_dense(F.gelu(self.intermediate_dense(x)))
-        return self.final_layer_norm(x + F.dropout(fed, self.dropout, training))
+        x = x + F.dropout(attended, self.dropout, training)
+        fed = self.output_dense(F.gelu(self.intermediate_dense(self.final_layer_norm(x))))
+        return x + F.dropout(fed, self.dropout, training)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,27 +68,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """The inverted transformer, its classifier and its contrastive projection."""
+    """The inverted transformer, its classifier and its contrastive projection.
+
+    h(., S) is the mean over D of each of the N variates.
+    """
 
     def __init__(
-        self, config: ConfigDict, num_frames: int, classes: int, dtype: torch.dtype | None
+        self, config: ConfigDict, shape: tuple[int, int], classes: int, dtype: torch.dtype | None
     ):
         super().__init__()
+        num_frames, variates = shape
         width, self.dropout, self.dtype = config.width, config.dropout, dtype
         self.embed = nn.Linear(num_frames, width)
         self.layers = nn.ModuleList(
             EncoderLayer(width, config.num_heads, config.mlp_dim, config.dropout)
             for _ in range(config.num_layers)
         )
-        self.classifier_0 = nn.Linear(width, config.classifier_dim)
-        self.classifier_1 = nn.Linear(config.classifier_dim, classes)
-        self.projection = nn.Linear(width, config.projection_dim)
+        self.classifier = mlp(variates, *config.classifier_dims, classes)
+        self.projection = mlp(variates, *config.projection_dims)
 
     def forward(self, features: Tensor, training: bool = False, twice: bool = False) -> Output:
         """Encodes and classifies (B, T, N) features.
 
         Args:
-            features: of any float type.
+            features: standardised, of any float type.
             training: whether dropout is on.
             twice: whether the result is to be differentiated twice.
         """
@@ -97,10 +100,17 @@ class Student(nn.Module):
             tokens = F.dropout(tokens, self.dropout, training)
             for layer in self.layers:
                 tokens = layer(tokens, training, twice)
-            hidden = tokens.mean(1)
-            logits = self.classifier_1(F.relu(self.classifier_0(hidden)))
-            projection = self.projection(hidden)
+            hidden = tokens.mean(2)
+            logits, projection = self.classifier(hidden), self.projection(hidden)
         return Output(hidden.float(), logits.float(), F.normalize(projection.float(), dim=-1))
+
+
+def standardize(batch: Batch, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """The batch's inputs less the mean, over the spread, in float32; padding stays 0."""
+    mean, spread = statistics
+    frames = torch.arange(batch["inputs"].shape[1], device=mean.device)
+    valid = frames < batch["length"][:, None]
+    return torch.where(valid[..., None], (batch["inputs"].float() - mean) / spread, 0.0)
 
 
 def spec_augment(features: Tensor, length: Tensor, max_frequency: int, max_time: int) -> Tensor:
@@ -146,15 +156,21 @@ class Parts(NamedTuple):
 
     config: ConfigDict
     student: Student
-    adapter: nn.Linear  # maps h(., S) to the teacher's width
+    adapter: nn.Module  # maps h(., S) to the teacher's width; nn.Identity where it has that
     classifier: nn.Sequential  # T'
+    statistics: tuple[Tensor, Tensor]  # (N,) mean and spread of the features
     device: torch.device
     compile: Callable[[Callable], Callable]  # torch.compile, or nothing
 
     def optimizer(self, params: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
-        """AdamW at a constant rate."""
+        """AdamW at a constant rate; of the parameters, the matrices decay."""
+        params = list(params)
         decay = self.config.optimizer.weight_decay
-        return torch.optim.AdamW(params, rate, weight_decay=decay, fused=True)
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, rate, fused=True)
 
 
 class StudentStep:
@@ -163,26 +179,33 @@ class StudentStep:
     def __init__(self, parts: Parts):
         self.config, self.student = parts.config, copy.deepcopy(parts.student)
         self.momentum_student = copy.deepcopy(parts.student).requires_grad_(False)
-        size, width = self.config.contrastive.queue_size, self.config.student.projection_dim
+        self.statistics = parts.statistics
+        size, width = self.config.contrastive.queue_size, self.config.student.projection_dims[-1]
         self.queue_keys = torch.zeros(size, width, device=parts.device)
         self.queue_labels = torch.full((size,), -1, device=parts.device)
         self.slots = torch.arange(size, device=parts.device)  # the oldest first
         self.trained = list(self.student.parameters())
         self.optimizer = parts.optimizer(self.trained, self.config.student.learning_rate)
+        self.standardize = parts.compile(standardize)
         self.encode_keys = parts.compile(self._encode_keys)
         self.objective = parts.compile(self._objective)
 
     def __call__(self, batch: Batch) -> None:
         """Takes a step."""
+        batch = self._standard(batch)
         keys = self.encode_keys(batch)
         self.objective(batch, keys).backward()
         self._update(batch, keys)
+
+    def _standard(self, batch: Batch) -> Batch:
+        """The batch with its features."""
+        return batch | {"features": self.standardize(batch, self.statistics)}
 
     def _encode_keys(self, batch: Batch) -> Tensor:
         config = self.config.contrastive
         masks = config.max_frequency_mask, config.max_time_mask
         with torch.no_grad():
-            masked = spec_augment(batch["inputs"], batch["length"], *masks)
+            masked = spec_augment(batch["features"], batch["length"], *masks)
             return self.momentum_student(masked).projection
 
     def _student_loss(self, out: Output, labels: Tensor, keys: Tensor) -> Tensor:
@@ -197,7 +220,7 @@ class StudentStep:
         return config.weight * contrastive + (1 - config.weight) * cross_entropy
 
     def _objective(self, batch: Batch, keys: Tensor) -> Tensor:
-        out = self.student(batch["inputs"], training=True)
+        out = self.student(batch["features"], training=True)
         return self._student_loss(out, batch["label"], keys)
 
     @torch.no_grad()
@@ -234,7 +257,7 @@ class KDStep(StudentStep):
         super().__call__(batch["train"])
 
     def _objective(self, batch: Batch, keys: Tensor) -> Tensor:
-        out = self.student(batch["inputs"], training=True)
+        out = self.student(batch["features"], training=True)
         with torch.no_grad():
             teacher_logits = self.classifier(batch["teacher_hidden"])
         return self._hard_part(out, batch, keys) + self._soft_part(out, teacher_logits)
@@ -270,9 +293,10 @@ class MetaStep(KDStep):
 
     def __call__(self, batch: dict[str, Batch]) -> None:
         """Takes a step of T' and then one of the student."""
-        train, rate = batch["train"], self.config.meta.pilot_learning_rate
+        train, quiz = (self._standard(batch[part]) for part in ("train", "quiz"))
+        rate = self.config.meta.pilot_learning_rate
         keys = self.encode_keys(train)
-        out = self.student(train["inputs"], training=True, twice=True)
+        out = self.student(train["features"], training=True, twice=True)
         hard = self._hard_part(out, train, keys)
 
         loss = hard + self._soft_part(out, self.classifier(train["teacher_hidden"]))
@@ -282,7 +306,7 @@ class MetaStep(KDStep):
             torch._foreach_add_(self.pilot, slopes, alpha=-rate)
         # Back through the pilot step by hand, so that the quiz batch's pass can be compiled.
         gradients = torch.autograd.grad(
-            self.quiz_loss(batch["quiz"]), self.meta + self.pilot, allow_unused=True
+            self.quiz_loss(quiz), self.meta + self.pilot, allow_unused=True
         )
         direct, along = gradients[: len(self.meta)], gradients[len(self.meta) :]
         reached = [pair for pair in zip(slopes, along, strict=True) if pair[1] is not None]
@@ -299,7 +323,7 @@ class MetaStep(KDStep):
 
     def _quiz_loss(self, quiz: Batch) -> Tensor:
         """Eq. 9 of the pilot student."""
-        hidden = self.pilot_adapter(self.pilot_student(quiz["inputs"]).hidden)
+        hidden = self.pilot_adapter(self.pilot_student(quiz["features"]).hidden)
         logits = (self.classifier(h) for h in (quiz["teacher_hidden"], hidden))
         return 0.5 * sum(F.cross_entropy(scores, quiz["label"].long()) for scores in logits)
 
@@ -314,13 +338,14 @@ class CurriculumStep(StudentStep):
         self.adapter = copy.deepcopy(parts.adapter).requires_grad_(False)
         self.classifier = copy.deepcopy(parts.classifier).requires_grad_(False)
         tasks, steps = config.num_tasks, config.episode_steps
-        seen = self.config.student.width + 2 * tasks + 1
+        seen = len(parts.statistics[0]) + 2 * tasks + 1
         self.policy = mlp(seen, config.policy_width, tasks).to(device)
         nn.init.zeros_(self.policy[-1].weight)
         bias = config.easy_bias / 2
         self.policy[-1].bias.data = torch.linspace(bias, -bias, tasks, device=device)
-        self.policy_optimizer = parts.optimizer(
-            self.policy.parameters(), config.policy_learning_rate
+        decay = self.config.optimizer.weight_decay
+        self.policy_optimizer = torch.optim.AdamW(
+            self.policy.parameters(), config.policy_learning_rate, weight_decay=decay, fused=True
         )
         self.observations = torch.zeros(steps, seen, device=device)
         self.actions = torch.zeros(steps, dtype=torch.long, device=device)
@@ -338,12 +363,12 @@ class CurriculumStep(StudentStep):
 
     def __call__(self, batch: dict[str, Batch]) -> None:
         """Takes a step, and at an episode's end one of the policy."""
-        train, config = batch["train"], self.config.curriculum
+        train, config = self._standard(batch["train"]), self.config.curriculum
         keys = self.encode_keys(train)
         loss, embedding, accuracy = self.objective(train, keys)
         loss.backward()
         self._update(train, keys)
-        reward = self.reward(batch["quiz"])
+        reward = self.reward(self._standard(batch["quiz"]))
 
         slot = self.steps_taken % config.episode_steps
         self.steps_taken += 1
@@ -360,8 +385,9 @@ class CurriculumStep(StudentStep):
 
     def _objective(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 10, the mean hidden vector and the accuracy."""
-        out, labels = self.student(batch["inputs"], training=True), batch["label"].long()
-        teacher_logits = self.classifier(self.adapter(out.hidden))
+        out, labels = self.student(batch["features"], training=True), batch["label"].long()
+        with torch.no_grad():  # Eq. 12 moves the student by its own term alone
+            teacher_logits = self.classifier(self.adapter(out.hidden))
         teacher, student = (true_class_probability(x, labels) for x in (teacher_logits, out.logits))
         loss = self._student_loss(out, labels, keys) + (teacher - student).mean()
         accuracy = (out.logits.argmax(-1) == labels).float().mean()
@@ -370,7 +396,7 @@ class CurriculumStep(StudentStep):
     def _reward(self, quiz: Batch) -> Tensor:
         """Eq. 13 as a share."""
         with torch.no_grad():
-            logits = self.student(quiz["inputs"]).logits, self.classifier(quiz["teacher_hidden"])
+            logits = self.student(quiz["features"]).logits, self.classifier(quiz["teacher_hidden"])
         student, teacher = (true_class_probability(x, quiz["label"].long()) for x in logits)
         return (student > teacher).float().mean()
 
@@ -397,13 +423,16 @@ class Evaluation:
     """The forward pass of a batch."""
 
     def __init__(self, parts: Parts):
-        self.student = copy.deepcopy(parts.student)
-        self.predict = parts.compile(self.student.forward)
+        self.student, self.statistics = copy.deepcopy(parts.student), parts.statistics
+        self.predict = parts.compile(self._predict)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         """(B, C) logits."""
-        return self.predict(batch["inputs"]).logits
+        return self.predict(batch)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        return self.student(standardize(batch, self.statistics)).logits
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -426,7 +455,7 @@ def make_steps(
     Args:
         config: the whole config, of the paper's kind.
         classes: C.
-        variates: N; no parameter depends on it.
+        variates: N.
         hidden: H, the teacher's width.
         device: where the steps run.
         dtype: that of autocast, such as `torch.bfloat16`; None computes in float32, on CUDA with
@@ -435,13 +464,14 @@ def make_steps(
             steps again calls `torch.compiler.reset()` first: dynamo compiles a function for a
             limited number of objects.
     """
-    del variates
     device = torch.device(device)
+    adapter = nn.Identity() if variates == hidden else nn.Linear(variates, hidden)
     parts = Parts(
         config,
-        Student(config.student, config.max_frames, classes, dtype).to(device),
-        nn.Linear(config.student.width, hidden).to(device),
-        mlp(hidden, 128, 64, classes).to(device),
+        Student(config.student, (config.max_frames, variates), classes, dtype).to(device),
+        adapter.to(device),
+        mlp(hidden, *config.teacher.classifier_dims, classes).to(device),
+        (torch.zeros(variates, device=device), torch.ones(variates, device=device)),
         device,
         partial(torch.compile, fullgraph=True) if compile else lambda function: function,
     )

@@ -18,7 +18,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.corpus = "synthetic"
     config.max_frames = 100
     config.protocol.update({"groups_per_fold": 4, "validation": 0.15, "quiz": 0.15})
-    config.student.update({"width": 64, "mlp_dim": 128})
     config.teacher.epochs = 25
     config.student.epochs = 25
     config.distill.epochs = 25

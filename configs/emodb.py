@@ -24,4 +24,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.corpus = "emodb"
     config.max_frames = 100  # 2 s
     config.protocol.groups_per_fold = 2
-    return common.with_preset(config, preset)
+    config = common.with_preset(config, preset)
+    if preset == "whisper":
+        config.frontend.layer = 2  # best on inner folds, docs/encoders.md
+    return config

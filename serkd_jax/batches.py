@@ -56,6 +56,17 @@ class Examples:
             columns = parallel.replicate(columns, self.devices)
         return replace(self, columns=self.columns | columns)
 
+    def chunks(self, size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Row numbers, inputs and lengths of all utterances, ``size`` at a time; NumPy arrays."""
+
+        def read(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            rows = np.arange(start, min(start + size, len(self.columns["length"])))
+            part = slice(rows[0], rows[-1] + 1)
+            inputs = self.read(rows) if self.read else np.asarray(self.columns["inputs"][part])
+            return rows, inputs, np.asarray(self.columns["length"][part])
+
+        return read_ahead(read, range(0, len(self.columns["length"]), size))
+
     def take(self, rows: Any) -> tuple[Any, Any]:
         """What a program of :mod:`serkd_jax.parallel` needs for the tree of (..., B) ``rows``.
 
@@ -82,7 +93,7 @@ class Examples:
 def are_resident(choice: str, num_bytes: int, devices: list[jax.Device]) -> bool:
     """Whether the examples are to be on the devices: as chosen, or for ``auto`` if they fit."""
     fits = num_bytes <= SHARE_OF_MEMORY * parallel.memory_of_device(devices)
-    return parallel.of_first_process(choice == "device" or (choice == "auto" and fits))
+    return bool(parallel.of_first_process(choice == "device" or (choice == "auto" and fits)))
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

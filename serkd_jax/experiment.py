@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from serkd_jax.stages.curriculum import CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.student import StudentState
 from serkd_jax.stages.teacher import TeacherState
+from serkd_jax.standardization import Statistics, measure_statistics, no_statistics
 from serkd_jax.training import Stage, train
 
 # Config keys that say where and how a run is done, not what it computes.
@@ -126,6 +128,32 @@ class Experiment:
         columns |= {"index": np.arange(len(ids), dtype=np.int32)}
         return batches.Examples({}, self.programs.devices, read).with_columns(**columns)
 
+    @cached_property
+    def _statistics(self) -> dict[str, Statistics]:
+        """Of the student's features in each fold's training part, by the fold's name."""
+        width = self.programs.feature_shape[1]
+        return self._measure(self.features, width, self.config.student.standardize)
+
+    @cached_property
+    def _teacher_statistics(self) -> dict[str, Statistics]:
+        """The same of the teacher's features; empty where it reads waveforms."""
+        config = self.config.teacher
+        if config.input == "waveform":
+            return {}
+        return self._measure(self.teacher_inputs, self.programs.teacher_width, config.standardize)
+
+    def _measure(
+        self, examples: batches.Examples, width: int, wanted: bool
+    ) -> dict[str, Statistics]:
+        names = [fold.name for fold in self.folds]
+        if not wanted:
+            return dict.fromkeys(names, no_statistics(width))
+        members = np.zeros((len(names), len(self.table)), bool)
+        for fold, member in zip(self.folds, members, strict=True):
+            member[fold.train] = True
+        measured = parallel.of_first_process(measure_statistics(examples.chunks(), members))
+        return dict(zip(names, measured, strict=True))
+
     def _make_folds(self) -> list[Fold]:
         table, config = self.table, self.config
         columns = {
@@ -140,18 +168,13 @@ class Experiment:
     def run(self) -> str:
         """Does what is left to do of the chosen stages; returns the scores as Markdown."""
         predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
-        teacher_params = jax.eval_shape(self.programs.init_teacher).params
-        student_params = jax.eval_shape(self.programs.new_student_params, jax.random.key(0))
         return report.write_results(
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
             list(self.table.class_names),
             predictions,
-            {
-                "teacher": _count_parameters(teacher_params),
-                "student": _count_parameters(student_params),
-            },
+            self.programs.count_parameters(),
             self.data_report,
         )
 
@@ -167,15 +190,15 @@ class Experiment:
                 logits["teacher"] = teacher_out.logits[test]
             if "student" in stages:
                 student = self.train_student(fold)
-                logits["student"] = self._student_logits(student.params, test)
+                logits["student"] = self._student_logits(student, student.params, test)
             if "distill" in stages:
                 distilled = self.distill(fold, teacher, hidden)
                 logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
                 params = distilled.params["student"]
-                logits["distilled_student"] = self._student_logits(params, test)
+                logits["distilled_student"] = self._student_logits(distilled, params, test)
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
-                logits["updated_student"] = self._student_logits(updated.params, test)
+                logits["updated_student"] = self._student_logits(updated, updated.params, test)
             logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
             parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
             _save_arrays(saved, **logits)
@@ -186,10 +209,11 @@ class Experiment:
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Stage 1; the hidden vectors and logits of every utterance are computed once."""
         programs, examples = self.programs, self.teacher_inputs
+        statistics = self._teacher_statistics.get(fold.name)
         stage = self._stage(
             fold,
             "teacher",
-            init=programs.init_teacher,
+            init=lambda: programs.init_teacher(statistics),
             steps=programs.teacher_steps,
             examples=examples,
             rows_of=lambda steps: self._stream(fold, "teacher", steps),
@@ -207,14 +231,15 @@ class Experiment:
 
     def train_student(self, fold: Fold) -> StudentState:
         """Stage 2."""
+        rng, statistics = self._rng(fold, "student"), self._statistics[fold.name]
         stage = self._stage(
             fold,
             "student",
-            init=lambda: self.programs.init_student(self._rng(fold, "student")),
+            init=lambda: self.programs.init_student(rng, statistics),
             steps=self.programs.student_steps,
             examples=self.features,
             rows_of=lambda steps: self._stream(fold, "student", steps),
-            logits=lambda state, rows: self._student_logits(state.params, rows),
+            logits=lambda state, rows: self._student_logits(state, state.params, rows),
         )
         return train(stage, self._directory(fold, "student"))
 
@@ -225,14 +250,15 @@ class Experiment:
             return {part: self._stream(fold, "distill", steps, part) for part in ("train", "quiz")}
 
         rng, classifier = self._rng(fold, "distill"), teacher.params["classifier"]
+        statistics = self._statistics[fold.name]
         stage = self._stage(
             fold,
             "distill",
-            init=lambda: self.programs.init_distill(rng, classifier),
+            init=lambda: self.programs.init_distill(rng, classifier, statistics),
             steps=self.programs.distill_steps,
             examples=self.features.with_columns(teacher_hidden=hidden),
             rows_of=rows_of,
-            logits=lambda state, rows: self._student_logits(state.params["student"], rows),
+            logits=lambda state, rows: self._student_logits(state, state.params["student"], rows),
         )
         return train(stage, self._directory(fold, "distill"))
 
@@ -252,7 +278,7 @@ class Experiment:
                 ]
                 for step in steps
             ]
-            quiz = self._stream(fold, "curriculum", steps, "quiz")
+            quiz = self._stream(fold, "curriculum", steps, "reward")
             return {"train": np.array(train), "quiz": quiz}
 
         rng = self._rng(fold, "curriculum")
@@ -263,7 +289,7 @@ class Experiment:
             steps=self.programs.curriculum_steps,
             examples=self.features.with_columns(teacher_hidden=hidden),
             rows_of=rows_of,
-            logits=lambda state, rows: self._student_logits(state.params, rows),
+            logits=lambda state, rows: self._student_logits(state, state.params, rows),
         )
         return train(stage, self._directory(fold, "curriculum"))
 
@@ -271,8 +297,8 @@ class Experiment:
         """The training rows of every curriculum task, ranked by the meta-teacher."""
         logits = self.programs.classify(distilled.meta_params, hidden[fold.train])
         labels = self.table.labels[fold.train]
-        probability = np.exp(losses.true_class_log_probability(logits, labels))
-        task = assign_tasks(probability, labels, self.config.curriculum)
+        margins = np.asarray(losses.true_class_margin(logits, labels))
+        task = assign_tasks(margins, labels, self.config.curriculum)
         rows_of_task = [fold.train[task == k] for k in range(self.programs.policy.num_tasks)]
         empty = [k for k, rows in enumerate(rows_of_task) if len(rows) == 0]
         if empty:
@@ -325,17 +351,18 @@ class Experiment:
             rng=jax.random.fold_in(self._rng(fold, name), 2),
         )
 
-    def _student_logits(self, params: Any, rows: np.ndarray) -> np.ndarray:
-        """(n, C) logits of the utterances ``rows``."""
-        return self.programs.student_predict(params, self.features, rows).logits
+    def _student_logits(self, state: Any, params: Any, rows: np.ndarray) -> np.ndarray:
+        """(n, C) logits of the utterances ``rows`` of a student, the ``params`` in a state."""
+        variables = params, state.statistics
+        return self.programs.student_predict(variables, self.features, rows).logits
 
     def _stream(self, fold: Fold, stage: str, steps: range, part: str = "train") -> np.ndarray:
-        """Row numbers (steps, B) of a stage's batches from ``train`` or ``quiz`` of the fold."""
+        """Row numbers (steps, B) of a stage's batches from a part of the fold."""
         seed = self._seed(fold, stage, part)
         return batches.stream_rows(getattr(fold, part), self.config.batch_size, steps, seed)
 
     def _seed(self, fold: Fold, stage: str, part: str) -> list[int]:
-        return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part == "quiz")]
+        return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part != "train")]
 
     def _rng(self, fold: Fold, stage: str) -> jax.Array:
         rng = jax.random.fold_in(jax.random.key(self.config.seed), int(fold.name))
@@ -361,10 +388,20 @@ class Experiment:
                 f"{cut} utterances are longer than max_frames={self.config.max_frames} "
                 f"({limit / 16000:.1f} s) and were cut there."
             )
+        if {"distill", "curriculum"} & {*chosen_stages(self.config)}:
+            notes.append(self._hidden_note())
         assumptions = [frontend.assumption for frontend in frontends]
         if checkpoint := self.programs.checkpoint:
             assumptions.append(checkpoint.assumption)
         return [*notes, *dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)]
+
+    def _hidden_note(self) -> str:
+        """How Eqs. 8, 9 and 12 compare the student's hidden vectors with the teacher's."""
+        student, teacher = self.programs.student_hidden, self.programs.teacher_hidden
+        told = f"h(., S) has {student} numbers and h(., T) {teacher}: Eqs. 8, 9 and 12 read h(., S)"
+        if self.programs.adapter:
+            return f"{told} through a linear adapter, which is trained and not deployed."
+        return f"{told} as it is, with no adapter."
 
     def _claim_workdir(self, sources: dict[str, str], splits: str) -> None:
         """Writes what this run is, or refuses a workdir in which another one has trained."""
@@ -392,10 +429,6 @@ def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:
     keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
     given = {key: config[key] for key in keys if config.get(key)}
     return given | dict(config.get("synthetic", {}))
-
-
-def _count_parameters(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -88,7 +88,7 @@ def export(
         save_encoder(frontend.checkpoint, folder / files.FRONTEND)
     wanted = [form for form in files.FILES if form == "safetensors" or form in formats]
     for form in tqdm(wanted, "formats", unit="format", disable=None):
-        write_format(form, folder, trained.config, trained.params)
+        write_format(form, folder, trained.config, trained.variables)
     for form in files.FILES.keys() - wanted:  # of other weights, perhaps
         (folder / files.FILES[form]).unlink(missing_ok=True)
     checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []

@@ -25,6 +25,13 @@ def true_class_log_probability(logits: jax.Array, labels: jax.Array) -> jax.Arra
     return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
 
 
+def true_class_margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Log-odds of the true class, (B,): it ranks like the probability, but never saturates."""
+    chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jnp.where(chosen, -jnp.inf, logits)
+    return jnp.where(chosen, logits, 0).sum(-1) - jax.nn.logsumexp(others, axis=-1)
+
+
 def supervised_contrastive(
     anchors: jax.Array,
     anchor_labels: jax.Array,

@@ -55,9 +55,9 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def of_first_process(value: bool) -> bool:
-    """What the first process says, where each might say something else."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+def of_first_process(tree: Any) -> Any:
+    """What the first process has, as NumPy arrays, where each might have something else."""
+    return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
 def wait_for_processes(name: str) -> None:

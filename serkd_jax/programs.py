@@ -21,13 +21,17 @@ from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
 from serkd_jax.stages.common import make_optimizer
+from serkd_jax.standardization import Statistics
 
 CHOICES = {
     "examples": ("auto", "device", "records"),
     "dtype": ("auto", "float32", "bfloat16"),
     "selection_metric": ("ua", "wa", "wf1", "last"),
     "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.decayed": ("kernels", "all"),
     "teacher.input": ("waveform", "features"),
+    "student.readout": ("variates", "tokens", "flatten"),
+    "student.norm": ("pre", "post"),
     "distill.direction": ("teacher_student", "student_teacher"),
     "meta.order": ("second_order", "second_order_forward", "first_order", "none"),
     "curriculum.task_by": ("difficulty", "class"),
@@ -59,6 +63,20 @@ def check_config(config: ConfigDict) -> None:
             "teacher.input=waveform reads no features: leave teacher.frontend.name empty, or set "
             "teacher.input=features"
         )
+    if config.teacher.standardize and not config.teacher.patch_frames:
+        raise UserError(
+            "teacher.standardize changes what the encoder's layers read: set it to False, or "
+            "teacher.patch_frames for layers that read patches of features"
+        )
+    if config.teacher.time_pooling > 1 and not config.teacher.patch_frames:
+        raise UserError("teacher.time_pooling needs teacher.patch_frames: set that to 1")
+    if config.student.readout == "variates" and not config.student.inverted:
+        raise UserError(
+            "student.readout=variates needs tokens that are variates: use readout=tokens (or "
+            "flatten) where student.inverted is False"
+        )
+    if not config.student.projection_dims:
+        raise UserError("student.projection_dims is empty: the contrastive branch needs a width")
     if config.steps_per_dispatch < 1:
         raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
     if config.contrastive.queue_size < config.batch_size:
@@ -67,6 +85,11 @@ def check_config(config: ConfigDict) -> None:
             f"batch_size {config.batch_size}"
         )
     for model in ("student", "teacher"):
+        if config[model].time_pooling > config.max_frames:
+            raise UserError(
+                f"{model}.time_pooling {config[model].time_pooling} is more than max_frames "
+                f"{config.max_frames}: nothing would be left"
+            )
         width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
         if width % heads:
             raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
@@ -79,6 +102,11 @@ def check_config(config: ConfigDict) -> None:
                 raise UserError(f"stages has {stage} but not {start}, which it starts from")
         if config[stage].epochs < 1:
             raise UserError(f"{stage}.epochs must be at least 1")
+
+
+def student_sizes(config: ConfigDict) -> dict[str, Any]:
+    """The attributes of :class:`Student` in the config's ``student`` part."""
+    return {k: v for k, v in config.items() if k not in ("learning_rate", "epochs", "standardize")}
 
 
 class Programs:
@@ -127,7 +155,14 @@ class Programs:
         config = self.config.teacher
         make_layers = self.checkpoint.kind.layers if self.checkpoint else Wav2Vec2Layers
         layers = make_layers(self._layers_config, self.dtype, self.config.remat)
-        return Teacher(layers, self.num_classes, config.patch_frames)
+        return Teacher(
+            layers,
+            self.num_classes,
+            config.patch_frames,
+            config.projector,
+            config.classifier_dims,
+            config.time_pooling,
+        )
 
     @property
     def _layers_config(self) -> Any:
@@ -158,6 +193,10 @@ class Programs:
     @property
     def teacher_hidden(self) -> int:
         """H, the width of h(., T)."""
+        return self.config.teacher.projector or self._encoder_width
+
+    @property
+    def _encoder_width(self) -> int:
         return self.teacher_model.encoder.config.hidden_size
 
     @property
@@ -166,7 +205,9 @@ class Programs:
 
     @cached_property
     def _new_teacher_params(self) -> Callable[[jax.Array], Any]:
-        shape = (1, 8, self.teacher_hidden if self._reads_waveforms else self.teacher_width)
+        shape = (1, self.feature_shape[0], self.teacher_width)
+        if self._reads_waveforms:
+            shape = (1, 8, self._encoder_width)
 
         def init(rng: jax.Array) -> Any:
             mask = jnp.ones(shape[:2], bool)
@@ -174,12 +215,16 @@ class Programs:
 
         return jax.jit(init)
 
-    def init_teacher(self) -> teacher.TeacherState:
-        """State before fine-tuning: pretrained layers where a checkpoint is named."""
+    def init_teacher(self, statistics: Statistics | None) -> teacher.TeacherState:
+        """State before fine-tuning: pretrained layers where a checkpoint is named.
+
+        Args:
+            statistics: what stored features are standardised by; None for waveforms.
+        """
         params = self._new_teacher_params(jax.random.fold_in(jax.random.key(self.config.seed), 0))
         if self.checkpoint:
             params = {**params, "encoder": self.checkpoint.params["encoder"]}
-        frozen = self.checkpoint.params["embed"] if self._reads_waveforms else {}
+        frozen = self.checkpoint.params["embed"] if self._reads_waveforms else statistics
         return teacher.init_state(params, self.teacher_optimizer, frozen)
 
     @cached_property
@@ -210,9 +255,15 @@ class Programs:
     @cached_property
     def student_model(self) -> Student:
         """S, and S' of the curriculum."""
-        config = self.config.student
-        sizes = {k: v for k, v in config.items() if k not in ("learning_rate", "epochs")}
+        sizes = student_sizes(self.config.student)
         return Student(self.num_classes, **sizes, dtype=self.dtype, remat=self.config.remat)
+
+    @cached_property
+    def student_hidden(self) -> int:
+        """The width of h(., S)."""
+        inputs = jnp.zeros((1, *self.feature_shape)), jnp.ones(1, jnp.int32)
+        model = self.student_model
+        return jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)[0].hidden.shape[1]
 
     @cached_property
     def new_student_params(self) -> Callable[[jax.Array], Any]:
@@ -224,13 +275,14 @@ class Programs:
 
         return jax.jit(init)
 
-    def init_student(self, rng: jax.Array) -> student.StudentState:
-        """State before the undistilled student's training."""
+    def init_student(self, rng: jax.Array, statistics: Statistics) -> student.StudentState:
+        """State before the undistilled student's training on features of these statistics."""
         return student.init_state(
             self.new_student_params(rng),
             self.student_optimizer,
             self.config.contrastive,
-            self.config.student.projection_dim,
+            self.config.student.projection_dims[-1],
+            statistics,
         )
 
     @cached_property
@@ -246,40 +298,44 @@ class Programs:
 
     @cached_property
     def student_predict(self) -> Callable:
-        """(student parameters, examples, rows) -> hidden vectors, logits and projections."""
+        """((parameters, statistics), examples, rows) -> the student's outputs."""
         return self._compile_predict(student.make_predict(self.student_model))
 
     # Distillation and meta-teacher (Sections 3.2.2 and 3.3) ------------------------------------
 
     @cached_property
-    def adapter(self) -> Adapter:
-        """Maps the student's hidden vector to the teacher's width."""
-        return Adapter(self.teacher_hidden)
+    def adapter(self) -> Adapter | None:
+        """Maps h(., S) to the teacher's width; none where it has that."""
+        same = self.student_hidden == self.teacher_hidden
+        return None if same else Adapter(self.teacher_hidden)
 
     @cached_property
     def classifier(self) -> Classifier:
         """T', the meta-teacher."""
-        return Classifier(self.num_classes)
+        return Classifier(self.num_classes, self.config.teacher.classifier_dims)
 
     @cached_property
     def classify(self) -> Callable[[Any, Any], jax.Array]:
         """(T' parameters, (n, H) hidden vectors) -> (n, C) logits."""
         return jax.jit(lambda params, hidden: self.classifier.apply({"params": params}, hidden))
 
-    def init_distill(self, rng: jax.Array, teacher_classifier: Any) -> distill.DistillState:
+    def init_distill(
+        self, rng: jax.Array, teacher_classifier: Any, statistics: Statistics
+    ) -> distill.DistillState:
         """State before distillation: a new student, and T' cloned from the teacher."""
         student_rng, adapter_rng = jax.random.split(rng)
-        hidden = jnp.zeros((1, self.config.student.width))
+        params = {"student": self.new_student_params(student_rng), "adapter": {}}
+        if self.adapter:
+            hidden = jnp.zeros((1, self.student_hidden))
+            params["adapter"] = self.adapter.init(adapter_rng, hidden)["params"]
         return distill.init_state(
-            {
-                "student": self.new_student_params(student_rng),
-                "adapter": self.adapter.init(adapter_rng, hidden)["params"],
-            },
+            params,
             teacher_classifier,
             self.distill_optimizer,
             self.meta_optimizer,
             self.config.contrastive,
-            self.config.student.projection_dim,
+            self.config.student.projection_dims[-1],
+            statistics,
         )
 
     @cached_property
@@ -324,7 +380,7 @@ class Programs:
             self.policy,
             self.policy_optimizer,
             self.config.curriculum,
-            self.config.student.width,
+            self.student_hidden,
             rng,
         )
 
@@ -356,6 +412,24 @@ class Programs:
             self.config.curriculum.epochs * self.steps_per_epoch,
             pick=curriculum.pick_task,
         )
+
+    def count_parameters(self) -> dict[str, int]:
+        """Of teacher and student, as in Table 7.
+
+        A teacher of waveforms counts with its frozen front, as published (see `Checkpoint`).
+        Front-ends of stored features do not count.
+        """
+        teacher, student = (
+            jax.eval_shape(init, jax.random.key(0))
+            for init in (self._new_teacher_params, self.new_student_params)
+        )
+        published = 0
+        if self._reads_waveforms:
+            teacher = {name: part for name, part in teacher.items() if name != "encoder"}
+            published = self.checkpoint.num_parameters
+        sizes = {"teacher": teacher, "student": student}
+        counts = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in sizes.items()}
+        return counts | {"teacher": counts["teacher"] + published}
 
     # What they share ---------------------------------------------------------------------------
 

@@ -87,8 +87,10 @@ def _markdown(results: dict[str, Any]) -> str:
         scores += [fold[row]["ua"] for fold in folds.values()]
         cells = "".join(f" {100 * score:.1f} |" for score in scores)
         lines.append(f"| {row.replace('_', ' ')} |{cells}")
-    params = ", ".join(f"{name} {count:,}" for name, count in results["params"].items())
-    lines += ["", f"Parameters: {params}."]
+    params = ", ".join(
+        f"{name} {count:,} ({count / 2**20:.2f}M)" for name, count in results["params"].items()
+    )
+    lines += ["", f"Parameters: {params}; M is 2^20, as in the paper."]
     lines += ["", f"Confusion of the {last.replace('_', ' ')} (rows are true classes):", ""]
     lines += ["| |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
     for name, counts in zip(names, overall[last]["confusion"], strict=True):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from serkd_jax.errors import UserError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-PARTS = ("train", "quiz", "validation", "test")
+PARTS = ("train", "quiz", "reward", "validation", "test")
 # Protocols whose scores are of speakers that the models have never heard.
 SPEAKER_INDEPENDENT = ("speaker", "session")
 
@@ -24,7 +24,8 @@ class Fold:
         name: ``1``, ``2``, ...
         held_out: what the test part consists of, for people.
         train: rows that the stages train on.
-        quiz: rows of the training data that the meta-teacher and the policy are rewarded on.
+        quiz: rows of the training data that the meta-teacher is fitted to, and no student.
+        reward: rows of the training data that nothing is fitted to: they reward the policy.
         validation: rows that select epochs.
         test: rows that are scored once, at the end.
     """
@@ -33,12 +34,13 @@ class Fold:
     held_out: str
     train: np.ndarray
     quiz: np.ndarray
+    reward: np.ndarray
     validation: np.ndarray
     test: np.ndarray
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """The four parts by name."""
+        """The parts by name."""
         return {part: getattr(self, part) for part in PARTS}
 
 
@@ -55,7 +57,7 @@ def make_folds(
             and test; ``random`` is ``num_folds`` stratified folds that ignore speakers; ``file``
             reads ``file``, which `folds_as_json` made. ``validation`` and ``quiz`` are shares of
             the training data, stratified by class; with ``speakers_apart`` they are of speakers
-            that the rest of the training data does not have.
+            that the rest of the training data does not have. Half of ``quiz`` is the reward part.
         seed: of the random choices.
 
     Raises:
@@ -148,7 +150,9 @@ def _draw_folds(
         train = np.setdiff1d(train, validation)
         quiz = _draw_share(train, labels, speakers, config.quiz, rng)
         train = np.setdiff1d(train, quiz)
-        folds.append(Fold(str(number), held_out, train, quiz, validation, test))
+        half = _deal(labels[quiz], 2, rng)
+        quiz, reward = quiz[half == 0], quiz[half == 1]
+        folds.append(Fold(str(number), held_out, train, quiz, reward, validation, test))
     return folds
 
 
@@ -305,6 +309,6 @@ def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
 
 def _heard_before(fold: Fold, speakers: np.ndarray) -> list[str]:
     """The speakers, where known, of both the test part and the rest of the fold."""
-    fitted = np.concatenate([fold.train, fold.quiz, fold.validation])
+    fitted = np.concatenate([rows for part, rows in fold.parts.items() if part != "test"])
     both = set(speakers[fitted].tolist()) & set(speakers[fold.test].tolist())
     return sorted(both - {""})

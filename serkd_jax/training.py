@@ -210,6 +210,7 @@ def _save(
     metrics: dict[str, float] | None,
 ) -> None:
     """Saves NumPy arrays, which any number of devices and processes can take up again."""
+    history = dict(history)  # it is written while the next steps add to the other
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(jax.device_get(state)), history=ocp.args.JsonSave(history)
     )

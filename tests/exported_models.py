@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from serkd_jax.deploy.backends import make_student
-from serkd_jax.deploy.folder import CONFIG, FILES, parse_config
+from serkd_jax.deploy.backends import Variables, make_student, read_variables
+from serkd_jax.deploy.folder import CONFIG, FILES, VERSION, parse_config, read_config
 from serkd_jax.deploy.formats import write_format
 from serkd_jax.logmel import fingerprint
+from serkd_jax.standardization import Statistics
 
 STUDENT = {
     "inverted": True,
@@ -14,7 +16,9 @@ STUDENT = {
     "mlp_dim": 16,
     "num_heads": 2,
     "num_layers": 1,
-    "classifier_dim": 8,
+    "norm": "pre",
+    "readout": "variates",
+    "classifier_dims": [8],
     "variate_embedding": True,
     "use_norm": False,
     "time_pooling": 2,
@@ -24,7 +28,7 @@ STUDENT = {
 def settings(**changes):
     """The content of a config.json: three classes, 8 mel bands, windows of half a second."""
     return {
-        "format": 1,
+        "format": VERSION,
         "labels": ["anger", "joy", "sadness"],
         "sample_rate": 16_000,
         "max_frames": 25,
@@ -34,8 +38,8 @@ def settings(**changes):
     } | changes
 
 
-def write_model(folder, formats=("safetensors",), **changes):
-    """Such a folder."""
+def write_model(folder, formats=("safetensors",), statistics=None, **changes):
+    """Such a folder; the statistics are random if none are given."""
     config = parse_config(settings(**changes))
     folder.mkdir()
     (folder / CONFIG).write_text(config.to_json())
@@ -44,7 +48,25 @@ def write_model(folder, formats=("safetensors",), **changes):
     params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
     # Larger than a start of training has them, so that recordings differ.
     params = jax.tree.map(lambda x: 3 * x, params)
+    variables = Variables(params, statistics or random_statistics(config))
     for form in FILES:
         if form in formats:
-            write_format(form, folder, config, params)
+            write_format(form, folder, config, variables)
     return folder
+
+
+def random_statistics(config):
+    """Far enough from none that features and padding differ where they are not applied."""
+    rng = np.random.default_rng(0)
+    mean, spread = rng.uniform((0.5, 0.3), (1.5, 0.8), (config.num_features, 2)).T
+    return Statistics(mean.astype(np.float32), spread.astype(np.float32))
+
+
+def logits_by_hand(folder, features, num_frames):
+    """Of the student in Flax, with its features standardised and cut in NumPy."""
+    config = read_config(folder)
+    params, statistics = read_variables(folder / FILES["safetensors"], config)
+    standard = (features - statistics.mean) / statistics.spread
+    for row, length in zip(standard, num_frames, strict=True):
+        row[length:] = 0
+    return np.asarray(make_student(config).apply({"params": params}, standard, num_frames).logits)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import cost, inference
-from benchmarks.common import student_operations
+from benchmarks import cost, inference, torch_steps
+from benchmarks.common import make_batch, make_examples, make_steps, student_operations
 from configs import common
 from exported_models import write_model
 from serkd_jax.deploy.backends import load_classifier
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
+from serkd_jax.standardization import Statistics
+from torch_oracle import torch_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +37,76 @@ def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
     assert set(result["ratio"]) == {"student", "kd", "meta", "curriculum", "evaluation"}
     for name, row in result["steps"].items():
         assert row["ratio"] == pytest.approx(row["steps/s"] / row["torch steps/s"]), name
+
+
+def for_benchmark(params):
+    """Our parameters as the benchmark's torch models name them."""
+    renamed = {}
+    for name, array in torch_names(params).items():
+        for ours, theirs in RENAMED.items():
+            name = name.replace(ours, theirs)
+        # In an nn.Sequential, the ReLUs count too.
+        name = re.sub(MLP, lambda found: f"{found[1]}.{2 * int(found[2])}", name)
+        renamed[name.removeprefix("dense.")] = array
+    return renamed
+
+
+MLP = re.compile(r"^(classifier|projection|dense)\.(\d+)")
+RENAMED = {
+    "self_attn.in_proj_": "qkv.",
+    "self_attn.": "",
+    "linear1": "intermediate_dense",
+    "linear2": "output_dense",
+    "norm1": "layer_norm",
+    "norm2": "final_layer_norm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["student", "kd", "meta", "curriculum"])
+def test_the_torch_steps_of_the_benchmark_are_those_of_the_pipeline(name):
+    """Three steps, without what is random: students move alike, and so do meta-teachers."""
+    config, variates, count = common.paper("iemocap"), 6, 3
+    config.batch_size, config.max_frames, config.teacher.projector = 4, 12, variates
+    config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
+    config.student.dropout = 0.0
+    config.contrastive.update({"max_frequency_mask": 0, "max_time_mask": 0})
+    config.optimizer.weight_decay = 10.0  # so that it shows what decays
+    train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
+    examples = make_examples(train, quiz)
+    steps, state, rows = make_steps(config, variates, "second_order", examples)[1][name]
+    theirs = torch_steps.make_steps(config, 4, variates, variates, "cpu")[name]
+    mean, spread = (np.linspace(*ends, variates, dtype=np.float32) for ends in ((-1, 1), (1, 2)))
+    theirs.statistics = torch.tensor(mean), torch.tensor(spread)
+    before = jax.device_get(state.replace(statistics=Statistics(mean, spread)))
+
+    def student(state):
+        return state.params["student"] if name in ("kd", "meta") else state.params
+
+    pairs = {theirs.student: student}
+    if name != "student":
+        pairs[theirs.classifier] = lambda state: state.meta_params
+    for model, part in [*pairs.items(), (theirs.momentum_student, student)]:
+        tensors = {key: torch.tensor(array) for key, array in for_benchmark(part(before)).items()}
+        model.load_state_dict(tensors)
+
+    data, taken = examples.take(jax.tree.map(lambda x: np.stack([x] * count), rows))
+    started = jax.tree.map(jnp.array, before)  # a copy: the steps take their state
+    after = jax.device_get(steps(started, data, taken, np.int32(count), jax.random.key(3))[0])
+    batch = {
+        part: {key: torch.tensor(array) for key, array in arrays.items()}
+        for part, arrays in (("train", train), ("quiz", quiz))
+    }
+    for _ in range(count):
+        theirs(batch["train"] if name == "student" else batch)
+    for model, part in pairs.items():
+        start, end = (for_benchmark(part(state)) for state in (before, after))
+        found = model.state_dict()
+        assert found.keys() == end.keys()
+        moved = np.concatenate([(end[key] - start[key]).ravel() for key in end])
+        apart = np.concatenate([(end[key] - found[key].numpy()).ravel() for key in end])
+        assert np.linalg.norm(apart) <= 0.02 * np.linalg.norm(moved)
+        assert moved.any() == (model is theirs.student or name == "meta")
 
 
 @pytest.mark.slow
@@ -82,9 +156,10 @@ def test_the_torch_student_of_the_benchmark_is_the_exported_one(tmp_path):
         frontend=config.frontend,
     )
     features = np.random.default_rng(0).normal(0, 1, (3, 16, 8)).astype(np.float32)
-    inputs = features, np.full(3, 16, np.int32)
+    inputs = features, np.array([16, 9, 3], np.int32)
     ours = load_classifier(folder, config, "safetensors")(*inputs)
-    np.testing.assert_allclose(inference.load_torch(folder, config, 1)(*inputs), ours, atol=1e-4)
+    theirs = inference.load_torch(folder, config, 1)(*inputs)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-4)
 
 
 def flops(function, *shapes):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finished_runs import final_arrays
 from serkd_jax import experiment
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment
@@ -129,6 +130,12 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     [
         ("meta.order", "third_order", "first_order or none"),
         ("optimizer.schedule", "linear", "constant or cosine"),
+        ("optimizer.decayed", "biases", "kernels or all"),
+        ("student.readout", "mean", "variates or tokens or flatten"),
+        ("student.norm", "none", "pre or post"),
+        ("student.inverted", False, "needs tokens that are variates"),
+        ("student.projection_dims", (), "needs a width"),
+        ("teacher.patch_frames", 0, "changes what the encoder's layers read"),
         ("curriculum.sampling", "greedy", "policy or uniform"),
         ("stages", "student,teachers", "'teachers': use teacher, student"),
         ("stages", "student,distill", "distill but not teacher"),
@@ -149,6 +156,47 @@ def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, me
     with pytest.raises(UserError, match=message):
         Experiment(config, tmp_path)
     assert not list((tmp_path).rglob("features"))
+
+
+@pytest.mark.parametrize("examples", ["device", "records"])
+def test_features_are_standardised_by_each_folds_training_part(finished, tmp_path, examples):
+    """As read from the records here; every stage keeps what it was given."""
+    config = get_config()
+    config.cache_dir = str(finished[0] / "data")
+    config.examples = examples
+    config.teacher.frontend = config.frontend.copy_and_resolve_references()
+    config.teacher.frontend.num_mels = 5
+    prepared = Experiment(config, tmp_path)
+    for seen, measured in (
+        (prepared.features, prepared._statistics),
+        (prepared.teacher_inputs, prepared._teacher_statistics),
+    ):
+        _, inputs, lengths = map(np.concatenate, zip(*seen.chunks(), strict=True))
+        for fold in prepared.folds:
+            clips = [inputs[row][: lengths[row]].astype(np.float64) for row in fold.train]
+            frames = np.concatenate(clips)
+            statistics = measured[fold.name]
+            np.testing.assert_allclose(statistics.mean, frames.mean(0), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(statistics.spread, frames.std(0), rtol=1e-5)
+    assert prepared._teacher_statistics["1"].mean.shape == (5,)
+    arrays = final_arrays(finished[0])
+    for fold in prepared.folds:
+        for stage in ("student", "distill", "curriculum"):
+            for name in ("mean", "spread"):
+                kept = arrays[f"fold_{fold.name}/{stage}['statistics']['{name}']"]
+                measured = getattr(prepared._statistics[fold.name], name)
+                np.testing.assert_array_equal(kept, measured)
+
+
+def test_a_recipe_that_does_not_standardise_reads_features_as_they_are(finished, tmp_path):
+    config = get_config()
+    config.cache_dir = str(finished[0] / "data")
+    config.student.standardize = config.teacher.standardize = False
+    prepared = Experiment(config, tmp_path)
+    for measured in (prepared._statistics, prepared._teacher_statistics):
+        for fold in prepared.folds:
+            np.testing.assert_array_equal(measured[fold.name].mean, np.zeros(8))
+            np.testing.assert_array_equal(measured[fold.name].spread, np.ones(8))
 
 
 def test_examples_read_from_records_give_the_same_run_bit_for_bit(finished, tmp_path):

@@ -1,7 +1,9 @@
 """No test label and no test clip reaches training, selection, features or the curriculum.
 
 Whole runs on a corpus, and on the same corpus with its test part poisoned, agree in every bit of
-what was fitted; and folds are drawn without their test labels.
+what was fitted; and folds are drawn without their test labels. Of the other parts, each reaches
+what it is for: features are standardised by the training part alone, the quiz part is for the
+meta-teacher, and the reward part for the policy.
 """
 
 import csv
@@ -20,13 +22,15 @@ from serkd_jax import experiment
 from serkd_jax.experiment import Experiment
 from serkd_jax.programs import STAGES, Programs
 from serkd_jax.report import ROWS
-from serkd_jax.splits import make_folds
+from serkd_jax.splits import PARTS, make_folds
 from tiny_config import get_config
 
-FITTED = ("train", "quiz", "validation")
+FITTED = ("train", "quiz", "reward", "validation")
 EPOCHS = 4
 CLASSES = {"calm": 200, "glad": 400, "sad": 800}  # Hz
 LABELS = np.random.default_rng(0).choice(3, 96, p=[0.4, 0.35, 0.25])
+# Some sound like another class, so that no model is perfect and selection has a choice.
+SOUNDS = np.where(np.arange(96) % 5 < 2, np.random.default_rng(1).integers(3, size=96), LABELS)
 TESTED = np.arange(96) % 3 == 1
 # Every test label is another one, and the classes have other sizes.
 OTHER_LABELS = np.where(TESTED, np.where(LABELS == 0, 1, 0), LABELS)
@@ -39,8 +43,8 @@ def corpus(tmp_path_factory):
     The other clips are loud noise of other lengths, some shorter and some longer than max_frames.
     """
     folder = tmp_path_factory.mktemp("corpus")
-    for i, label in enumerate(LABELS):
-        clip = tone(list(CLASSES.values())[label], i, seconds=0.3 + i / 400)
+    for i, sound in enumerate(SOUNDS):
+        clip = tone(list(CLASSES.values())[sound], i, seconds=0.3 + i / 400)
         soundfile.write(folder / f"{i}.wav", clip, 16_000)
         write_wav(folder / "noise" / f"{i}.wav", i, num_samples=800 + 100 * i)
     for name, labels in {"clean": LABELS, "labels": OTHER_LABELS, "clips": LABELS}.items():
@@ -73,10 +77,10 @@ def prepare(corpus, tmp_path_factory):
             selection_metric="ua",
         )
         config.protocol.update(split_by="split", groups_per_fold=1, validation=0.3)
-        config.student.time_pooling = 1
+        config.student.update(time_pooling=1, readout="tokens")  # which needs an adapter
         config.curriculum.num_tasks = 4
         for stage in STAGES:
-            config[stage].update(epochs=EPOCHS, learning_rate=5e-3)
+            config[stage].update(epochs=EPOCHS, learning_rate=1e-2)
         config.update_from_flattened_dict(changes)
         return Experiment(config, tmp_path_factory.mktemp(manifest))
 
@@ -204,6 +208,84 @@ def test_one_other_label_that_is_fitted_does_show(part, clean, prepare):
     assert f"teacher/{EPOCHS}/validation/loss" in seen
     params = {name for name in last if "['params']" in name}
     assert params <= seen if part == "train" else not last & seen
+
+
+# Parts
+
+
+def poison(done, rows):
+    """Other labels of the rows, and noise of full length in place of their features."""
+    features = done.features.columns
+    inputs, length = np.array(features["inputs"]), np.array(features["length"])
+    rng = np.random.default_rng(0)
+    inputs[rows] = rng.normal(5, 9, inputs[rows].shape)
+    length[rows] = inputs.shape[1]
+    done.table.labels[rows] = (done.table.labels[rows] + 1) % 3
+    done.features = done.teacher_inputs = done.features.with_columns(
+        inputs=inputs, length=length, label=done.table.labels
+    )
+    return done
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_features_are_standardised_by_the_training_part_alone(part, prepare):
+    """Of every fold: what is a test clip in one is a training clip in others."""
+    clean, poisoned = (prepare("clean", **{"protocol.split_by": "speaker"}) for _ in range(2))
+    rows = clean.folds[0].parts[part]
+    rows = rows[:1] if part == "train" else rows
+    poison(poisoned, rows)
+    for kind in ("_statistics", "_teacher_statistics"):
+        before, after = (getattr(done, kind) for done in (clean, poisoned))
+        for fold in clean.folds:
+            equal = [
+                np.array_equal(getattr(before[fold.name], name), getattr(after[fold.name], name))
+                for name in ("mean", "spread")
+            ]
+            assert equal == [not np.isin(rows, fold.train).any()] * 2
+    assert (part == "train") == np.isin(rows, clean.folds[0].train).any()
+
+
+def test_each_stage_draws_its_batches_from_its_parts(prepare, monkeypatch):
+    done, drawn = prepare("clean"), {}
+    (fold,) = done.folds
+
+    def look(stage, folder):
+        rows = stage.take(range(stage.steps_per_dispatch))[1]
+        rows = rows if isinstance(rows, dict) else {"train": rows}
+        drawn[folder.name] = {name: set(np.unique(r).tolist()) for name, r in rows.items()}
+        return stage.init()
+
+    monkeypatch.setattr(experiment, "train", look)
+    done.run_fold(fold)
+    train, quiz, reward = (set(fold.parts[part].tolist()) for part in ("train", "quiz", "reward"))
+    assert drawn == {
+        "teacher": {"train": train},
+        "student": {"train": train},
+        "distill": {"train": train, "quiz": quiz},
+        "curriculum": {"train": train, "quiz": reward},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "reached", "first"),
+    [
+        ("quiz", {"distill", "curriculum"}, "meta_params"),
+        ("reward", {"curriculum"}, "policy_params"),
+    ],
+)
+def test_quiz_and_reward_reach_only_the_stages_that_they_are_for(
+    part, reached, first, clean, prepare
+):
+    """No student is trained on them, and the meta-teacher does not see how it will be judged."""
+    poisoned = prepare("clean")
+    (fold,) = poisoned.folds
+    poison(poisoned, fold.parts[part])
+    poisoned.run()
+    seen = different(clean, fitted(poisoned))
+    trained = {name for name in seen if name.count("/") >= 2}  # not the teacher's outputs of them
+    assert {name.split("/")[0] for name in trained} == reached
+    assert any(first in name for name in trained)
 
 
 # Folds. Of random none of this holds: it deals all rows by their class, before any is a test row.

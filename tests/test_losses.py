@@ -44,6 +44,28 @@ def assert_equals_torch(ours, oracle, *inputs, gradient_rtol=1e-5):
         )
 
 
+@pytest.mark.parametrize("scale", [1, 10])
+def test_the_true_class_margin_is_the_log_odds_of_its_probability(arrays, scale):
+    logits, rows = scale * arrays["a"], np.arange(B)
+    p = torch.softmax(torch.tensor(logits, dtype=torch.float64), -1)[rows, arrays["labels"]]
+    margin = losses.true_class_margin(jnp.asarray(logits), arrays["labels"])
+    np.testing.assert_allclose(margin, torch.log(p / (1 - p)), rtol=1e-5)
+
+
+def test_the_true_class_margin_ranks_what_is_certain_and_what_is_hopeless():
+    """Probabilities that float32 rounds to 1, and to 0."""
+    tops = np.linspace(20, 300, 15, dtype=np.float32)
+    logits = np.stack([tops, np.zeros(15), np.ones(15)], 1)
+    of_first, of_second = (
+        np.asarray(losses.true_class_margin(logits, np.full(15, label))) for label in (0, 1)
+    )
+    assert (np.exp(losses.true_class_log_probability(logits, np.zeros(15, int))) == 1).all()
+    np.testing.assert_allclose(of_first, tops - np.logaddexp(0, 1), rtol=1e-6)
+    np.testing.assert_allclose(of_second, -np.logaddexp(tops, 1), rtol=1e-6)
+    assert (np.diff(of_first) > 0).all()
+    assert (np.diff(of_second) < 0).all()
+
+
 @pytest.mark.parametrize("scale", [1, 100])
 def test_cross_entropy_of_equation_1_equals_torch_for_mild_and_for_extreme_logits(arrays, scale):
     assert_equals_torch(

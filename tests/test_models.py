@@ -10,18 +10,21 @@ import pytest
 import torch
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.flatten_util import ravel_pytree
-from transformers import HubertConfig
+from transformers import HubertConfig, HubertModel
 
 from configs import common
 from serkd_jax import parallel
 from serkd_jax.batches import Examples, predict_rows
+from serkd_jax.encoders.checkpoint import load_encoder
+from serkd_jax.encoders.hubert import ENCODER
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.models.transformer import EncoderLayer
+from serkd_jax.programs import Programs
 from tiny_stages import HUBERT
-from torch_oracle import InvertedTransformer, torch_names
+from torch_oracle import FrameTransformer, InvertedTransformer, MetaTeacher, torch_names
 
 B, T, N, D = 3, 10, 6, 8
 SIZES = {
@@ -29,8 +32,8 @@ SIZES = {
     "mlp_dim": 12,
     "num_heads": 2,
     "num_layers": 1,
-    "classifier_dim": 5,
-    "projection_dim": 4,
+    "classifier_dims": (7, 5),
+    "projection_dims": (6, 4),
 }
 
 
@@ -81,9 +84,15 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
     np.testing.assert_allclose(np.asarray(unfused)[mask], np.asarray(exact)[mask], atol=1e-5)
 
 
-@pytest.mark.parametrize(("patch_frames", "length"), [(0, 8), (2, 8), (4, 7), (4, 6), (4, 1)])
-def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_frames, length):
-    teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames)
+@pytest.mark.parametrize(
+    ("patch_frames", "length", "projector"),
+    [(0, 8, 0), (0, 8, 5), (2, 8, 0), (4, 7, 5), (4, 6, 0), (4, 1, 0)],
+)
+def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(
+    patch_frames, length, projector
+):
+    """With a projector, the mean of every frame projected."""
+    teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames, projector, (7, 5))
     frames = np.random.default_rng(2).normal(size=(2, 12, HUBERT.hidden_size)).astype(np.float32)
     mask = np.arange(12) < np.array([12, length])[:, None]
     params = random_params(teacher, frames, mask)
@@ -98,7 +107,12 @@ def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(patch_
     np.testing.assert_allclose(padded.hidden[1], alone.hidden[0], atol=1e-5)
     np.testing.assert_allclose(padded.logits[1], alone.logits[0], atol=1e-5)
     ((encoded, _),) = seen["intermediates"]["encoder"]["__call__"]
+    if projector:
+        encoded = encoded @ params["projector"]["kernel"] + params["projector"]["bias"]
     np.testing.assert_allclose(alone.hidden, np.mean(encoded, axis=1), atol=1e-5)
+    classifier = load(MetaTeacher(encoded.shape[-1], (7, 5), 3), params["classifier"])
+    logits = classifier(torch.tensor(np.array(alone.hidden))).detach()
+    np.testing.assert_allclose(alone.logits, logits, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +135,7 @@ def assert_equal_to_torch(student, oracle, features, lengths):
         return out, vjp(type(out)(*weights))[0]
 
     out, gradients = jax.jit(outputs_and_gradients)(params)
-    theirs = load(oracle, params)(torch.tensor(features))
+    theirs = load(oracle, params)(torch.tensor(features), torch.tensor(lengths))
     for a, b in zip(out, theirs, strict=True):
         np.testing.assert_allclose(a, b.detach(), atol=1e-5)
     sum((y * torch.tensor(w)).sum() for y, w in zip(theirs, weights, strict=True)).backward()
@@ -132,46 +146,42 @@ def assert_equal_to_torch(student, oracle, features, lengths):
         np.testing.assert_allclose(ours[name], parameter.grad, atol=1e-4 * size, err_msg=name)
 
 
-def test_the_inverted_student_equals_a_torch_model_of_variate_tokens(features):
-    student = Student(3, **SIZES | {"num_layers": 2})
-    oracle = InvertedTransformer(student, T, 3)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("readout", ["variates", "tokens", "flatten"])
+def test_the_inverted_student_equals_a_torch_model_of_variate_tokens(features, readout, norm):
+    student = Student(3, **SIZES | {"num_layers": 2}, readout=readout, norm=norm)
+    oracle = InvertedTransformer(student, T, N, 3)
     assert_equal_to_torch(student, oracle, features, np.full(B, T))
 
 
 @pytest.mark.slow
 def test_the_student_of_the_paper_equals_torch_at_its_full_size():
-    """11.9M parameters on one clip of IEMOCAP's shape."""
+    """12.5M parameters on one clip of IEMOCAP's shape."""
     student = Student(4)
     features = np.random.default_rng(2).normal(size=(1, 326, 1024)).astype(np.float32)
-    oracle = InvertedTransformer(student, 326, 4)
+    oracle = InvertedTransformer(student, 326, 1024, 4)
     assert_equal_to_torch(student, oracle, features, np.full(1, 326))
 
 
-def test_the_time_token_student_equals_a_torch_model_of_frame_tokens(features):
-    """The first row of Table 4: an ordinary encoder, positions of Vaswani et al. (2017)."""
-
-    class FrameTransformer(InvertedTransformer):
-        def tokens(self, features):
-            position = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, D, 2) / D)
-            waves = torch.stack([position.sin(), position.cos()], -1).reshape(T, D)
-            return self.embed(features) + waves
-
-    student = Student(3, **SIZES, inverted=False)
-    oracle = FrameTransformer(student, N, 3)
-    assert_equal_to_torch(student, oracle, features, np.full(B, T))
+@pytest.mark.parametrize(("readout", "norm"), [("tokens", "post"), ("flatten", "pre")])
+def test_the_time_token_student_equals_a_torch_model_of_frame_tokens(features, readout, norm):
+    """Which does not read the padding of shorter clips."""
+    student = Student(3, **SIZES, inverted=False, readout=readout, norm=norm)
+    oracle = FrameTransformer(student, T, N, 3)
+    assert_equal_to_torch(student, oracle, features, np.array([T, 4, 7]))
 
 
-@pytest.mark.parametrize("options", [{"inverted": False}, {"inverted": False, "use_norm": True}])
-def test_the_time_token_student_does_not_see_padding(features, options):
-    student = Student(3, **SIZES, **options)
+@pytest.mark.parametrize("use_norm", [False, True])
+def test_the_time_token_student_does_not_see_padding(features, use_norm):
+    student = Student(3, **SIZES, inverted=False, readout="tokens", use_norm=use_norm)
     lengths = np.array([10, 4, 7])
     clean = features * (np.arange(T) < lengths[:, None])[..., None]
-    params = random_params(student, features, lengths)
+    params, apply = random_params(student, features, lengths), jax.jit(student.apply)
     alone = [
-        student.apply({"params": params}, clean[i : i + 1, :n], np.array([n])).logits[0]
+        apply({"params": params}, clean[i : i + 1, :n], np.array([n])).logits[0]
         for i, n in enumerate(lengths)
     ]
-    batched = student.apply({"params": params}, clean, lengths).logits
+    batched = apply({"params": params}, clean, lengths).logits
     np.testing.assert_allclose(batched, alone, atol=1e-5)
 
 
@@ -186,16 +196,19 @@ def test_use_norm_makes_the_student_blind_to_loudness(features):
         assert np.allclose(*logits, atol=1e-3) == use_norm
 
 
-def test_only_a_variate_embedding_tells_the_variates_apart(features):
+@pytest.mark.parametrize("readout", ["variates", "tokens"])
+def test_only_a_variate_embedding_tells_the_encoder_the_variates_apart(features, readout):
+    """Without it, variates in another order come out in that order, or with the same mean."""
     lengths = np.full(B, T)
     for variate_embedding in (False, True):
-        student = Student(3, **SIZES, variate_embedding=variate_embedding)
+        student = Student(3, **SIZES, readout=readout, variate_embedding=variate_embedding)
         params = random_params(student, features, lengths)
-        logits = [
-            student.apply({"params": params}, x, lengths).logits
+        hidden, turned = (
+            student.apply({"params": params}, x, lengths).hidden
             for x in (features, features[..., ::-1])
-        ]
-        assert np.allclose(*logits, atol=1e-4) != variate_embedding
+        )
+        turned = turned[:, ::-1] if readout == "variates" else turned
+        assert np.allclose(hidden, turned, atol=1e-5) != variate_embedding
 
 
 def test_time_pooling_averages_neighbouring_frames(features):
@@ -220,13 +233,18 @@ def student_gradient(params, features, num_frames, **options):
     return jax.jit(jax.grad(scalar, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("inverted", [True, False])
-def test_rematerialisation_changes_no_gradient_and_bfloat16_little(inverted):
+TOKENS = pytest.mark.parametrize(
+    "tokens", [{"readout": "variates"}, {"inverted": False, "readout": "tokens"}]
+)
+
+
+@TOKENS
+def test_rematerialisation_changes_no_gradient_and_bfloat16_little(tokens):
     features = np.random.default_rng(0).normal(size=(B, T, N)).astype(np.float32)
     num_frames = np.full(B, T)
-    model = Student(3, width=16, mlp_dim=16, num_heads=2, num_layers=2, inverted=inverted)
+    model = Student(3, width=16, mlp_dim=16, num_heads=2, num_layers=2, **tokens)
     params = model.init(jax.random.key(1), features, num_frames)["params"]
-    run = partial(student_gradient, params, features, num_frames, inverted=inverted)
+    run = partial(student_gradient, params, features, num_frames, **tokens)
     exact, out = run()
     again, _ = run(remat=True)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), again, exact)
@@ -255,15 +273,15 @@ def test_rematerialisation_of_the_teacher_changes_no_gradient():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, plain)
 
 
-@pytest.mark.parametrize("inverted", [True, False])
-def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(inverted, monkeypatch):
+@TOKENS
+def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, monkeypatch):
     """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
     client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
     h100 = SimpleNamespace(platform="gpu", compute_capability="9.0", client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [h100])
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    model = Student(3, width=32, mlp_dim=16, num_heads=2, num_layers=1, inverted=inverted)
+    model = Student(3, width=32, mlp_dim=16, num_heads=2, num_layers=1, **tokens)
     features, num_frames = jnp.zeros((B, T, N)), jnp.full(B, T)
     params = jax.eval_shape(model.init, jax.random.key(0), features, num_frames)
 
@@ -303,18 +321,15 @@ def test_metrics_equal_the_definitions_of_the_paper():
         classification_metrics(labels[:0], predictions[:0], 4)
 
 
-def test_the_paper_sizes_are_those_of_table_7():
-    """Parameter counts without the memory: shapes alone."""
-
-    def count(model, *inputs):
-        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-        return sum(x.size for x in jax.tree.leaves(shapes))
-
-    for table3, classes, expected in (("iemocap", 4, 11_924_868), ("meld", 7, 11_873_031)):
-        config = common.paper(table3)
-        sizes = {k: v for k, v in config.student.items() if k not in ("learning_rate", "epochs")}
-        features = np.zeros((1, config.max_frames, 1024), np.float32)
-        assert count(Student(classes, **sizes), features, np.ones(1, np.int32)) == expected
+@pytest.mark.parametrize(
+    ("table3", "classes", "expected"),
+    [
+        ("iemocap", 4, {"teacher": 317_145_476, "student": 12_498_948}),
+        ("meld", 7, {"teacher": 316_495_495, "student": 12_447_111}),
+    ],
+)
+def test_the_paper_sizes_are_those_of_table_7(table3, classes, expected):
+    """Shapes alone: HuBERT-large as transformers has it, in place of the download."""
     large = HubertConfig(
         hidden_size=1024,
         num_hidden_layers=24,
@@ -322,6 +337,19 @@ def test_the_paper_sizes_are_those_of_table_7():
         intermediate_size=4096,
         do_stable_layer_norm=True,
         feat_extract_norm="layer",
+        conv_bias=True,
     )
-    frames = np.zeros((1, 9, 1024), np.float32)
-    assert count(Teacher(Wav2Vec2Layers(large), 4), frames, np.ones((1, 9), bool)) == 302_451_140
+    with torch.device("meta"):
+        published = sum(p.numel() for p in HubertModel(large).parameters())
+    config = common.paper(table3)
+    programs = Programs(config, classes, (config.max_frames, 1024), 1024, 1, jax.devices()[:1])
+    programs.checkpoint = SimpleNamespace(kind=ENCODER, config=large, num_parameters=published)
+    assert programs.count_parameters() == expected
+    in_table_7 = {"iemocap": (302.45, 11.92), "meld": (301.83, 11.87)}[table3]
+    assert tuple(round(count / 2**20, 2) for count in expected.values()) == in_table_7
+
+
+def test_a_checkpoint_counts_all_parameters_of_its_encoder_as_torch_does(hubert_folder):
+    model = HubertModel.from_pretrained(hubert_folder)
+    counted = load_encoder(hubert_folder).num_parameters
+    assert counted == sum(p.numel() for p in model.parameters())

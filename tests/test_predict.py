@@ -21,10 +21,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from exported_models import STUDENT, settings, write_model
+from exported_models import STUDENT, logits_by_hand, settings, write_model
 from layouts import ROOT, SHARED, needs_corpora, tone, write_mp4
 from serkd_jax import predict
-from serkd_jax.deploy.backends import load_frontend, make_student, read_params
+from serkd_jax.deploy.backends import load_frontend
 from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
 from serkd_jax.errors import UserError
@@ -55,9 +55,7 @@ def by_hand(folder, waveform):
     """Probabilities of one window, from the parts that training has, and the softmax by hand."""
     config = read_config(folder)
     features, num_frames = load_frontend(folder, config)([to_float(to_int16(waveform))])
-    params = read_params(folder / FILES["safetensors"], config)
-    logits = make_student(config).apply({"params": params}, jnp.array(features), num_frames).logits
-    values = np.exp(np.asarray(logits[0], np.float64))
+    values = np.exp(logits_by_hand(folder, features, num_frames)[0].astype(np.float64))
     return values / values.sum()
 
 
@@ -370,7 +368,7 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format is not 1"),
+        ({"format": 1}, "format is not 2"),
         ({"labels": ["anger", "joy"]}, "classifier_1"),
         ({"labels": ["anger", "anger", "joy"]}, "two labels are the same"),
         ({"labels": ["anger", 3, " "]}, "a label is no name"),
@@ -379,11 +377,27 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"max_frames": 10**12}, "max_frames is 1000000000000"),
         ({"max_frames": True}, "max_frames is True"),
         (
-            {"max_frames": 9999, "student": STUDENT | {"inverted": False, "num_heads": 16}},
+            {
+                "max_frames": 9999,
+                "student": STUDENT | {"inverted": False, "readout": "tokens", "num_heads": 16},
+            },
             "too large",
         ),
         ({"num_features": 9}, "num_mels is not num_features"),
-        ({"student": STUDENT | {"width": 32}}, "classifier_0"),
+        ({"student": STUDENT | {"width": 32}}, "embed.bias"),
+        ({"student": STUDENT | {"readout": "tokens"}}, "classifier_0.kernel"),
+        ({"student": STUDENT | {"readout": "mean"}}, "readout is mean, not one of variates, "),
+        ({"student": STUDENT | {"readout": ["tokens"]}}, r"readout is \['tokens'\], not one of"),
+        ({"student": STUDENT | {"norm": None}}, "norm is None, not one of pre, post"),
+        ({"student": STUDENT | {"inverted": False}}, "readout is variates, but its tokens are"),
+        ({"student": STUDENT | {"classifier_dims": 8}}, "classifier_dims is 8, not a list"),
+        ({"student": STUDENT | {"classifier_dims": [8] * 9}}, "not a list of up to 8"),
+        ({"student": STUDENT | {"classifier_dims": [8, 0]}}, "each int 1 to 8192"),
+        ({"student": STUDENT | {"classifier_dims": []}}, "classifier_0.bias is float32"),
+        (
+            {"student": STUDENT | {"readout": "flatten", "width": 8192, "classifier_dims": [8192]}},
+            "too large",
+        ),
         ({"student": STUDENT | {"width": 10**9}}, "student.width"),
         ({"student": STUDENT | {"num_heads": 3}}, "not divisible"),
         ({"student": STUDENT | {"code": "os.system('true')"}}, "must have the keys"),
@@ -455,6 +469,11 @@ def test_a_damaged_file_is_refused_and_never_run(form, damage, copied):
         (lambda t: t.update({"embed.bias": np.zeros(3, np.float32)}), "embed.bias is"),
         (lambda t: t.update({"embed.bias": np.zeros(16)}), "embed.bias is float64"),
         (lambda t: t["embed.bias"].fill(np.nan), "embed.bias holds NaN"),
+        (lambda t: t.pop("statistics.mean"), r"statistics.mean is absent, not float32\(8,\)"),
+        (lambda t: t.pop("statistics.spread"), "statistics.spread is absent"),
+        (lambda t: t.update({"statistics.mean": np.zeros(9, np.float32)}), "statistics.mean is"),
+        (lambda t: t["statistics.spread"].fill(np.nan), "statistics.spread holds NaN"),
+        (lambda t: t["statistics.spread"][:1].fill(0), "statistics.spread is not positive"),
     ],
 )
 def test_weights_of_another_model_are_refused_with_the_name(change, message, copied):

@@ -43,7 +43,7 @@ def run(recipe, data_dir, workdir, **settings):
 
 
 def hubert(folder):
-    return {"frontend.model": folder, "teacher.model": folder}
+    return {"frontend.model": folder, "teacher.model": folder, "teacher.projector": 16}
 
 
 LOGMEL = {
@@ -71,7 +71,7 @@ def test_iemocap_with_hubert_leaves_one_session_out(hubert_folder, tmp_path):
     splits = json.loads((tmp_path / "run" / "splits.json").read_text())
     for number, fold in splits.items():
         assert {name[3:5] for name in fold["test"]} == {f"0{number}"}
-        trained = fold["train"] + fold["quiz"] + fold["validation"]
+        trained = fold["train"] + fold["quiz"] + fold["reward"] + fold["validation"]
         assert f"0{number}" not in {name[3:5] for name in trained}
         assert len(trained) + len(fold["test"]) == 100
     report = (tmp_path / "run" / "results.md").read_text()
@@ -91,7 +91,7 @@ def test_meld_with_hubert_runs_its_official_split(hubert_folder, tmp_path):
     assert results["overall"]["teacher"]["n"] == 28
     assert len(results["classes"]) == 7
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text()).values()
-    for part in ("train", "quiz"):
+    for part in ("train", "quiz", "reward"):
         assert {name.split("_")[0] for name in fold[part]} == {"train"}
     assert {name.split("_")[0] for name in fold["validation"]} == {"dev"}
     assert {name.split("_")[0] for name in fold["test"]} == {"test"}
@@ -128,7 +128,7 @@ def test_the_page_on_the_paper_makes_a_row_of_table_4(hubert_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "table4" / "row1" / "results.json").read_text())
     assert list(results["overall"]) == ["student"]
-    inverted = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2)
+    inverted = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2, readout="tokens")
     frames, width = 14, HubertConfig.from_pretrained(hubert_folder).hidden_size
     params = jax.eval_shape(
         inverted.init, jax.random.key(0), jnp.zeros((1, frames, width)), jnp.ones(1)

@@ -1,5 +1,6 @@
 """A run that is killed or told to end in every stage ends with the same parameters, bit for bit."""
 
+import json
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import pytest
 
 import quick_xla
 from finished_runs import final_arrays
+from serkd_jax import training
 from serkd_jax.programs import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,21 @@ def assert_same_bits(workdir, other):
     actual, expected = final_arrays(workdir), final_arrays(other)
     assert expected.keys() == actual.keys()
     assert not [k for k in expected if not np.array_equal(expected[k], actual[k])]
+
+
+def test_a_checkpoint_keeps_the_losses_of_its_step_whatever_comes_while_it_is_written(
+    tmp_path, monkeypatch
+):
+    """It is written in the background, while the next steps are taken."""
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **kw: time.sleep(0.1) or dumps(*args, **kw))
+    with training._checkpoint_manager(tmp_path) as checkpoints:
+        history = {"loss": [2.0]}
+        training._save(checkpoints, 1, {"x": np.ones(2)}, history, None)
+        history["loss"] = [2.0, 1.0]
+        checkpoints.wait_until_finished()
+        _, saved = training._restore(checkpoints, "stage", 1)
+    assert saved == {"loss": [2.0]}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Folds, validation and quiz parts; what is refused; and which rows a step sees."""
+"""Folds, validation, quiz and reward parts; what is refused; and which rows a step sees."""
 
 import json
 
@@ -43,7 +43,16 @@ def folds(columns=COLUMNS, labels=LABELS, seed=0, **changes):
 
 
 def parts(fold):
-    return [fold.train, fold.quiz, fold.validation, fold.test]
+    return [fold.train, fold.quiz, fold.reward, fold.validation, fold.test]
+
+
+def fitted(fold):
+    return np.concatenate(parts(fold)[:-1])
+
+
+def whole_quiz(fold):
+    """The share of the training data that is not trained on, in both its uses."""
+    return np.concatenate([fold.quiz, fold.reward])
 
 
 def iemocap_folds(seed=0, **changes):
@@ -69,7 +78,7 @@ def test_speakers_are_held_out_in_pairs():
     ]
     for fold in made:
         speakers = np.array(COLUMNS["speaker"])
-        assert not set(speakers[fold.test]) & set(speakers[np.concatenate(parts(fold)[:3])])
+        assert not set(speakers[fold.test]) & set(speakers[fitted(fold)])
 
 
 def test_folds_are_in_the_order_of_their_numbers():
@@ -80,12 +89,31 @@ def test_folds_are_in_the_order_of_their_numbers():
 def test_validation_and_quiz_are_stratified_shares_of_the_training_data():
     """The share of all is exact, so that it does not depend on the labels; classes round."""
     for fold in folds():
-        left = np.concatenate(parts(fold)[:3])
-        for part, share in ((fold.validation, 0.1), (fold.quiz, 0.2)):
+        left = fitted(fold)
+        for part, share in ((fold.validation, 0.1), (whole_quiz(fold), 0.2)):
             assert len(part) == round(share * len(left))
             wanted = share * np.bincount(LABELS[left])
             assert (np.abs(np.bincount(LABELS[part]) - wanted) < 1).all()
             left = np.setdiff1d(left, part)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("split_by", ["session", "speaker", "random"])
+def test_the_reward_part_is_half_of_the_quiz_share_class_by_class(split_by, apart):
+    for fold in iemocap_folds(split_by=split_by, speakers_apart=apart):
+        assert 0 <= len(fold.quiz) - len(fold.reward) <= 1
+        quiz, reward = (
+            np.bincount(IEMOCAP_LABELS[rows], minlength=4) for rows in (fold.quiz, fold.reward)
+        )
+        assert np.abs(quiz - reward).max() <= 1
+
+
+def test_a_quiz_share_of_two_rows_is_enough_for_both_its_parts():
+    """One of each class: so it is of a corpus of some twenty clips."""
+    columns = {"split": ["train"] * 12 + ["test"] * 6, "id": [str(i) for i in range(18)]}
+    columns["speaker"] = [""] * 18
+    (fold,) = folds(columns, np.arange(18) % 2, split_by="split", validation=0.1, quiz=0.2)
+    assert (len(fold.quiz), len(fold.reward)) == (1, 1)
 
 
 def test_no_class_gives_its_last_row_to_make_up_the_share():
@@ -111,8 +139,7 @@ def test_sessions_of_two_speakers_are_held_out_in_five_folds_and_speakers_in_ten
         for fold in made:
             held_out = {IEMOCAP["speaker"][row] for row in fold.test}
             assert len(held_out) == num_speakers
-            fitted = np.concatenate(parts(fold)[:3])
-            assert not held_out & {IEMOCAP["speaker"][row] for row in fitted}
+            assert not held_out & {IEMOCAP["speaker"][row] for row in fitted(fold)}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -212,13 +239,15 @@ def test_the_note_tells_independent_shared_and_unknown_speakers_apart():
 @pytest.mark.parametrize("split_by", ["session", "speaker", "fold", "random"])
 def test_validation_and_quiz_can_be_of_speakers_apart(split_by):
     for fold in iemocap_folds(split_by=split_by, speakers_apart=True):
-        train, quiz, validation = (set(SPEAKERS[rows].tolist()) for rows in parts(fold)[:3])
+        train, quiz, validation = (
+            set(SPEAKERS[rows].tolist()) for rows in (fold.train, whole_quiz(fold), fold.validation)
+        )
         assert train.isdisjoint(quiz | validation)
         assert quiz.isdisjoint(validation)
-        rest = len(fold.train) + len(fold.quiz)
+        rest = len(fold.train) + len(whole_quiz(fold))
         for rows, share, of in [
             (fold.validation, 0.1, rest + len(fold.validation)),
-            (fold.quiz, 0.2, rest),
+            (whole_quiz(fold), 0.2, rest),
         ]:
             assert abs(len(rows) - share * of) <= 30  # half a speaker
             assert np.bincount(IEMOCAP_LABELS[rows], minlength=4).min() >= 5  # of about 15
@@ -239,7 +268,7 @@ def test_of_many_uneven_speakers_those_apart_make_up_about_the_share():
         settings = {"split_by": "fold", "groups_per_fold": 1, "speakers_apart": True}
         for fold in folds(columns, labels, seed, **settings, quiz=0.2):
             assert 0.07 < len(fold.validation) / 500 < 0.13
-            assert 0.15 < len(fold.quiz) / (500 - len(fold.validation)) < 0.25
+            assert 0.15 < len(whole_quiz(fold)) / (500 - len(fold.validation)) < 0.25
 
 
 def test_speakers_apart_need_enough_speakers_and_their_names():
@@ -275,7 +304,8 @@ def test_a_file_is_of_ids_whatever_their_order_in_the_corpus(tmp_path):
 
 def one_fold():
     ids = COLUMNS["id"]
-    cut = {"train": ids[:60], "quiz": ids[60:80], "validation": ids[80:90], "test": ids[90:110]}
+    cut = {"train": ids[:60], "quiz": ids[60:70], "reward": ids[70:80]}
+    cut |= {"validation": ids[80:90], "test": ids[90:110]}
     return {"held_out": "somebody"} | cut
 
 

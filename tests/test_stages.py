@@ -7,23 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from ml_collections import ConfigDict
 
-from serkd_jax import parallel
+from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys, spec_augment
 from serkd_jax.batches import Examples
 from serkd_jax.models.policy import Policy
 from serkd_jax.stages import curriculum
 from serkd_jax.stages.common import make_optimizer
+from serkd_jax.standardization import standardize
 from tiny_stages import (
     CLASSIFIER,
     POLICY,
     POLICY_OPTIMIZER,
     RNG,
+    STATISTICS,
     STUDENT,
     B,
-    D,
     K,
+    N,
     changed,
     curriculum_stage,
     distill_stage,
@@ -38,7 +41,11 @@ STAGES = {
     "waveform_teacher": waveform_teacher_stage,
     "student": student_stage,
     "distill": distill_stage,
-    "distill_forward": partial(distill_stage, changed(meta={"order": "second_order_forward"})),
+    "distill_forward": partial(
+        distill_stage,
+        changed(meta={"order": "second_order_forward"}),
+        STUDENT.clone(readout="tokens"),  # and so with an adapter
+    ),
     "curriculum": curriculum_stage,
 }
 
@@ -137,8 +144,9 @@ def test_every_trained_parameter_moves_and_every_frozen_one_stays(name):
     make_step, init, batch = STAGES[name]()
     before = init()
     after, _ = jax.jit(make_step())(before, batch(0), RNG)
-    frozen = {"frozen", "adapter_params"} | ({"meta_params"} if name == "curriculum" else set())
-    for field in ("params", "meta_params", "momentum_params", "frozen", "adapter_params"):
+    frozen = {"frozen", "statistics", "adapter_params"}
+    frozen |= {"meta_params"} if name == "curriculum" else set()
+    for field in ("params", "meta_params", "momentum_params", *sorted(frozen)):
         if not hasattr(before, field):
             continue
         pairs = zip(*(jax.tree.leaves(getattr(s, field)) for s in (before, after)), strict=True)
@@ -179,8 +187,8 @@ def test_an_episode_is_what_was_seen_done_and_earned_and_moves_the_policy_by_rei
         assert metrics["task"] == task
         accuracy[task] += 0.1 * (float(metrics["accuracy"]) - accuracy[task])
         running_reward[task] += 0.1 * (earned[-1] - running_reward[task])
-        np.testing.assert_allclose(state.observation[D : D + K], accuracy, rtol=1e-5)
-        np.testing.assert_allclose(state.observation[D + K : -1], running_reward, rtol=1e-5)
+        np.testing.assert_allclose(state.observation[N : N + K], accuracy, rtol=1e-5)
+        np.testing.assert_allclose(state.observation[N + K : -1], running_reward, rtol=1e-5)
         assert state.observation[-1] == pytest.approx((seed + 1) / 50)
     policies.append((state.policy_params, state.policy_opt_state))
     first, second = (
@@ -218,7 +226,7 @@ def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step(
     mask_rng = jax.random.split(jax.random.fold_in(RNG, 0))[1]
     masked = spec_augment(
         example_keys(mask_rng, examples["index"]),
-        examples["inputs"].astype(np.float32),
+        standardize(examples["inputs"], examples["length"], STATISTICS),
         examples["length"],
         3,
         3,
@@ -229,7 +237,7 @@ def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step(
 
 def test_the_teacher_hears_masked_frames_if_the_recipe_says_so():
     losses = []
-    for width in (0, 6):
+    for width in (0, 12):
         masks = {"max_frequency_mask": width, "max_time_mask": width}
         make_step, init, batch = teacher_stage(changed(teacher=masks))
         losses.append(jax.jit(make_step())(init(), batch(0), RNG)[1]["loss"])
@@ -305,7 +313,13 @@ def test_uniform_sampling_takes_any_task_and_changes_nothing_else():
 
 def test_the_optimizer_warms_up_then_follows_the_cosine_and_clips():
     config = ConfigDict(
-        {"weight_decay": 0.0, "clip_norm": 1.0, "schedule": "cosine", "warmup": 0.2}
+        {
+            "weight_decay": 0.0,
+            "decayed": "all",
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup": 0.2,
+        }
     )
     optimizer = make_optimizer(config, 1.0, 10)
     params, state, rates = jnp.zeros(1), optimizer.init(jnp.zeros(1)), []
@@ -316,23 +330,88 @@ def test_the_optimizer_warms_up_then_follows_the_cosine_and_clips():
     np.testing.assert_allclose(rates, [0, 0.5, *cosine], atol=1e-4)
 
 
+@pytest.mark.parametrize("decayed", ["kernels", "all"])
+def test_weight_decay_falls_on_the_kernels_or_on_all(decayed):
+    """Some steps of torch's AdamW with a group of its own for what does not decay."""
+    optimizer = make_optimizer(
+        ConfigDict(
+            {
+                "weight_decay": 0.1,
+                "decayed": decayed,
+                "clip_norm": 0.0,
+                "schedule": "constant",
+                "warmup": 0.0,
+            }
+        ),
+        0.01,
+        10,
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32),
+        student_stage(model=STUDENT.clone(variate_embedding=True))[1]().params,
+    )
+    leaves, structure = jax.tree.flatten(params)
+    steps = [[rng.normal(size=x.shape).astype(np.float32) for x in leaves] for _ in range(5)]
+    steps = [*map(partial(jax.tree.unflatten, structure), steps)]
+
+    theirs = [torch.tensor(x) for x in leaves]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    decay = [decayed == "all" or "kernel" in str(path[-1]) for path in paths]
+    groups = [
+        {"params": [x for x, d in zip(theirs, decay, strict=True) if d == on], "weight_decay": rate}
+        for on, rate in ((True, 0.1), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], 0.01)
+    state = optimizer.init(params)
+    for gradients in steps:
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for x, gradient in zip(theirs, jax.tree.leaves(gradients), strict=True):
+            x.grad = torch.tensor(gradient)
+        adamw.step()
+    for path, ours, x in zip(paths, jax.tree.leaves(params), theirs, strict=True):
+        np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-5, err_msg=str(path))
+
+    still = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = [bool(np.any(x != 0)) for x in jax.tree.leaves(still[0])]
+    assert moved == decay
+    assert any(moved)
+
+
+DIFFICULTY = ConfigDict({"task_by": "difficulty", "num_tasks": 4})
+
+
 def test_difficulty_tiers_are_equal_parts_of_every_class_from_easy_to_hard():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat([0, 1], [103, 20]))
-    probability = rng.random(123) * np.where(labels == 0, 1.0, 0.1)
-    config = ConfigDict({"task_by": "difficulty", "num_tasks": 4})
-    tier = curriculum.assign_tasks(probability, labels, config)
+    margins = rng.normal(size=123) - np.where(labels == 0, 0, 5)
+    tier = curriculum.assign_tasks(margins, labels, DIFFICULTY)
     for label, sizes in ((0, [26, 26, 26, 25]), (1, [5, 5, 5, 5])):
         assert np.bincount(tier[labels == label]).tolist() == sizes
-        p, t = probability[labels == label], tier[labels == label]
-        assert all(p[t == k].min() > p[t == k + 1].max() for k in range(3))
+        m, t = margins[labels == label], tier[labels == label]
+        assert all(m[t == k].min() > m[t == k + 1].max() for k in range(3))
+
+
+def test_difficulty_tiers_rank_examples_of_which_the_meta_teacher_is_certain():
+    """Float32 says 1 of each; by probability, they would be dealt by their place in the corpus."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 3)).astype(np.float32)
+    logits[:, 0] += rng.permutation(np.linspace(20, 60, 40, dtype=np.float32))
+    labels = np.zeros(40, np.int32)
+    assert (jax.nn.softmax(logits)[:, 0] == 1).all()
+    margins = np.asarray(losses.true_class_margin(logits, labels))
+    assert len(np.unique(margins)) == 40
+    tier = curriculum.assign_tasks(margins, labels, DIFFICULTY)
+    others = np.exp(logits[:, 1:].astype(np.float64) - logits[:, :1]).sum(1)  # odds against
+    np.testing.assert_array_equal(tier[np.argsort(others)], np.repeat(np.arange(4), 10))
 
 
 def test_tasks_by_class_start_with_the_class_that_the_teacher_knows_best():
     labels = np.array([0, 0, 1, 1, 2, 2])
-    probability = np.array([0.5, 0.5, 0.9, 0.9, 0.1, 0.1])
+    margins = np.array([0.0, 0.1, 2.0, 3.0, -2.0, -1.0])
     config = ConfigDict({"task_by": "class"})
-    assert curriculum.assign_tasks(probability, labels, config).tolist() == [1, 1, 0, 0, 2, 2]
+    assert curriculum.assign_tasks(margins, labels, config).tolist() == [1, 1, 0, 0, 2, 2]
 
 
 def test_the_policy_favours_easy_tasks_before_any_reward():

@@ -18,20 +18,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import torch_oracle as oracle
 from serkd_jax.contrastive import Queue
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
-from serkd_jax.stages import teacher as teacher_stages
 from tiny_stages import (
+    CLASSIFIER,
     HUBERT,
     RNG,
+    STATISTICS,
     STUDENT,
     TEACHER,
     B,
     C,
-    D,
     H,
+    N,
     T,
     changed,
     curriculum_stage,
     distill_stage,
+    make_adapter,
     student_stage,
     teacher_stage,
     to_float64,
@@ -40,6 +42,12 @@ from tiny_stages import (
 PLAIN = optax.sgd(1.0)
 NO_MASKS = {"max_frequency_mask": 0, "max_time_mask": 0}
 MODEL = STUDENT.clone(dropout=0.0)
+MODELS = {
+    "variates": MODEL,  # without an adapter, as in the paper
+    "tokens": MODEL.clone(readout="tokens", norm="post"),
+    "flatten": MODEL.clone(readout="flatten"),
+}
+EACH_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 def started(state):
@@ -73,7 +81,7 @@ def moved(before, after):
 
 def assert_same_gradient(ours, theirs):
     assert ours.keys() == theirs.keys()
-    size = max(gradient.abs().max().item() for gradient in theirs.values())
+    size = max((gradient.abs().max().item() for gradient in theirs.values()), default=0)
     for name, gradient in theirs.items():
         np.testing.assert_allclose(
             ours[name], gradient.detach(), rtol=1e-7, atol=1e-7 * size, err_msg=name
@@ -82,7 +90,8 @@ def assert_same_gradient(ours, theirs):
 
 def as_torch(batch):
     return {
-        "inputs": torch.tensor(batch["inputs"], dtype=torch.float64),
+        "features": oracle.standardized(batch["inputs"], batch["length"], STATISTICS),
+        "length": torch.tensor(batch["length"]),
         "label": torch.tensor(batch["label"], dtype=torch.int64),
         "teacher_hidden": torch.tensor(batch["teacher_hidden"], dtype=torch.float64),
     }
@@ -95,17 +104,25 @@ def differentiable_twice():
         yield
 
 
-@pytest.fixture(scope="module")
-def nets():
+def nets_of(model):
+    adapter, width = make_adapter(model)
     return oracle.Nets(
-        oracle.InvertedTransformer(MODEL, T, C), oracle.Adapter(D, H), oracle.MetaTeacher(H, C)
+        oracle.InvertedTransformer(model, T, N, C),
+        oracle.Adapter(width, H) if adapter else torch.nn.Identity(),
+        oracle.MetaTeacher(H, CLASSIFIER.dims, C),
     )
+
+
+def test_the_paper_needs_no_adapter_and_other_readouts_do():
+    adapters = {name: make_adapter(model)[0] for name, model in MODELS.items()}
+    assert [name for name, adapter in adapters.items() if adapter] == ["tokens", "flatten"]
 
 
 def dictionary(nets, before, train):
     """Keys of the momentum encoder for the batch, and the queue's, less the empty slots."""
     momentum = oracle.tensors(before.momentum_params)
-    keys = functional_call(nets.student, momentum, train["inputs"])[2].detach()
+    inputs = train["features"], train["length"]
+    keys = functional_call(nets.student, momentum, inputs)[2].detach()
     labels = torch.cat([train["label"], torch.tensor(np.array(before.queue.labels))])
     keys = torch.cat([keys, torch.tensor(np.array(before.queue.keys))])
     return keys[labels >= 0], labels[labels >= 0]
@@ -128,28 +145,39 @@ def assert_moco_follows(nets, config, before, after, student_params, train):
 
 
 def test_the_teacher_takes_a_step_on_equation_1():
-    """Of its classifier; tests of HuBERT hold the layers below against torch."""
+    """Of its projector and classifier; tests of HuBERT hold the layers below against torch."""
     quiet = {f"{name}_dropout": 0.0 for name in ("hidden", "attention", "activation")}
-    model = TEACHER.clone(encoder=Wav2Vec2Layers(type(HUBERT)(**HUBERT.to_dict() | quiet)))
-    config = changed(teacher=NO_MASKS)
-    make_step, init, make_batch = teacher_stage(config, model, PLAIN)
+    layers = Wav2Vec2Layers(type(HUBERT)(**HUBERT.to_dict() | quiet))
+    model = TEACHER.clone(encoder=layers, projector=10)
+    make_step, init, make_batch = teacher_stage(changed(teacher=NO_MASKS), model, PLAIN)
     with jax.enable_x64(True):
         before, batch = to_float64(init()), make_batch(0)
         after, metrics = jax.jit(make_step())(before, batch, RNG)
-        predict = teacher_stages.make_predict(model, teacher_stages.make_frames(None, False))
-        hidden = torch.tensor(np.array(predict(before, batch).hidden))
-    params = oracle.tensors(before.params["classifier"])
-    logits = functional_call(oracle.MetaTeacher(H, C), params, hidden)
+        features = oracle.standardized(batch["inputs"], batch["length"], STATISTICS).numpy()
+        mask = np.arange(T) < batch["length"][:, None]
+        below = {k: v for k, v in before.params.items() if k != "projector"}
+        below["classifier"] = {"dense_0": {"kernel": np.zeros((H, C)), "bias": np.zeros(C)}}
+        bare = model.clone(projector=0, classifier_dims=())
+        encoded = jax.jit(bare.apply)({"params": below}, features, mask).hidden
+    tail = [before.params[part] for part in ("projector", "classifier")]
+    projector, classifier = map(oracle.tensors, tail)
+    hidden = functional_call(torch.nn.Linear(H, 10), projector, torch.tensor(np.array(encoded)))
+    logits = functional_call(oracle.MetaTeacher(10, TEACHER.classifier_dims, C), classifier, hidden)
     loss = F.cross_entropy(logits, torch.tensor(batch["label"], dtype=torch.int64))
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-9)
-    ours = moved(before.params["classifier"], after.params["classifier"])
-    assert_same_gradient(ours, oracle.gradient(loss, params))
+    for part, params in (("projector", projector), ("classifier", classifier)):
+        ours = moved(before.params[part], after.params[part])
+        assert_same_gradient(ours, oracle.gradient(loss, params, retain_graph=True))
 
 
-@pytest.mark.parametrize("weight", [0.3, 0.0], ids=["with_sup", "cross_entropy_alone"])
-def test_the_student_takes_a_step_on_equation_2(nets, weight):
-    config = changed(contrastive=NO_MASKS | {"weight": weight})
-    before, after, metrics, batch = take_step(student_stage(config, MODEL, PLAIN))
+@pytest.mark.parametrize(
+    ("model", "weight"),
+    [*((model, 0.3) for model in MODELS.values()), (MODEL, 0.0)],
+    ids=[*MODELS, "cross_entropy_alone"],
+)
+def test_the_student_takes_a_step_on_equation_2(model, weight):
+    config, nets = changed(contrastive=NO_MASKS | {"weight": weight}), nets_of(model)
+    before, after, metrics, batch = take_step(student_stage(config, model, PLAIN))
     train, params = as_torch(batch), oracle.tensors(before.params)
     keys = dictionary(nets, before, train)
     _, loss = oracle.student_objective(nets.student, params, train, keys, config.contrastive)
@@ -194,10 +222,10 @@ def assert_steps_on_equations_9_and_4(nets, config, before, after, metrics, batc
     assert_moco_follows(nets, config, before, after, after.params["student"], train)
 
 
-def distill(**settings):
+def distill(model=MODEL, **settings):
     config = changed(contrastive=NO_MASKS)
     config.update(settings)
-    return config, take_step(distill_stage(config, MODEL, PLAIN, PLAIN))
+    return config, take_step(distill_stage(config, model, PLAIN, PLAIN))
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +234,16 @@ def as_in_the_paper():
     return distill()
 
 
-def test_distillation_takes_its_steps_on_equations_9_and_4(nets, as_in_the_paper):
+def test_distillation_takes_its_steps_on_equations_9_and_4(as_in_the_paper):
     """The meta-gradient is torch's with ``create_graph=True``."""
     config, step = as_in_the_paper
-    assert_steps_on_equations_9_and_4(nets, config, *step)
+    assert_steps_on_equations_9_and_4(nets_of(MODEL), config, *step)
+
+
+@pytest.mark.parametrize("name", ["tokens", "flatten"])
+def test_distillation_through_an_adapter_takes_its_steps_on_equations_9_and_4(name):
+    config, step = distill(MODELS[name])
+    assert_steps_on_equations_9_and_4(nets_of(MODELS[name]), config, *step)
 
 
 @pytest.mark.parametrize(
@@ -224,10 +258,10 @@ def test_distillation_takes_its_steps_on_equations_9_and_4(nets, as_in_the_paper
     ],
     ids=["literal_kl", "no_soft", "no_pkd", "cross_entropy_alone", "first_order", "no_meta"],
 )
-def test_an_ablation_changes_what_it_says_and_nothing_else(nets, switch, as_in_the_paper):
+def test_an_ablation_changes_what_it_says_and_nothing_else(switch, as_in_the_paper):
     """Each switch has its own place in the oracle's equations."""
     config, (before, after, metrics, batch) = distill(**switch)
-    assert_steps_on_equations_9_and_4(nets, config, before, after, metrics, batch)
+    assert_steps_on_equations_9_and_4(nets_of(MODEL), config, before, after, metrics, batch)
     _, (_, usual, _, _) = as_in_the_paper
     change = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, usual.params)
     assert max(jax.tree.leaves(change)) > 1e-5
@@ -243,24 +277,54 @@ def test_the_meta_gradient_by_forward_mode_equals_the_nested_one(as_in_the_paper
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-9, atol=1e-12 * size)
 
 
-def test_the_updated_student_takes_a_step_on_equation_10_and_earns_equation_13(nets):
-    config = changed(contrastive=NO_MASKS)
-    before, after, metrics, batch = take_step(curriculum_stage(config, MODEL, PLAIN))
-    train, quiz = as_torch(batch["train"]), as_torch(batch["quiz"])
+def curriculum_gradient(nets, config, before, batch):
+    """The loss of Eq. 10 and its gradient; T' of Eq. 12 held or not."""
+    train = as_torch(batch["train"])
     params, adapter = oracle.tensors(before.params), oracle.tensors(before.adapter_params)
     meta, keys = oracle.tensors(before.meta_params), dictionary(nets, before, train)
     output, loss = oracle.student_objective(nets.student, params, train, keys, config.contrastive)
     adapted = functional_call(nets.adapter, adapter, output[0])
     teacher_logits = functional_call(nets.meta, meta, adapted)
+    if config.curriculum.hold_teacher:
+        teacher_logits = teacher_logits.detach()
     loss = loss + oracle.equation_12(teacher_logits, output[1], train["label"])
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-9)
-    assert_same_gradient(moved(before.params, after.params), oracle.gradient(loss, params))
+    return loss.item(), oracle.gradient(loss, params)
+
+
+@pytest.mark.parametrize(
+    ("model", "hold"),
+    [*((model, True) for model in MODELS.values()), (MODEL, False)],
+    ids=[*MODELS, "teacher_not_held"],
+)
+def test_the_updated_student_takes_a_step_on_equation_10_and_earns_equation_13(model, hold):
+    config = changed(contrastive=NO_MASKS, curriculum={"hold_teacher": hold})
+    before, after, metrics, batch = take_step(curriculum_stage(config, model, PLAIN))
+    nets = nets_of(model)
+    loss, theirs = curriculum_gradient(nets, config, before, batch)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-9)
+    assert_same_gradient(moved(before.params, after.params), theirs)
+    train, quiz = as_torch(batch["train"]), as_torch(batch["quiz"])
     assert_moco_follows(nets, config, before, after, after.params, train)
-    rows = torch.arange(B)
-    _, logits, _ = functional_call(nets.student, oracle.tensors(after.params), quiz["inputs"])
+    rows, inputs = torch.arange(B), (quiz["features"], quiz["length"])
+    _, logits, _ = functional_call(nets.student, oracle.tensors(after.params), inputs)
     student = logits.softmax(1)[rows, quiz["label"]]
-    logits = functional_call(nets.meta, meta, quiz["teacher_hidden"])
+    logits = functional_call(nets.meta, oracle.tensors(before.meta_params), quiz["teacher_hidden"])
     teacher = logits.softmax(1)[rows, quiz["label"]]
     reward = (student > teacher).double().mean().item()
     assert 0 < reward < 1
     assert metrics["reward"] == pytest.approx(reward)
+
+
+def test_a_teacher_that_is_not_held_bends_the_gradient_of_equation_12():
+    """Else the two cases above could be one."""
+    config = changed(contrastive=NO_MASKS)
+    _, init, make_batch = curriculum_stage(config, MODEL, PLAIN)
+    with jax.enable_x64(True):
+        before = jax.device_get(started(init()))
+    nets, batch, gradients = nets_of(MODEL), make_batch(0), []
+    for hold in (True, False):
+        config.curriculum.hold_teacher = hold
+        _, gradient = curriculum_gradient(nets, config, before, batch)
+        gradients.append(torch.cat([g.flatten() for g in gradient.values()]))
+    held, not_held = gradients
+    assert (held - not_held).norm() > 1e-3 * held.norm()

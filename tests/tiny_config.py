@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     config.frontend.num_mels = 8
     config.protocol.update({"groups_per_fold": 2, "validation": 0.2, "quiz": 0.2})
     config.teacher.update({"width": 16, "mlp_dim": 16, "num_layers": 1, "num_heads": 2})
+    config.teacher.projector = 8  # h(., T) is as wide as h(., S), as in the paper
     config.student.update({"width": 16, "mlp_dim": 16, "num_layers": 1, "num_heads": 2})
+    config.student.readout = "variates"
     config.contrastive.queue_size = 32
     config.curriculum.update({"num_tasks": 2, "episode_steps": 3})
     for stage in ("teacher", "student", "distill", "curriculum"):

@@ -14,8 +14,10 @@ from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
+from serkd_jax.standardization import Statistics
 
-B, T, N, D, H, C, P, K = 16, 12, 6, 8, 16, 3, 8, 3
+# As in the paper, the mean over D of each of N variates has the teacher's width H.
+B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3
 CONFIG = ConfigDict(
     {
         "contrastive": {
@@ -36,6 +38,7 @@ CONFIG = ConfigDict(
         "meta": {"order": "second_order", "pilot_learning_rate": 0.5},
         "curriculum": {
             "sampling": "policy",
+            "hold_teacher": True,
             "episode_steps": 4,
             "discount": 0.9,
             "running_rate": 0.1,
@@ -65,17 +68,20 @@ STUDENT = Student(
     mlp_dim=16,
     num_heads=2,
     num_layers=1,
-    classifier_dim=8,
-    projection_dim=P,
+    classifier_dims=(10, 8),
+    projection_dims=(12, P),
     dropout=0.1,
 )
 TEACHER = Teacher(Wav2Vec2Layers(HUBERT), C, patch_frames=2)
-ADAPTER, CLASSIFIER, POLICY = Adapter(H), Classifier(C), Policy(K, width=8)
+CLASSIFIER, POLICY = Classifier(C, (12, 8)), Policy(K, width=8)
 # Adam's usual epsilon would blow the rounding noise in a zero gradient up to a full step.
 OPTIMIZER, META_OPTIMIZER, POLICY_OPTIMIZER = (
     optax.adamw(rate, eps=1e-3) for rate in (3e-3, 1e-2, 1e-2)
 )
 RNG = jax.random.key(7)
+STATISTICS = Statistics(
+    np.linspace(-0.5, 1.5, N, dtype=np.float32), np.linspace(0.5, 1.5, N, dtype=np.float32)
+)
 
 
 def make_batch(seed, inputs=None):
@@ -104,11 +110,11 @@ def teacher_stage(config=CONFIG, model=TEACHER, optimizer=OPTIMIZER):
     params = model.init(RNG, jnp.zeros((1, T, N)), jnp.ones((1, T), bool))["params"]
     to_frames = teacher.make_frames(None, False)
     make_step = partial(teacher.make_step, model, to_frames, optimizer, config.teacher)
-    return make_step, lambda: teacher.init_state(params, optimizer), make_batch
+    return make_step, lambda: teacher.init_state(params, optimizer, STATISTICS), make_batch
 
 
 def waveform_teacher_stage():
-    model, embed = Teacher(Wav2Vec2Layers(HUBERT), C), Wav2Vec2Embed(HUBERT)
+    model, embed = Teacher(Wav2Vec2Layers(HUBERT), C, projector=10), Wav2Vec2Embed(HUBERT)
     samples = 3000
     frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
     frames = conv_frames(HUBERT, samples)
@@ -131,38 +137,51 @@ def student_params(model):
     return model.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))["params"]
 
 
+def make_adapter(model):
+    """What the pipeline has for such a student: none where h(., S) has the teacher's width."""
+    inputs = jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32)
+    width = jax.eval_shape(model.init_with_output, RNG, *inputs)[0].hidden.shape[1]
+    return (None if width == H else Adapter(H)), width
+
+
 def student_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
     def init():
-        return student.init_state(student_params(model), optimizer, config.contrastive, P)
+        return student.init_state(
+            student_params(model), optimizer, config.contrastive, P, STATISTICS
+        )
 
     return partial(student.make_step, model, optimizer, config.contrastive), init, make_batch
 
 
 def distill_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER, meta_optimizer=META_OPTIMIZER):
+    adapter, width = make_adapter(model)
+
     def init():
-        params = {
-            "student": student_params(model),
-            "adapter": ADAPTER.init(RNG, jnp.zeros((1, D)))["params"],
-        }
+        params = {"student": student_params(model), "adapter": {}}
+        if adapter:
+            params["adapter"] = adapter.init(RNG, jnp.zeros((1, width)))["params"]
         meta = CLASSIFIER.init(RNG, jnp.zeros((1, H)))["params"]
-        return distill.init_state(params, meta, optimizer, meta_optimizer, config.contrastive, P)
+        return distill.init_state(
+            params, meta, optimizer, meta_optimizer, config.contrastive, P, STATISTICS
+        )
 
     make_step = partial(
-        distill.make_step, model, ADAPTER, CLASSIFIER, optimizer, meta_optimizer, config
+        distill.make_step, model, adapter, CLASSIFIER, optimizer, meta_optimizer, config
     )
     return make_step, init, make_pair
 
 
 def curriculum_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
+    adapter, width = make_adapter(model)
     make_step = partial(
-        curriculum.make_step, model, ADAPTER, CLASSIFIER, POLICY, optimizer, POLICY_OPTIMIZER,
+        curriculum.make_step, model, adapter, CLASSIFIER, POLICY, optimizer, POLICY_OPTIMIZER,
         config, 50,
     )  # fmt: skip
     _, init_distill, _ = distill_stage(config, model)
 
     def init():
         return curriculum.init_state(
-            init_distill(), optimizer, POLICY, POLICY_OPTIMIZER, config.curriculum, D, RNG
+            init_distill(), optimizer, POLICY, POLICY_OPTIMIZER, config.curriculum, width, RNG
         )
 
     return make_step, init, make_pair

@@ -4,6 +4,8 @@ Models are torch's own layers; a model is applied to a dictionary of parameters,
 differentiate through the pilot step.
 """
 
+import re
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,35 +15,93 @@ from torch import nn
 from torch.func import functional_call
 
 
-class InvertedTransformer(nn.Module):
-    """iTransformer (Liu et al. 2023) without its projection, with a classifier (Section 4.4)."""
+class MLP(nn.ModuleList):
+    """Linear layers with ReLU between them."""
 
-    def __init__(self, sizes, num_frames, num_classes):
+    def __init__(self, *widths):
+        super().__init__(nn.Linear(*pair) for pair in pairwise(widths))
+
+    def forward(self, x):
+        *inner, last = self
+        for layer in inner:
+            x = F.relu(layer(x))
+        return last(x)
+
+
+class InvertedTransformer(nn.Module):
+    """iTransformer (Liu et al. 2023) without its projection, then Section 4.4's classifier.
+
+    Its encoder has no last norm. `sizes` has the attributes of our student.
+    """
+
+    def __init__(self, sizes, num_frames, num_variates, num_classes):
         super().__init__()
-        width = sizes.width
-        self.embed = nn.Linear(num_frames, width)
+        width, self.readout = sizes.width, sizes.readout
+        num_tokens, token_size = self.token_shape(num_frames, num_variates)
+        self.embed = nn.Linear(token_size, width)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width, sizes.num_heads, sizes.mlp_dim, 0.0, "gelu", batch_first=True
+                width,
+                sizes.num_heads,
+                sizes.mlp_dim,
+                0.0,
+                "gelu",
+                batch_first=True,
+                norm_first=sizes.norm == "pre",
             )
             for _ in range(sizes.num_layers)
         )
-        self.classifier_0 = nn.Linear(width, sizes.classifier_dim)
-        self.classifier_1 = nn.Linear(sizes.classifier_dim, num_classes)
-        self.projection = nn.Linear(width, sizes.projection_dim)
+        read = {"variates": num_tokens, "tokens": width, "flatten": num_tokens * width}
+        hidden = read[self.readout]
+        self.classifier = MLP(hidden, *sizes.classifier_dims, num_classes)
+        self.projection = MLP(hidden, *sizes.projection_dims)
+
+    def token_shape(self, num_frames, num_variates):
+        """A token is the course of a variate."""
+        return num_variates, num_frames
 
     def tokens(self, features):
-        """A token for each variate."""
+        """(B, T, N) -> (B, N, D): a token for each variate."""
         return self.embed(features.transpose(1, 2))
 
-    def forward(self, features):
+    def padding(self, features, lengths):
+        """Where tokens are padding, (B, L): nowhere, as all variates are there."""
+        return None
+
+    def forward(self, features, lengths):
         """(B, T, N) -> hidden, logits, projection."""
-        tokens = self.tokens(features)
+        tokens, padding = self.tokens(features), self.padding(features, lengths)
         for layer in self.layers:
-            tokens = layer(tokens)
-        hidden = tokens.mean(1)
-        logits = self.classifier_1(F.relu(self.classifier_0(hidden)))
-        return hidden, logits, F.normalize(self.projection(hidden))
+            tokens = layer(tokens, src_key_padding_mask=padding)
+        if padding is not None:
+            tokens = tokens.masked_fill(padding[..., None], 0)
+        if self.readout == "variates":
+            hidden = tokens.sum(2) / tokens.shape[2]
+        elif self.readout == "flatten":
+            hidden = torch.cat(tokens.unbind(1), 1)
+        else:
+            count = tokens.shape[1] if padding is None else (~padding).sum(1, keepdim=True)
+            hidden = tokens.sum(1) / count
+        return hidden, self.classifier(hidden), F.normalize(self.projection(hidden))
+
+
+class FrameTransformer(InvertedTransformer):
+    """The first row of Table 4: an ordinary encoder, positions of Vaswani et al. (2017)."""
+
+    def token_shape(self, num_frames, num_variates):
+        """A token is a frame."""
+        return num_frames, num_variates
+
+    def tokens(self, features):
+        """(B, T, N) -> (B, T, D)."""
+        length, width = features.shape[1], self.embed.out_features
+        position = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+        waves = torch.stack([position.sin(), position.cos()], -1).reshape(length, width)
+        return self.embed(features) + waves
+
+    def padding(self, features, lengths):
+        """The frames after a clip's end."""
+        return torch.arange(features.shape[1]) >= lengths[:, None]
 
 
 class Adapter(nn.Module):
@@ -56,23 +116,21 @@ class Adapter(nn.Module):
 
 
 class MetaTeacher(nn.Module):
-    """H-128-64-C."""
+    """The teacher's classifier."""
 
-    def __init__(self, hidden_size, num_classes):
+    def __init__(self, hidden_size, dims, num_classes):
         super().__init__()
-        self.dense_0 = nn.Linear(hidden_size, 128)
-        self.dense_1 = nn.Linear(128, 64)
-        self.dense_2 = nn.Linear(64, num_classes)
+        self.dense = MLP(hidden_size, *dims, num_classes)
 
     def forward(self, hidden):
-        return self.dense_2(F.relu(self.dense_1(F.relu(self.dense_0(hidden)))))
+        return self.dense(hidden)
 
 
 class Nets(NamedTuple):
     """The architectures; parameters are given at each call."""
 
     student: InvertedTransformer
-    adapter: Adapter
+    adapter: nn.Module  # nn.Identity where h(., S) has the teacher's width
     meta: MetaTeacher
 
 
@@ -86,7 +144,7 @@ def torch_names(params):
                 named[f"self_attn.in_proj_{kind}"] = np.concatenate([p[kind] for p in parts])
             inner = {"self_attn.out_proj": torch_names(value["out_proj"])}
         elif isinstance(value, dict):
-            inner = {_RENAMED.get(name, name.replace("layers_", "layers.")): torch_names(value)}
+            inner = {_RENAMED.get(name, re.sub(r"_(\d+)$", r".\1", name)): torch_names(value)}
         else:
             array = np.asarray(value)
             named["bias" if name == "bias" else "weight"] = array.T if name == "kernel" else array
@@ -155,6 +213,8 @@ def equation_12(teacher_logits, student_logits, labels):
 
 def gradient(loss, params, **options):
     """The gradient of a loss as ``params`` are named; zero where it does not reach."""
+    if not params:
+        return {}
     values = torch.autograd.grad(loss, list(params.values()), allow_unused=True, **options)
     return {
         name: torch.zeros_like(p) if g is None else g
@@ -162,9 +222,18 @@ def gradient(loss, params, **options):
     }
 
 
+def standardized(inputs, lengths, statistics):
+    """Each clip's frames less the mean, over the spread; what is after them is 0."""
+    mean, spread = map(torch.tensor, (statistics.mean, statistics.spread))
+    out = torch.zeros(inputs.shape, dtype=torch.float64)
+    for place, clip, length in zip(out, torch.tensor(np.array(inputs)), lengths, strict=True):
+        place[:length] = (clip[:length].double() - mean) / spread
+    return out
+
+
 def student_objective(net, params, batch, dictionary, config):
     """The student's output and Eq. 2, of training or (Eq. 11) of S'."""
-    output = functional_call(net, params, batch["inputs"])
+    output = functional_call(net, params, (batch["features"], batch["length"]))
     loss = equation_2(output, batch["label"], *dictionary, config.weight, config.temperature)
     return output, loss
 
@@ -183,7 +252,8 @@ def distillation_objective(nets, params, meta, batch, dictionary, config):
 
 def collaborative_objective(nets, params, meta, quiz):
     """Eq. 9 of T' on the quiz batch."""
-    hidden, _, _ = functional_call(nets.student, params["student"], quiz["inputs"])
+    inputs = quiz["features"], quiz["length"]
+    hidden, _, _ = functional_call(nets.student, params["student"], inputs)
     adapted = functional_call(nets.adapter, params["adapter"], hidden)
     logits = (functional_call(nets.meta, meta, h) for h in (quiz["teacher_hidden"], adapted))
     return equation_9(*logits, quiz["label"])

@@ -8,7 +8,7 @@ reach beyond their inputs: what could is refused.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ from serkd_jax.errors import UserError
 Classify = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Waveforms, 16 kHz -> those two inputs.
 Featurize = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
+
+class Variables(NamedTuple):
+    """What a model has learned, and all that its file of weights holds: NumPy or JAX arrays."""
+
+    params: Any  # the student's, less what training alone needs
+    statistics: Any  # the `Statistics` that its features are standardised by
 
 
 def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int = 0) -> Classify:
@@ -72,25 +79,45 @@ def make_student(config: ModelConfig, **options: Any) -> Any:
     """The Flax student without what training alone needs."""
     from serkd_jax.models.student import Student
 
-    return Student(len(config.labels), **config.student, projection_dim=0, **options)
+    sizes = {key: tuple(x) if isinstance(x, list) else x for key, x in config.student.items()}
+    return Student(len(config.labels), **sizes, projection_dims=(), **options)
 
 
-def read_params(path: Path, config: ModelConfig) -> Any:
-    """The student's parameters, float32 NumPy arrays, from ``model.safetensors``.
+def make_apply(config: ModelConfig, **options: Any) -> Callable:
+    """The whole model in JAX: (`Variables`, features, num_frames) -> logits, in float32."""
+    import jax
+
+    from serkd_jax.standardization import standardize
+
+    student = make_student(config, **options)
+
+    def apply(variables: Variables, features: jax.Array, num_frames: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            features = standardize(features, num_frames, variables.statistics)
+            return student.apply({"params": variables.params}, features, num_frames).logits
+
+    return apply
+
+
+def read_variables(path: Path, config: ModelConfig) -> Variables:
+    """Float32 NumPy arrays, from ``model.safetensors``.
 
     Raises:
-        UserError: the tensors are not those of the configuration, or not finite.
+        UserError: the tensors are not those of the configuration, not finite, or a spread is not
+            positive.
     """
     import jax
     from flax import traverse_util
     from safetensors.numpy import load_file
+
+    from serkd_jax.standardization import Statistics, no_statistics
 
     inputs = (
         jax.ShapeDtypeStruct((1, config.max_frames, config.num_features), np.float32),
         jax.ShapeDtypeStruct((1,), np.int32),
     )
     expected = jax.eval_shape(make_student(config).init, jax.random.key(0), *inputs)["params"]
-    expected = traverse_util.flatten_dict(expected, sep=".")
+    expected = flat_variables(Variables(expected, no_statistics(config.num_features)))
     tensors = load_file(path)
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = (
@@ -103,22 +130,27 @@ def read_params(path: Path, config: ModelConfig) -> Any:
             )
         if not np.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; export the model again")
-    return traverse_util.unflatten_dict(tensors, sep=".")
+    if not (tensors["statistics.spread"] > 0).all():
+        raise UserError(f"{path}: statistics.spread is not positive; export the model again")
+    params = traverse_util.unflatten_dict(tensors, sep=".")
+    return Variables(params, Statistics(**params.pop("statistics")))
+
+
+def flat_variables(variables: Variables) -> dict[str, Any]:
+    """By the names that they have in ``model.safetensors``."""
+    from flax import traverse_util
+
+    statistics = vars(variables.statistics)
+    return traverse_util.flatten_dict(variables.params | {"statistics": statistics}, sep=".")
 
 
 def _load_flax(path: Path, config: ModelConfig, threads: int) -> Classify:
     del threads
     import jax
 
-    model = make_student(config)
-    params = jax.device_put(read_params(path, config))
-
-    @jax.jit
-    def apply(params: Any, features: jax.Array, num_frames: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return model.apply({"params": params}, features, num_frames).logits
-
-    return _few_shapes(lambda *inputs: apply(params, *inputs), config)
+    apply = jax.jit(make_apply(config))
+    variables = jax.device_put(read_variables(path, config))
+    return _few_shapes(lambda *inputs: apply(variables, *inputs), config)
 
 
 def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:

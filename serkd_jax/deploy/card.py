@@ -58,7 +58,7 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
             for metric, (value, _, _) in scores[0].values.items()
         ],
     )
-    size = sum(x.size for x in jax.tree.leaves(trained.params))
+    size = sum(x.size for x in jax.tree.leaves(trained.variables.params))
     about = _paragraph(
         f"The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)}, "
         f"{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at "

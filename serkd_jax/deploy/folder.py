@@ -6,7 +6,7 @@ No path is ever taken from the configuration: every file has a fixed name.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from serkd_jax.hub import download
 CONFIG = "config.json"
 CARD = "README.md"
 FRONTEND = "frontend"  # a folder with the encoder, where it came from a local folder
-VERSION = 1  # of the layout
+VERSION = 2  # of the layout
 
 # A file per format; the first is always there, with config.json and the model card.
 FILES = {
@@ -32,18 +32,43 @@ FILES = {
     "tflite-int8": "model.int8.tflite",
 }
 
-# What each key may be: its type, the least and the greatest value.
-_MODEL = {"max_frames": (int, 1, 10_000), "num_features": (int, 1, 10_000)}
+# Whether a value is allowed, and in words which are.
+_Rule = tuple[Callable[[Any], bool], str]
+
+
+def _number(kind: type, least: int, greatest: int) -> _Rule:
+    def holds(value: Any) -> bool:
+        return type(value) is kind and least <= value <= greatest
+
+    return holds, f"{kind.__name__} {least} to {greatest}"
+
+
+def _numbers(longest: int, least: int, greatest: int) -> _Rule:
+    holds, words = _number(int, least, greatest)
+
+    def all_hold(values: Any) -> bool:
+        return isinstance(values, list) and len(values) <= longest and all(map(holds, values))
+
+    return all_hold, f"a list of up to {longest}, each {words}"
+
+
+def _choice(*names: str) -> _Rule:
+    return (lambda value: value in names), f"one of {', '.join(names)}"
+
+
+_MODEL = {"max_frames": _number(int, 1, 10_000), "num_features": _number(int, 1, 10_000)}
 _STUDENT = {
-    "inverted": (bool, False, True),
-    "width": (int, 2, 8192),
-    "mlp_dim": (int, 1, 65_536),
-    "num_heads": (int, 1, 256),
-    "num_layers": (int, 1, 100),
-    "classifier_dim": (int, 1, 8192),
-    "variate_embedding": (bool, False, True),
-    "use_norm": (bool, False, True),
-    "time_pooling": (int, 1, 1000),
+    "inverted": _number(bool, False, True),
+    "width": _number(int, 2, 8192),
+    "mlp_dim": _number(int, 1, 65_536),
+    "num_heads": _number(int, 1, 256),
+    "num_layers": _number(int, 1, 100),
+    "norm": _choice("pre", "post"),
+    "readout": _choice("variates", "tokens", "flatten"),
+    "classifier_dims": _numbers(8, 1, 8192),
+    "variate_embedding": _number(bool, False, True),
+    "use_norm": _number(bool, False, True),
+    "time_pooling": _number(int, 1, 1000),
 }
 STUDENT_KEYS = tuple(_STUDENT)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -57,7 +82,7 @@ class ModelConfig:
         labels: C names, in the order of the logits.
         max_frames: T that the model takes, at 50 a second: the length of a window.
         num_features: N.
-        student: the student's sizes.
+        student: the student's sizes and kind.
         frontend: ``name``, ``fingerprint``, and the settings of `LogMel` or `Pretrained`.
         trained: on what and how, for people.
     """
@@ -147,10 +172,9 @@ def parse_config(given: Any) -> ModelConfig:
         raise ValueError("student.width is not divisible by student.num_heads")
     if student["time_pooling"] > given["max_frames"]:
         raise ValueError("student.time_pooling is greater than max_frames")
-    tokens = given["num_features" if student["inverted"] else "max_frames"]
-    values = given["max_frames"] * given["num_features"]
-    if tokens**2 * student["num_heads"] > 2**28 or values > 2**26:
-        raise ValueError("the model is too large to be run")
+    if student["readout"] == "variates" and not student["inverted"]:
+        raise ValueError("student.readout is variates, but its tokens are frames")
+    _check_memory(given, student)
     _check_frontend(frontend, given["num_features"])
     trained = given.get("trained", {})
     return ModelConfig(
@@ -163,15 +187,23 @@ def _is_name(label: Any) -> bool:
     return isinstance(label, str) and label.isprintable() and 0 < len(label.strip()) <= 100
 
 
-def _check(values: Any, allowed: Mapping[str, tuple], where: str) -> None:
-    if not isinstance(values, dict) or values.keys() != allowed.keys():
-        raise ValueError(f"{where} must have the keys {', '.join(allowed)}")
-    for key, (kind, least, greatest) in allowed.items():
-        value = values[key]
-        if type(value) is not kind or not least <= value <= greatest:
-            raise ValueError(
-                f"{where}.{key} is {str(value)[:50]}, not {kind.__name__} {least} to {greatest}"
-            )
+def _check(values: Any, rules: Mapping[str, _Rule], where: str) -> None:
+    if not isinstance(values, dict) or values.keys() != rules.keys():
+        raise ValueError(f"{where} must have the keys {', '.join(rules)}")
+    for key, (holds, words) in rules.items():
+        if not holds(values[key]):
+            raise ValueError(f"{where}.{key} is {str(values[key])[:50]}, not {words}")
+
+
+def _check_memory(sizes: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """Bounds the input, the attention and the classifier's first kernel, the largest that grow."""
+    frames, variates, width = sizes["max_frames"], sizes["num_features"], student["width"]
+    tokens = variates if student["inverted"] else frames // student["time_pooling"]
+    hidden = {"variates": tokens, "tokens": width, "flatten": tokens * width}[student["readout"]]
+    read_by = [*student["classifier_dims"], len(sizes["labels"])][0]
+    attention = tokens**2 * student["num_heads"]
+    if max(attention, hidden * read_by) > 2**28 or frames * variates > 2**26:
+        raise ValueError("the model is too large to be run")
 
 
 def _check_frontend(frontend: Any, num_features: int) -> None:

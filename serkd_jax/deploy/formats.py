@@ -1,7 +1,7 @@
 """Writes a student in each format; int8 by the format's own quantiser.
 
-All take (features (B, T, N), num_frames (B,)) and give logits (B, C), in float32 whatever they
-compute in.
+All take (features (B, T, N), num_frames (B,)) as the front-end makes them, standardise the features
+and give logits (B, C), in float32 whatever the student computes in.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from safetensors.numpy import save
 
-from serkd_jax.deploy.backends import make_student
+from serkd_jax.deploy.backends import Variables, flat_variables, make_apply
 from serkd_jax.deploy.folder import FILES, ModelConfig
 from serkd_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # that the StableHLO is lowered for
 
 
-def write_format(form: str, folder: Path, config: ModelConfig, params: Any) -> None:
+def write_format(form: str, folder: Path, config: ModelConfig, variables: Variables) -> None:
     """Writes one of `FILES` into the folder.
 
     Raises:
@@ -35,9 +35,9 @@ def write_format(form: str, folder: Path, config: ModelConfig, params: Any) -> N
     path = folder / FILES[form]
     try:
         with tempfile.TemporaryDirectory(dir=folder) as work:  # whole or not at all
-            partial = Path(work, path.name)
-            _WRITERS[form](partial, config, params)
-            partial.replace(path)
+            unfinished = Path(work, path.name)
+            _WRITERS[form](unfinished, config, variables)
+            unfinished.replace(path)
     except ImportError as error:
         raise UserError(
             f'{form} needs {error.name}: pip install "serkd-jax[export]", or leave it out of '
@@ -45,15 +45,9 @@ def write_format(form: str, folder: Path, config: ModelConfig, params: Any) -> N
         ) from error
 
 
-def _classify(config: ModelConfig, params: Any, dtype: Any = None) -> Callable:
-    """The function that is exported, with the parameters as its constants."""
-    student = make_student(config, attention_form="plain", dtype=dtype)
-
-    def classify(features: jax.Array, num_frames: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return student.apply({"params": params}, features, num_frames).logits
-
-    return classify
+def _classify(config: ModelConfig, variables: Variables, dtype: Any = None) -> Callable:
+    """The function that is exported, with the variables as its constants."""
+    return partial(make_apply(config, attention_form="plain", dtype=dtype), variables)
 
 
 def _inputs(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -65,30 +59,33 @@ def _inputs(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeSt
     )
 
 
-def _write_safetensors(path: Path, config: ModelConfig, params: Any) -> None:
+def _write_safetensors(path: Path, config: ModelConfig, variables: Variables) -> None:
     del config
-    tensors = traverse_util.flatten_dict(params, sep=".")
+    tensors = flat_variables(variables)
     path.write_bytes(save({name: np.asarray(x, np.float32) for name, x in tensors.items()}))
 
 
-def _write_stablehlo(path: Path, config: ModelConfig, params: Any, dtype: Any = None) -> None:
-    if dtype:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    classify = jax.jit(_classify(config, params, dtype))
+def _write_stablehlo(
+    path: Path, config: ModelConfig, variables: Variables, dtype: Any = None
+) -> None:
+    if dtype:  # not of the statistics: features are standardised in float32
+        params = jax.tree.map(lambda x: x.astype(dtype), variables.params)
+        variables = variables._replace(params=params)
+    classify = jax.jit(_classify(config, variables, dtype))
     exported = jax.export.export(classify, platforms=PLATFORMS)(*_inputs(config))
     path.write_bytes(exported.serialize())
 
 
-def _write_stablehlo_bf16(path: Path, config: ModelConfig, params: Any) -> None:
-    _write_stablehlo(path, config, params, jnp.bfloat16)
+def _write_stablehlo_bf16(path: Path, config: ModelConfig, variables: Variables) -> None:
+    _write_stablehlo(path, config, variables, jnp.bfloat16)
 
 
-def _write_onnx(path: Path, config: ModelConfig, params: Any) -> None:
+def _write_onnx(path: Path, config: ModelConfig, variables: Variables) -> None:
     from jax2onnx import to_onnx
 
     with _quiet("onnx_ir"):
         to_onnx(
-            _classify(config, params),
+            _classify(config, variables),
             _inputs(config),
             model_name="serkd_student",
             input_names=["features", "num_frames"],
@@ -99,23 +96,25 @@ def _write_onnx(path: Path, config: ModelConfig, params: Any) -> None:
         )
 
 
-def _write_onnx_int8(path: Path, config: ModelConfig, params: Any) -> None:
+def _write_onnx_int8(path: Path, config: ModelConfig, variables: Variables) -> None:
     """Weights in 8 bits by channel, activations quantised as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     exact = path.with_suffix(".float.onnx")
-    _write_onnx(exact, config, params)
+    _write_onnx(exact, config, variables)
     with _quiet("root"):  # advises shape inference, which changes nothing here
         quantize_dynamic(exact, path, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _write_tflite(path: Path, config: ModelConfig, params: Any, quantise: bool = False) -> None:
+def _write_tflite(
+    path: Path, config: ModelConfig, variables: Variables, quantise: bool = False
+) -> None:
     """Of batches of one: with any other, or any number, LiteRT's fast kernels are not used."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
     from jax.experimental import jax2tf
 
-    convert = jax2tf.convert(_classify(config, params), with_gradient=False)
+    convert = jax2tf.convert(_classify(config, variables), with_gradient=False)
     shapes = {"features": (1, config.max_frames, config.num_features), "num_frames": (1,)}
     dtypes = {"features": tf.float32, "num_frames": tf.int32}
     signature = [tf.TensorSpec(shape, dtypes[name], name) for name, shape in shapes.items()]
@@ -133,8 +132,8 @@ def _write_tflite(path: Path, config: ModelConfig, params: Any, quantise: bool =
         path.write_bytes(converter.convert())
 
 
-def _write_tflite_int8(path: Path, config: ModelConfig, params: Any) -> None:
-    _write_tflite(path, config, params, quantise=True)
+def _write_tflite_int8(path: Path, config: ModelConfig, variables: Variables) -> None:
+    _write_tflite(path, config, variables, quantise=True)
 
 
 _WRITERS = {

@@ -11,11 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax import __version__
-from serkd_jax.deploy.backends import pad_features
-from serkd_jax.deploy.folder import STUDENT_KEYS, ModelConfig, parse_config
+from serkd_jax.deploy.backends import Variables, pad_features
+from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
 from serkd_jax.errors import UserError
 from serkd_jax.frontends import Frontend, Pretrained, make_frontend
 from serkd_jax.report import STAGE_OF_ROW
+from serkd_jax.standardization import Statistics
 from serkd_jax.training import load_selected
 
 PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe
@@ -33,7 +34,7 @@ class Trained:
         results: the run's ``results.json``.
         predictions: of every fold, ``ids``, ``label`` and logits by row.
         config: of the exported model.
-        params: the student's, less what training alone needs; NumPy arrays.
+        variables: the student's parameters and the statistics of its features; NumPy arrays.
         frontend: that it was trained on.
     """
 
@@ -43,7 +44,7 @@ class Trained:
     results: Mapping[str, Any]
     predictions: Mapping[str, Mapping[str, np.ndarray]]
     config: ModelConfig
-    params: Any
+    variables: Variables
     frontend: Frontend
 
 
@@ -51,17 +52,19 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
     """Reads what a finished run has left.
 
     Raises:
-        UserError: the run is not finished, has no such fold or row, or its front-end is not that
-            of today.
+        UserError: the run is not finished, is of another version, has no such fold or row, or its
+            front-end is not that of today.
     """
     results = _read_json(workdir / "results.json")
     if fold not in results["folds"]:
         raise UserError(f"{workdir} has no fold {fold}: use one of {', '.join(results['folds'])}")
     if row not in results["folds"][fold]:
         raise UserError(f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}")
+    if not results["config"]["student"].keys() >= set(STUDENT_KEYS):
+        raise UserError(f"{workdir} is of another version: export it with that, or train again")
     state = load_selected(workdir / f"fold_{fold}" / STAGE_OF_ROW[row])
     params = state["params"]["student"] if row == "distilled_student" else state["params"]
-    params = {name: part for name, part in params.items() if name != "projection"}
+    params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
     if frontend.fingerprint != _read_json(workdir / "run.json")["the front-end"]:
         raise UserError(f"the front-end is not what {workdir} was trained on: its weights changed")
@@ -73,7 +76,7 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         results,
         predictions,
         model_config(results, fold, row, frontend),
-        params,
+        Variables(params, Statistics(**state["statistics"])),
         frontend,
     )
 
@@ -90,7 +93,7 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
         settings |= frontend.settings
     return parse_config(
         {
-            "format": 1,
+            "format": VERSION,
             "labels": results["classes"],
             "sample_rate": 16_000,
             "max_frames": config["max_frames"],

@@ -54,6 +54,8 @@ class Checkpoint:
         sha256: of all that the hidden states depend on, to tell what features were made with. A
             whole model and its encoder alone, in one file or in shards, have the same.
         assumption: what was taken for granted about the preprocessor, as there was no file of it.
+        num_parameters: of the published encoder, with what is multiplied into others here, such as
+            the gains of HuBERT's weight norm, and with ``masked_spec_embed``.
         masked_spec_embed: (H,) what torch's model puts in place of masked frames. We have no use
             for it; `save_encoder` passes it on.
     """
@@ -64,6 +66,7 @@ class Checkpoint:
     do_normalize: bool
     sha256: str
     assumption: str = ""
+    num_parameters: int = 0
     masked_spec_embed: np.ndarray | None = None
 
     def model(self, dtype: DTypeLike | None = None, **options: Any) -> EncoderModel:
@@ -119,6 +122,7 @@ def load_encoder(
     do_normalize, assumption = _read_preprocessor(folder, kind, config)
     try:
         tensors = _read_tensors(_weight_files(folder, stored), kind)
+        num_parameters = sum(value.size for value in tensors.values())
         masked = tensors.pop(MASKED, None)
         params = convert_params(kind, config, tensors)
     except ValueError as error:
@@ -130,6 +134,7 @@ def load_encoder(
         do_normalize=do_normalize,
         sha256=_sha256(config, do_normalize, params),
         assumption=assumption,
+        num_parameters=num_parameters,
         masked_spec_embed=None if masked is None else masked.astype(np.float32),
     )
 

@@ -1,6 +1,7 @@
 """The student (Section 3.2.1): an inverted transformer over variate tokens."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,19 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from serkd_jax.losses import l2_normalize
-from serkd_jax.models.transformer import Dropout, EncoderLayer
+from serkd_jax.models.transformer import Dropout, EncoderLayer, mlp
 
 
 class StudentOutput(NamedTuple):
     """What the student says of a batch."""
 
-    hidden: jax.Array  # (B, D) pooled encoder output, h(., S)
+    hidden: jax.Array  # (B, R) encoder output as it is read out, h(., S)
     logits: jax.Array  # (B, C) ŷ(., S)
     projection: jax.Array | None  # (B, P) L2-normalised contrastive embedding, z
 
 
 class Student(nn.Module):
-    """(B, T, N) features -> (B, N, T) -> Dense -> (B, N, D) -> encoder -> mean over N -> classes.
+    """(B, T, N) features -> (B, N, T) -> Dense -> (B, N, D) -> encoder -> mean over D -> classes.
 
     Attributes:
         num_classes: C.
@@ -28,8 +29,13 @@ class Student(nn.Module):
         mlp_dim: width of each feed-forward network.
         num_heads: attention heads.
         num_layers: encoder layers.
-        classifier_dim: hidden width of the classifier.
-        projection_dim: P of the contrastive projection, which training alone needs; 0: none.
+        norm: ``pre``, each part of a layer reads normalised tokens and there is no last norm, or
+            ``post``, the sum after each part is normalised, as in iTransformer.
+        readout: what makes h(., S) of the tokens: ``variates``, the mean over D of every token,
+            a number for each variate; ``tokens``, the mean over the tokens; ``flatten``, all.
+        classifier_dims: hidden widths of the classifier.
+        projection_dims: widths of the contrastive projection, the last being P; training alone
+            needs it, and empty is none.
         dropout: in the encoder layers.
         inverted: tokens are variates (the paper's model); False gives the ordinary encoder of
             Table 4, whose tokens are frames with sinusoidal positions.
@@ -48,8 +54,10 @@ class Student(nn.Module):
     mlp_dim: int = 1792
     num_heads: int = 8
     num_layers: int = 4
-    classifier_dim: int = 128
-    projection_dim: int = 256
+    norm: str = "pre"
+    readout: str = "variates"
+    classifier_dims: Sequence[int] = (384, 128)
+    projection_dims: Sequence[int] = (256, 256)
     dropout: float = 0.1
     inverted: bool = True
     variate_embedding: bool = False
@@ -73,10 +81,7 @@ class Student(nn.Module):
         valid = jnp.arange(features.shape[1]) < num_frames[:, None]
         if self.use_norm:
             features = standardize_series(features, valid)
-        if self.time_pooling > 1:
-            window = (self.time_pooling,)
-            features = nn.avg_pool(features, window_shape=window, strides=window)
-            valid = valid[:, : features.shape[1] * self.time_pooling : self.time_pooling]
+        features, valid = average_frames(features, valid, self.time_pooling)
         embed = nn.Dense(self.width, dtype=self.dtype, name="embed")
         if self.inverted:
             tokens, mask = embed(features.swapaxes(1, 2)), None
@@ -93,23 +98,38 @@ class Student(nn.Module):
             tokens = layer(
                 self.num_heads,
                 self.mlp_dim,
+                pre_norm=self.norm == "pre",
                 dropout=self.dropout,
                 dtype=self.dtype,
                 attention_form=self.attention_form,
                 name=f"layers_{i}",
             )(tokens, mask, dropout_keys)
         tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
-        hidden = tokens.mean(1) if mask is None else masked_mean(tokens, mask)
-        logits = nn.relu(nn.Dense(self.classifier_dim, name="classifier_0")(hidden))
-        logits = nn.Dense(self.num_classes, name="classifier_1")(logits)
+        hidden = read_out(tokens, mask, self.readout)
+        logits = mlp(hidden, (*self.classifier_dims, self.num_classes), "classifier")
         projection = None
-        if self.projection_dim:
-            projection = l2_normalize(nn.Dense(self.projection_dim, name="projection")(hidden))
+        if self.projection_dims:
+            projection = l2_normalize(mlp(hidden, self.projection_dims, "projection"))
         return StudentOutput(hidden, logits, projection)
 
 
+def read_out(tokens: jax.Array, mask: jax.Array | None, readout: str) -> jax.Array:
+    """h(., S): one vector of an example from its (B, L, D) encoded tokens.
+
+    Args:
+        tokens: L of them, of width D.
+        mask: (B, L) bool, True at valid tokens; None means all.
+        readout: ``variates`` gives (B, L), ``tokens`` (B, D) and ``flatten`` (B, L D).
+    """
+    if readout == "tokens":
+        return tokens.mean(1) if mask is None else masked_mean(tokens, mask)
+    if mask is not None:
+        tokens = jnp.where(mask[..., None], tokens, 0)
+    return tokens.mean(2) if readout == "variates" else tokens.reshape(tokens.shape[0], -1)
+
+
 class Adapter(nn.Module):
-    """Maps the student's hidden vector to the teacher's width, for Eqs. 8, 9 and 12.
+    """Maps h(., S) to the teacher's width, for Eqs. 8, 9 and 12, where it has another.
 
     Used in training alone; it is not part of the deployed student.
     """
@@ -118,14 +138,30 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(B, D) -> (B, width)."""
+        """(B, R) -> (B, width)."""
         return nn.Dense(self.width, name="dense")(hidden)
+
+
+def adapt(adapter: Adapter | None, params: Any, hidden: jax.Array) -> jax.Array:
+    """h(., S) in the teacher's width; without an adapter it has that."""
+    return hidden if adapter is None else adapter.apply({"params": params}, hidden)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of (B, L, D) over the positions where ``mask`` (B, L) is True."""
     weights = mask.astype(x.dtype)
     return jnp.einsum("bld,bl->bd", x, weights) / jnp.maximum(weights.sum(1), 1)[:, None]
+
+
+def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Means of ``count`` neighbouring frames of (B, T, N), and which of them are valid.
+
+    What is left over at the end is dropped. A mean is valid if the first of its frames is.
+    """
+    if count == 1:
+        return frames, valid
+    frames = nn.avg_pool(frames, window_shape=(count,), strides=(count,))
+    return frames, valid[:, : frames.shape[1] * count : count]
 
 
 def standardize_series(features: jax.Array, valid: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The teacher (Section 3.1): an encoder's transformer layers, mean over frames, classifier."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,28 +8,32 @@ import jax
 import jax.numpy as jnp
 
 from serkd_jax.errors import UserError
-from serkd_jax.models.student import masked_mean, sinusoidal_positions
-from serkd_jax.models.transformer import LayerNorm
+from serkd_jax.models.student import average_frames, masked_mean, sinusoidal_positions
+from serkd_jax.models.transformer import LayerNorm, mlp
 
 
 class TeacherOutput(NamedTuple):
     """What the teacher says of a batch."""
 
-    hidden: jax.Array  # (B, H) pooled encoder output, h(., T)
+    hidden: jax.Array  # (B, H) pooled (and projected) encoder output, h(., T)
     logits: jax.Array  # (B, C) ŷ(., T)
 
 
 class Classifier(nn.Module):
-    """H-128-64-C. The meta-teacher (Section 3.3) is a clone of this part, trained further."""
+    """An MLP. The meta-teacher (Section 3.3) is a clone of this part, trained further.
+
+    Attributes:
+        num_classes: C.
+        dims: hidden widths; empty is one linear layer.
+    """
 
     num_classes: int
+    dims: Sequence[int] = (128, 64)
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """(B, H) -> (B, C) logits."""
-        hidden = nn.relu(nn.Dense(128, name="dense_0")(hidden))
-        hidden = nn.relu(nn.Dense(64, name="dense_1")(hidden))
-        return nn.Dense(self.num_classes, name="dense_2")(hidden)
+        return mlp(hidden, (*self.dims, self.num_classes), "dense")
 
 
 class Teacher(nn.Module):
@@ -41,11 +46,18 @@ class Teacher(nn.Module):
         patch_frames: 0 for frames that are what the layers read: of the encoder's front, or
             precomputed features. For others, such as log-mel, how many of them are joined to one
             token, to which sinusoidal positions are added.
+        projector: H, the width of a linear layer before the mean over frames, as in the
+            classifiers of transformers; 0 is none, and H the encoder's width.
+        classifier_dims: hidden widths of the classifier.
+        time_pooling: with ``patch_frames``, how many frames are averaged before they are joined.
     """
 
     encoder: nn.Module
     num_classes: int
     patch_frames: int = 0
+    projector: int = 0
+    classifier_dims: Sequence[int] = (128, 64)
+    time_pooling: int = 1
 
     @nn.compact
     def __call__(
@@ -54,7 +66,7 @@ class Teacher(nn.Module):
         """Encodes and classifies.
 
         Args:
-            frames: (B, T, H), or (B, T, N) with ``patch_frames``.
+            frames: (B, T, the encoder's width), or (B, T, N) with ``patch_frames``.
             frame_mask: (B, T) bool, True at valid frames.
             dropout_keys: (B,) a key per example; None turns dropout off.
         """
@@ -63,6 +75,7 @@ class Teacher(nn.Module):
             # Not as a convolution, whose gradient is slow on a CPU; filled up at the end with 0.
             frames = LayerNorm(name="input_norm")(frames)
             frames = jnp.where(frame_mask[..., None], frames, 0)
+            frames, frame_mask = average_frames(frames, frame_mask, self.time_pooling)
             missing = -frames.shape[1] % self.patch_frames
             frames = jnp.pad(frames, ((0, 0), (0, missing), (0, 0)))
             patches = frames.reshape(len(frames), -1, self.patch_frames, frames.shape[-1])
@@ -77,4 +90,7 @@ class Teacher(nn.Module):
         encoded, _ = self.encoder(frames, frame_mask, dropout_keys)
         encoded = encoded.astype(jnp.promote_types(encoded.dtype, jnp.float32))
         hidden = masked_mean(encoded, frame_mask)
-        return TeacherOutput(hidden, Classifier(self.num_classes, name="classifier")(hidden))
+        if self.projector:  # after the mean, which it commutes with
+            hidden = nn.Dense(self.projector, name="projector")(hidden)
+        classifier = Classifier(self.num_classes, self.classifier_dims, name="classifier")
+        return TeacherOutput(hidden, classifier(hidden))

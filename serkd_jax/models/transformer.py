@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -217,6 +217,13 @@ class SelfAttention(nn.Module):
             out = attend(query, key, value, mask, self.form, bias)
         out = out.swapaxes(1, 2)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
+
+
+def mlp(x: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
+    """Linear layers ``name_0``, ``name_1``, ... with ReLU between; call it in a compact method."""
+    for i, width in enumerate(widths):
+        x = nn.Dense(width, name=f"{name}_{i}")(nn.relu(x) if i else x)
+    return x
 
 
 class EncoderLayer(nn.Module):

@@ -1,6 +1,6 @@
 """What every stage's step shares: the batch and the optimiser."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ def make_optimizer(
     """AdamW with the config's weight decay, gradient clipping and schedule.
 
     Args:
-        config: ``weight_decay``; ``clip_norm``, 0 for none; ``schedule``, ``constant`` or
+        config: ``weight_decay``, of ``decayed`` ``kernels`` alone (not of biases, norms and
+            embeddings) or ``all``; ``clip_norm``, 0 for none; ``schedule``, ``constant`` or
             ``cosine`` (to zero at ``total_steps``); ``warmup``, the share of the steps over
             which the rate rises from 0.
         learning_rate: the peak.
@@ -49,10 +50,16 @@ def make_optimizer(
         raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [warmup_steps])
-    adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
+    mask = None if config.decayed == "all" else _kernels
+    adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=mask)
     if not config.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _kernels(params: Any) -> Any:
+    """True for each kernel of a tree of parameters, False for the others."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Tasks are parts of the training set. A policy reads the student's state and picks the task of the
 next batch; the updated student S' trains on it; the policy learns by REINFORCE from how often S'
-beats the frozen meta-teacher T' on a quiz batch.
+beats the frozen meta-teacher T' on a quiz batch, of clips that neither was fitted to.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,12 @@ from serkd_jax.augmentation import example_keys
 from serkd_jax.contrastive import Queue, enqueue, momentum_update
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.student import Adapter, Student, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.student import encode_keys, student_objective
+from serkd_jax.standardization import Statistics, standardize
 
 
 class Episode(struct.PyTreeNode):
@@ -50,7 +51,8 @@ class CurriculumState(struct.PyTreeNode):
         opt_state: of its optimiser.
         momentum_params: of the momentum encoder of S'.
         queue: labelled keys of earlier batches.
-        adapter_params: of the distilled student's adapter, frozen.
+        statistics: what the student's features are standardised by.
+        adapter_params: of the distilled student's adapter, frozen; empty where it has none.
         meta_params: of T', frozen.
         policy_params: of :class:`Policy`.
         policy_opt_state: of its optimiser.
@@ -67,6 +69,7 @@ class CurriculumState(struct.PyTreeNode):
     opt_state: Any
     momentum_params: Any
     queue: Queue
+    statistics: Statistics
     adapter_params: Any
     meta_params: Any
     policy_params: Any
@@ -91,29 +94,27 @@ def pick_task(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, j
     return {**rows, "train": rows["train"][state.task]}
 
 
-def assign_tasks(
-    true_class_probability: np.ndarray, labels: np.ndarray, config: ConfigDict
-) -> np.ndarray:
+def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Numbers each training example's task, 0 the easiest.
 
     Args:
-        true_class_probability: (n,) p_T'(y | h_T) of the meta-teacher.
+        margins: (n,) the meta-teacher's log-odds of the true class. Its probabilities round to 1.
         labels: (n,) int.
         config: the config's ``curriculum`` part. ``task_by='difficulty'`` cuts the examples of
-            each class, ranked by the meta-teacher's probability, into ``num_tasks`` tiers of
-            equal size, so that no tier favours a class; ``'class'`` makes every class a task,
-            ranked by its mean probability.
+            each class, ranked by their margins, into ``num_tasks`` tiers of equal size, so that
+            no tier favours a class; ``'class'`` makes every class a task, ranked by its mean
+            margin.
     """
     if config.task_by == "difficulty":
         task = np.empty(len(labels), np.int32)
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
-            easiest_first = rows[np.argsort(-true_class_probability[rows], kind="stable")]
+            easiest_first = rows[np.argsort(-margins[rows], kind="stable")]
             task[easiest_first] = np.arange(len(rows)) * config.num_tasks // len(rows)
         return task
     if config.task_by == "class":
         classes = np.unique(labels)
-        means = np.array([true_class_probability[labels == c].mean() for c in classes])
+        means = np.array([margins[labels == c].mean() for c in classes])
         easiest_first = classes[np.argsort(-means, kind="stable")]
         return np.argmax(labels[:, None] == easiest_first, axis=1).astype(np.int32)
     raise UserError(f"curriculum.task_by must be difficulty or class: {config.task_by!r}")
@@ -125,7 +126,7 @@ def init_state(
     policy: Policy,
     policy_optimizer: optax.GradientTransformation,
     config: ConfigDict,
-    student_width: int,
+    hidden_width: int,
     rng: jax.Array,
 ) -> CurriculumState:
     """State before the first step: S' is a clone of the distilled student, T' is frozen.
@@ -136,12 +137,12 @@ def init_state(
         policy: picks tasks.
         policy_optimizer: of the policy.
         config: the config's ``curriculum`` part.
-        student_width: D.
+        hidden_width: of h(., S').
         rng: key of the policy's initial parameters and of the first task.
     """
     params = distilled.params["student"]
     num_tasks = policy.num_tasks
-    observation = jnp.zeros(student_width + 2 * num_tasks + 1)
+    observation = jnp.zeros(hidden_width + 2 * num_tasks + 1)
     init_rng, task_rng = jax.random.split(rng)
     policy_params = policy.init(init_rng, observation)["params"]
     return CurriculumState(
@@ -150,6 +151,7 @@ def init_state(
         opt_state=optimizer.init(params),
         momentum_params=distilled.momentum_params,
         queue=distilled.queue,
+        statistics=distilled.statistics,
         adapter_params=distilled.params["adapter"],
         meta_params=distilled.meta_params,
         policy_params=policy_params,
@@ -169,7 +171,7 @@ def init_state(
 
 def make_step(
     student: Student,
-    adapter: Adapter,
+    adapter: Adapter | None,
     classifier: Classifier,
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -184,7 +186,7 @@ def make_step(
 
     Args:
         student: S'.
-        adapter: maps F(., S') to the teacher's width.
+        adapter: maps F(., S') to the teacher's width; None where it has that.
         classifier: T'.
         policy: picks tasks.
         optimizer: of S'.
@@ -198,12 +200,12 @@ def make_step(
     def train_student(
         state: CurriculumState, batch: Batch, rng: jax.Array
     ) -> tuple[CurriculumState, jax.Array, dict[str, jax.Array]]:
-        """One step of S' on Eq. 10; also the mean pooled embedding (D,) of the batch."""
+        """One step of S' on Eq. 10; also the mean of F(., S') over the batch."""
         dropout_rng, mask_rng = jax.random.split(rng)
+        features = standardize(batch["inputs"], batch["length"], state.statistics)
         keys, key_labels = encode_keys(
-            student, state.momentum_params, batch, mask_rng, config.contrastive, axis
+            student, state.momentum_params, features, batch, mask_rng, config.contrastive, axis
         )
-        features = batch["inputs"].astype(jnp.float32)
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def objective(params: Any) -> tuple[jax.Array, tuple]:
@@ -211,8 +213,10 @@ def make_step(
             loss, metrics = student_objective(
                 out, batch["label"], keys, key_labels, state.queue, config.contrastive
             )
-            adapted = adapter.apply({"params": state.adapter_params}, out.hidden)
+            adapted = adapt(adapter, state.adapter_params, out.hidden)
             teacher_logits = classifier.apply({"params": state.meta_params}, adapted)
+            if curriculum.hold_teacher:
+                teacher_logits = jax.lax.stop_gradient(teacher_logits)
             consistency = losses.mean_consistency(teacher_logits, out.logits, batch["label"])
             loss = losses.updated_student_loss(loss, consistency)
             metrics = {"loss": loss, "consistency": consistency, **metrics}
@@ -235,7 +239,7 @@ def make_step(
 
     def quiz_reward(state: CurriculumState, quiz: Batch) -> jax.Array:
         """Eq. 13 on the quiz batch, both models frozen."""
-        features = quiz["inputs"].astype(jnp.float32)
+        features = standardize(quiz["inputs"], quiz["length"], state.statistics)
         student_logits = student.apply({"params": state.params}, features, quiz["length"]).logits
         teacher_logits = classifier.apply({"params": state.meta_params}, quiz["teacher_hidden"])
         reward = losses.reward(student_logits, teacher_logits, quiz["label"])

@@ -18,10 +18,11 @@ from serkd_jax import losses, parallel
 from serkd_jax.augmentation import example_keys
 from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.errors import UserError
-from serkd_jax.models.student import Adapter, Student, StudentOutput
+from serkd_jax.models.student import Adapter, Student, StudentOutput, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.common import Batch
 from serkd_jax.stages.student import encode_keys, student_objective
+from serkd_jax.standardization import Statistics, standardize
 
 
 class DistillState(struct.PyTreeNode):
@@ -29,12 +30,14 @@ class DistillState(struct.PyTreeNode):
 
     Attributes:
         step: () int32, steps taken; also the position in the data.
-        params: ``{"student": ..., "adapter": ...}``, trained together.
+        params: ``{"student": ..., "adapter": ...}``, trained together; without an adapter, that
+            part is empty.
         opt_state: of their optimiser.
         meta_params: of T', the :class:`Classifier`.
         meta_opt_state: of its optimiser.
         momentum_params: of the student's momentum encoder.
         queue: labelled keys of earlier batches.
+        statistics: what the student's features are standardised by.
     """
 
     step: jax.Array
@@ -44,6 +47,7 @@ class DistillState(struct.PyTreeNode):
     meta_opt_state: Any
     momentum_params: Any
     queue: Queue
+    statistics: Statistics
 
 
 class DistillBatch(TypedDict):
@@ -60,6 +64,7 @@ def init_state(
     meta_optimizer: optax.GradientTransformation,
     config: ConfigDict,
     projection_dim: int,
+    statistics: Statistics,
 ) -> DistillState:
     """State before the first step.
 
@@ -70,6 +75,7 @@ def init_state(
         meta_optimizer: of ``meta_params``.
         config: the config's ``contrastive`` part.
         projection_dim: width of the contrastive embedding.
+        statistics: what the student's features are standardised by.
     """
     return DistillState(
         step=jnp.int32(0),
@@ -79,6 +85,7 @@ def init_state(
         meta_opt_state=meta_optimizer.init(meta_params),
         momentum_params=jax.tree.map(jnp.copy, params["student"]),
         queue=empty_queue(config.queue_size, projection_dim),
+        statistics=statistics,
     )
 
 
@@ -134,7 +141,7 @@ def meta_value_and_grad(
 
 def make_step(
     student: Student,
-    adapter: Adapter,
+    adapter: Adapter | None,
     classifier: Classifier,
     optimizer: optax.GradientTransformation,
     meta_optimizer: optax.GradientTransformation,
@@ -149,7 +156,7 @@ def make_step(
 
     Args:
         student: S.
-        adapter: maps h(., S) to the teacher's width.
+        adapter: maps h(., S) to the teacher's width; None where it has that.
         classifier: T'.
         optimizer: of the student and the adapter.
         meta_optimizer: of T'.
@@ -163,9 +170,6 @@ def make_step(
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
 
-    def adapt(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-        return adapter.apply({"params": params["adapter"]}, hidden)
-
     def soft_loss(logits: jax.Array, meta_params: Any, train: Batch) -> jax.Array:
         """L^soft of the student's logits, the only term of Eq. 4 that reads θ_T'."""
         if not config.distill.soft:
@@ -177,23 +181,24 @@ def make_step(
             config.distill.direction,
         )
 
-    def quiz_loss(quiz: Batch, meta_params: Any, params: dict[str, Any]) -> jax.Array:
+    def quiz_loss(
+        quiz: Batch, features: jax.Array, meta_params: Any, params: dict[str, Any]
+    ) -> jax.Array:
         """Eq. 9."""
-        features = quiz["inputs"].astype(jnp.float32)
         hidden = student.apply({"params": params["student"]}, features, quiz["length"]).hidden
         return losses.collaborative_loss(
             classify(meta_params, quiz["teacher_hidden"]),
-            classify(meta_params, adapt(params, hidden)),
+            classify(meta_params, adapt(adapter, params["adapter"], hidden)),
             quiz["label"],
         )
 
     def step(state: DistillState, batch: DistillBatch, rng: jax.Array) -> tuple:
         train, quiz = batch["train"], batch["quiz"]
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        features = standardize(train["inputs"], train["length"], state.statistics)
         keys, key_labels = encode_keys(
-            student, state.momentum_params, train, mask_rng, config.contrastive, axis
+            student, state.momentum_params, features, train, mask_rng, config.contrastive, axis
         )
-        features = train["inputs"].astype(jnp.float32)
         dropout_keys = example_keys(dropout_rng, train["index"])
 
         def run_student(params: dict[str, Any], model: Student) -> StudentOutput:
@@ -211,7 +216,7 @@ def make_step(
             )
             soft = soft_loss(out.logits, meta_params, train)
             patient = losses.patient_distillation(
-                train["teacher_hidden"], adapt(params, out.hidden)
+                train["teacher_hidden"], adapt(adapter, params["adapter"], out.hidden)
             )
             loss = losses.distillation_loss(
                 student_loss, soft, patient, config.distill.alpha, config.distill.beta
@@ -235,13 +240,14 @@ def make_step(
         meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
         meta_metrics = {}
         if config.meta.order != "none":
+            quiz_features = standardize(quiz["inputs"], quiz["length"], state.statistics)
             meta_loss, meta_grads = meta_value_and_grad(
                 config.meta,
                 state.params,
                 state.meta_params,
                 gradient=lambda meta_params: distillation_gradient(meta_params, pilot)[0],
                 slope_along=slope_along,
-                quiz_loss=partial(quiz_loss, quiz),
+                quiz_loss=partial(quiz_loss, quiz, quiz_features),
                 axis=axis,
             )
             updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
@@ -251,7 +257,7 @@ def make_step(
         grads, metrics = distillation_gradient(meta_params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        state = DistillState(
+        state = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,

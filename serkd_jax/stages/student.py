@@ -14,6 +14,7 @@ from serkd_jax.augmentation import example_keys, spec_augment
 from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.models.student import Student, StudentOutput
 from serkd_jax.stages.common import Batch, accuracy
+from serkd_jax.standardization import Statistics, standardize
 
 
 class StudentState(struct.PyTreeNode):
@@ -25,6 +26,7 @@ class StudentState(struct.PyTreeNode):
         opt_state: of the optimiser.
         momentum_params: of the momentum encoder, a copy of ``params`` that follows them.
         queue: labelled keys of earlier batches.
+        statistics: what the features are standardised by.
     """
 
     step: jax.Array
@@ -32,10 +34,15 @@ class StudentState(struct.PyTreeNode):
     opt_state: Any
     momentum_params: Any
     queue: Queue
+    statistics: Statistics
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, config: ConfigDict, projection_dim: int
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    projection_dim: int,
+    statistics: Statistics,
 ) -> StudentState:
     """State before the first step; ``config`` is the config's ``contrastive`` part."""
     return StudentState(
@@ -44,25 +51,27 @@ def init_state(
         opt_state=optimizer.init(params),
         momentum_params=jax.tree.map(jnp.copy, params),
         queue=empty_queue(config.queue_size, projection_dim),
+        statistics=statistics,
     )
 
 
 def encode_keys(
     student: Student,
     momentum_params: Any,
+    features: jax.Array,
     batch: Batch,
     rng: jax.Array,
     config: ConfigDict,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The momentum encoder's keys of the SpecAugmented batch, of all devices.
+    """The momentum encoder's keys of the SpecAugmented ``features`` of a batch, of all devices.
 
     Returns:
         keys (B, P) and their labels (B,), B the global batch.
     """
     masked = spec_augment(
         example_keys(rng, batch["index"]),
-        batch["inputs"].astype(jnp.float32),
+        features,
         batch["length"],
         config.max_frequency_mask,
         config.max_time_mask,
@@ -106,10 +115,10 @@ def make_step(
 
     def step(state: StudentState, batch: Batch, rng: jax.Array) -> tuple:
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        features = standardize(batch["inputs"], batch["length"], state.statistics)
         keys, key_labels = encode_keys(
-            student, state.momentum_params, batch, mask_rng, config, axis
+            student, state.momentum_params, features, batch, mask_rng, config, axis
         )
-        features = batch["inputs"].astype(jnp.float32)
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict]:
@@ -132,12 +141,12 @@ def make_step(
     return step
 
 
-def make_predict(student: Student) -> Callable[[Any, Batch], StudentOutput]:
-    """Makes the deterministic forward pass of (student parameters, batch)."""
+def make_predict(student: Student) -> Callable[[tuple[Any, Statistics], Batch], StudentOutput]:
+    """Makes the deterministic forward pass of ((student parameters, statistics), batch)."""
 
-    def predict(params: Any, batch: Batch) -> StudentOutput:
-        return student.apply(
-            {"params": params}, batch["inputs"].astype(jnp.float32), batch["length"]
-        )
+    def predict(variables: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
+        params, statistics = variables
+        features = standardize(batch["inputs"], batch["length"], statistics)
+        return student.apply({"params": params}, features, batch["length"])
 
     return predict

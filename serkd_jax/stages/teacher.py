@@ -15,6 +15,7 @@ from serkd_jax.augmentation import example_keys, spec_augment
 from serkd_jax.encoders.base import normalize_waveform
 from serkd_jax.models.teacher import Teacher, TeacherOutput
 from serkd_jax.stages.common import Batch, accuracy
+from serkd_jax.standardization import Statistics, standardize
 
 
 class TeacherState(struct.PyTreeNode):
@@ -24,7 +25,7 @@ class TeacherState(struct.PyTreeNode):
         step: () int32, steps taken; also the position in the data.
         params: of :class:`Teacher`.
         opt_state: of the optimiser.
-        frozen: parameters of the encoder's front, for waveform input; else empty.
+        frozen: parameters of the encoder's front, for waveforms; `Statistics`, for features.
     """
 
     step: jax.Array
@@ -33,11 +34,9 @@ class TeacherState(struct.PyTreeNode):
     frozen: Any
 
 
-def init_state(
-    params: Any, optimizer: optax.GradientTransformation, frozen: Any = None
-) -> TeacherState:
+def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Any) -> TeacherState:
     """State before the first step."""
-    return TeacherState(jnp.int32(0), params, optimizer.init(params), frozen or {})
+    return TeacherState(jnp.int32(0), params, optimizer.init(params), frozen)
 
 
 def make_frames(embed: nn.Module | None, normalize: bool) -> Callable:
@@ -48,13 +47,13 @@ def make_frames(embed: nn.Module | None, normalize: bool) -> Callable:
         normalize: whether each waveform is standardised, as the checkpoint's preprocessor says.
 
     Returns:
-        A function of (frozen parameters, inputs, length) that gives (B, T, N) float32 frames and
+        A function of (what is frozen, inputs, length) that gives (B, T, N) float32 frames and
         their (B, T) mask.
     """
 
-    def from_features(frozen: Any, inputs: jax.Array, length: jax.Array) -> tuple:
-        del frozen
-        return inputs.astype(jnp.float32), jnp.arange(inputs.shape[1]) < length[:, None]
+    def from_features(statistics: Statistics, inputs: jax.Array, length: jax.Array) -> tuple:
+        mask = jnp.arange(inputs.shape[1]) < length[:, None]
+        return standardize(inputs, length, statistics), mask
 
     def from_waveform(frozen: Any, inputs: jax.Array, length: jax.Array) -> tuple:
         waveform = inputs.astype(jnp.float32) / 32768.0

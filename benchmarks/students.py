@@ -1,0 +1,244 @@
+"""Which student generalises: readout, norm, time pooling, standardisation, inverted or not.
+
+    python -m benchmarks.students --features=FOLDER --corpus=emodb --data_dir=DIR --out=FILE.jsonl
+
+`FOLDER` holds feature records, `--corpus` or `--manifest` says who speaks and how, as for
+`benchmarks.linear_probe`. The speakers are dealt to five parts. Run k, with seed k, tests part k,
+validates on the next and trains a small student on the others by cross-entropy alone, so that all
+figures are of speakers who were not heard. Each kind of student has a line in `FILE.jsonl`, and is
+not run again; the table is printed at the end, with 95 % t intervals over the runs, and beside
+it the linear probe, trained on the same parts.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+
+from benchmarks import linear_probe
+from configs import common
+from serkd_jax import losses
+from serkd_jax.augmentation import example_keys
+from serkd_jax.batches import stream_rows
+from serkd_jax.errors import UserError
+from serkd_jax.metrics import classification_metrics
+from serkd_jax.models.student import Student
+from serkd_jax.stages.common import make_optimizer
+from serkd_jax.standardization import Statistics, measure_statistics, no_statistics, standardize
+
+SPEAKER_PARTS, BATCH = 5, 32
+PARTS = ("train", "validation", "test")
+SIZES = {"width": 32, "mlp_dim": 64, "num_heads": 1, "num_layers": 2, "dropout": 0.2}
+SIZES |= {"classifier_dims": (128,), "projection_dims": ()}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All utterances in the memory."""
+
+    features: np.ndarray  # (n, T, N) float16, zero-padded
+    length: np.ndarray  # (n,) int32
+    labels: np.ndarray  # (n,) int32
+    speakers: np.ndarray  # (n,) str
+    num_runs: int
+
+    def runs(self) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of each run's parts."""
+        names = np.random.default_rng(0).permutation(np.unique(self.speakers))
+        groups = np.array_split(names, SPEAKER_PARTS)
+        for k in range(self.num_runs):
+            test, validation = groups[k], groups[(k + 1) % SPEAKER_PARTS]
+            rest = np.setdiff1d(names, [*test, *validation])
+            yield {
+                part: np.flatnonzero(np.isin(self.speakers, who))
+                for part, who in zip(PARTS, (rest, validation, test), strict=True)
+            }
+
+
+def main() -> None:
+    """Runs what is not in the file yet, and prints the table."""
+    options = parse_options()
+    logging.disable(logging.INFO)  # of TFDS
+    try:
+        corpus = read_corpus(options)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    kinds = list(all_kinds()) if not options.only else [json.loads(options.only)]
+    done = {}
+    if options.out.exists():
+        done = {row["kind"]: row for row in map(json.loads, options.out.open())}
+    for kind in kinds:
+        name = json.dumps(kind, sort_keys=True)
+        if name not in done:
+            start = time.monotonic()
+            done[name] = {"kind": name, "ua": study(corpus, kind, options)}
+            done[name]["seconds"] = time.monotonic() - start
+            with options.out.open("a") as file:
+                file.write(json.dumps(done[name]) + "\n")
+    print(table([(kind, done[json.dumps(kind, sort_keys=True)]) for kind in kinds], corpus))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
+    parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
+    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
+    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, added to")
+    parser.add_argument("--stride", type=int, default=8, help="take every so manyth feature")
+    parser.add_argument("--max_frames", type=int, default=100)
+    parser.add_argument("--runs", type=int, default=3, help="2 to 5")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--only", default="", help="one kind of student, as JSON")
+    return parser.parse_args()
+
+
+def read_corpus(options: argparse.Namespace) -> Corpus:
+    """Every ``stride``th of the features, cut or padded to ``max_frames``."""
+    listed = linear_probe.list_utterances(options.corpus, options.manifest, options.data_dir)
+    rows = sorted(linear_probe.read_labelled(options.features, listed), key=lambda row: row[0])
+    frames = options.max_frames
+    features = np.zeros((len(rows), frames, rows[0][1][:, :: options.stride].shape[1]), np.float16)
+    for place, (_, values, _, _) in zip(features, rows, strict=True):
+        place[: len(values)] = values[:frames, :: options.stride]
+    length = np.array([min(len(values), frames) for _, values, _, _ in rows], np.int32)
+    labels = np.unique([label for _, _, label, _ in rows], return_inverse=True)[1]
+    speakers = np.array([row[3] for row in rows])
+    return Corpus(features, length, labels.astype(np.int32), speakers, options.runs)
+
+
+def all_kinds() -> Iterator[dict[str, Any]]:
+    """What the study compares."""
+    for pooling, standard, norm in itertools.product((10, 1), (True, False), ("pre", "post")):
+        for inverted, readout in (
+            (True, "tokens"),
+            (True, "variates"),
+            (True, "flatten"),
+            (False, "tokens"),
+        ):
+            yield {
+                "inverted": inverted,
+                "readout": readout,
+                "norm": norm,
+                "time_pooling": pooling,
+                "standardize": standard,
+            }
+
+
+def study(corpus: Corpus, kind: dict[str, Any], options: argparse.Namespace) -> dict[str, list]:
+    """UA of each part, of each run."""
+    kind = dict(kind)
+    standard = kind.pop("standardize")
+    student = Student(int(corpus.labels.max()) + 1, **SIZES | kind)
+    train = make_training(student, corpus, options)
+    scores: dict[str, list] = {part: [] for part in PARTS}
+    for seed, rows in enumerate(corpus.runs()):
+        statistics = no_statistics(corpus.features.shape[2])
+        if standard:
+            statistics = statistics_of(corpus, rows["train"])
+        order = stream_rows(rows["train"], BATCH, range(options.steps), [seed])
+        logits = np.asarray(train(jax.random.key(seed), order, statistics))
+        for part, values in scores.items():
+            values.append(ua(corpus.labels[rows[part]], logits[rows[part]].argmax(-1)))
+    return scores
+
+
+def statistics_of(corpus: Corpus, rows: np.ndarray) -> Statistics:
+    """Of the training part."""
+    member = np.zeros((1, len(corpus.labels)), bool)
+    member[0, rows] = True
+    everything = np.arange(len(corpus.labels)), corpus.features, corpus.length
+    return measure_statistics([everything], member)[0]
+
+
+def make_training(student: Student, corpus: Corpus, options: argparse.Namespace) -> Callable:
+    """(key, (steps, B) rows, statistics) -> (n, C) logits of all utterances after training."""
+    settings = common.small(common.paper()).optimizer
+    settings.weight_decay = options.weight_decay
+    optimizer = make_optimizer(settings, options.learning_rate, options.steps)
+    features, length, labels = map(jnp.asarray, (corpus.features, corpus.length, corpus.labels))
+
+    @jax.jit
+    def train(key: jax.Array, order: jax.Array, statistics: Statistics) -> jax.Array:
+        def apply(params: Any, rows: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+            inputs = standardize(features[rows], length[rows], statistics)
+            return student.apply({"params": params}, inputs, length[rows], keys).logits
+
+        def step(carry: tuple, rows_and_step: tuple) -> tuple:
+            params, state = carry
+            rows, number = rows_and_step
+            keys = example_keys(jax.random.fold_in(key, number), rows)
+            grads = jax.grad(lambda p: losses.cross_entropy(apply(p, rows, keys), labels[rows]))
+            updates, state = optimizer.update(grads(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = student.init(key, features[:1].astype(jnp.float32), length[:1])["params"]
+        steps = order, jnp.arange(len(order))
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), steps)
+        missing = -len(labels) % BATCH
+        batches = jnp.pad(jnp.arange(len(labels)), (0, missing)).reshape(-1, BATCH)
+        logits = jax.lax.map(lambda rows: apply(params, rows), batches)
+        return logits.reshape(-1, logits.shape[-1])[: len(labels)]
+
+    return train
+
+
+def ua(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Unweighted accuracy."""
+    return classification_metrics(labels, predicted, int(max(labels.max(), predicted.max())) + 1)[
+        "ua"
+    ]
+
+
+def probe(corpus: Corpus) -> dict[str, list]:
+    """The linear SVM on mean and deviation of the same features, trained on the same parts."""
+    vectors = np.stack(
+        [linear_probe.pool(x[:n]) for x, n in zip(corpus.features, corpus.length, strict=True)]
+    )
+    scores: dict[str, list] = {part: [] for part in PARTS}
+    for rows in corpus.runs():
+        for part, values in scores.items():
+            fold = [(rows["train"], rows[part])]
+            tested, predicted = linear_probe.probe(vectors, corpus.labels, fold, 0.001)
+            values.append(ua(corpus.labels[tested], predicted))
+    return scores
+
+
+def table(rows: list[tuple[dict, dict]], corpus: Corpus) -> str:
+    """Markdown."""
+    lines = [
+        "| tokens | readout | norm | time pooled by | standardised | training UA "
+        "| validation UA | test UA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, row in rows:
+        cells = ["variates" if kind["inverted"] else "frames", kind["readout"], kind["norm"]]
+        cells += [str(kind["time_pooling"]), "yes" if kind["standardize"] else "no"]
+        lines.append(f"| {' | '.join([*cells, *map(interval, row['ua'].values())])} |")
+    cells = ["linear probe", "", "", "", "", *map(interval, probe(corpus).values())]
+    return "\n".join([*lines, f"| {' | '.join(cells)} |"])
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95 % t interval, in %."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{100 * np.mean(values):.1f} ± {100 * half:.1f}"
+
+
+if __name__ == "__main__":
+    main()

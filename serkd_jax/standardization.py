@@ -1,0 +1,76 @@
+"""Features with mean 0 and spread 1 in every dimension, over the frames of a training part."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+FLOOR = 1e-3  # of the median spread: what varies less is rounding, not to be blown up
+
+
+class Statistics(struct.PyTreeNode):
+    """What features are standardised by.
+
+    Attributes:
+        mean: (N,) float32.
+        spread: (N,) float32 standard deviation, floored; positive.
+    """
+
+    mean: jax.Array | np.ndarray
+    spread: jax.Array | np.ndarray
+
+
+def no_statistics(width: int) -> Statistics:
+    """Those that leave features of N = ``width`` dimensions as they are."""
+    return Statistics(np.zeros(width, np.float32), np.ones(width, np.float32))
+
+
+def standardize(features: jax.Array, num_frames: jax.Array, statistics: Statistics) -> jax.Array:
+    """Standardises every dimension; padding stays 0.
+
+    Args:
+        features: (B, T, N) of any float dtype.
+        num_frames: (B,) int, valid frames.
+        statistics: of the fold's training part.
+
+    Returns:
+        (B, T, N) float32, or float64 if one of them is.
+    """
+    valid = jnp.arange(features.shape[1]) < num_frames[:, None]
+    precise = jnp.promote_types(features.dtype, jnp.float32)
+    standard = (features.astype(precise) - statistics.mean) / statistics.spread
+    return jnp.where(valid[..., None], standard, 0)
+
+
+def measure_statistics(
+    chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], members: np.ndarray
+) -> list[Statistics]:
+    """Mean and spread over the valid frames of several sets of utterances, in one pass.
+
+    The sums are in float64, where those of float16 values and of their squares are all but exact.
+
+    Args:
+        chunks: (row numbers (m,), features (m, T, N) that are 0 after the valid frames, valid
+            frames (m,)) of all utterances, some at a time.
+        members: (F, n) bool, which of the n utterances are in each set.
+
+    Returns:
+        F statistics. The spread is at least ``FLOOR`` of the median dimension's.
+    """
+    count, total, squares = np.zeros((len(members), 1)), 0.0, 0.0
+    for rows, features, num_frames in chunks:
+        weights = members[:, rows].astype(np.float64)
+        features = features.astype(np.float64)
+        count += (weights @ num_frames)[:, None]
+        total = total + weights @ features.sum(1)
+        squares = squares + weights @ np.square(features).sum(1)
+    mean = total / count
+    spread = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    floor = np.maximum(FLOOR * np.median(spread, axis=1, keepdims=True), 1e-6)
+    spread = np.maximum(spread, floor)
+    return [
+        Statistics(m.astype(np.float32), s.astype(np.float32))
+        for m, s in zip(mean, spread, strict=True)
+    ]
