@@ -56,7 +56,7 @@ class Examples:
             columns = parallel.replicate(columns, self.devices)
         return replace(self, columns=self.columns | columns)
 
-    def chunks(self, size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def chunks(self, size: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Row numbers, inputs and lengths of all utterances, ``size`` at a time; NumPy arrays."""
 
         def read(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
