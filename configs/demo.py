@@ -2,7 +2,7 @@
 
     python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
 
-Expect two to three minutes on two CPU cores, and a UA of 64 to 69 in every row (chance is 25).
+Expect two to three minutes on two CPU cores, and a UA of 69 to 76 in every row (chance is 25).
 """
 
 from ml_collections import ConfigDict

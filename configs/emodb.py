@@ -8,9 +8,8 @@
 ``:whisper`` takes features of Whisper-base, ``:logmel-from-whisper`` only for the teacher, and
 ``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
 
-Expect with ``:whisper`` nine minutes on two CPU cores and a UA of 80 to 86, with ``:logmel`` half
-an hour and 46 to 50, measured on a copy whose recordings are all 2 s long. For longer ones raise
-``--config.max_frames``.
+The README has what to expect, measured on a copy whose recordings are all 2 s long. For longer ones
+raise ``--config.max_frames``.
 """
 
 from ml_collections import ConfigDict
