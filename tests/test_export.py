@@ -127,7 +127,7 @@ def test_only_what_prediction_needs_is_in_the_folder(exported):
     assert "file" not in trained["protocol"]
     names = load_file(folder / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {
-        "embed", "variate_embedding", "layers_0", "classifier_0", "classifier_1", "statistics"
+        "embed", "layers_0", "classifier_0", "classifier_1", "statistics"
     }  # fmt: skip
 
 

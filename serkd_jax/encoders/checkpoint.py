@@ -54,8 +54,6 @@ class Checkpoint:
         sha256: of all that the hidden states depend on, to tell what features were made with. A
             whole model and its encoder alone, in one file or in shards, have the same.
         assumption: what was taken for granted about the preprocessor, as there was no file of it.
-        num_parameters: of the published encoder, with what is multiplied into others here, such as
-            the gains of HuBERT's weight norm, and with ``masked_spec_embed``.
         masked_spec_embed: (H,) what torch's model puts in place of masked frames. We have no use
             for it; `save_encoder` passes it on.
     """
@@ -66,8 +64,8 @@ class Checkpoint:
     do_normalize: bool
     sha256: str
     assumption: str = ""
-    num_parameters: int = 0
     masked_spec_embed: np.ndarray | None = None
+    num_parameters: int = 0
 
     def model(self, dtype: DTypeLike | None = None, **options: Any) -> EncoderModel:
         """The Flax module; see `EncoderModel`."""
