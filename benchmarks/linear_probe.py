@@ -55,15 +55,21 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line; not absl's flags, so that tests can import this beside other commands."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
-    parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
-    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
-    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    parser = corpus_parser(__doc__)
     parser.add_argument("--splits", default="", help="the splits.json of a run: its folds")
     parser.add_argument("--c", type=float, default=0.001, help="of the SVM")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args()
+
+
+def corpus_parser(description: str) -> argparse.ArgumentParser:
+    """Takes a folder of features, and who speaks and how in them; see `list_utterances`."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
+    parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
+    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
+    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    return parser
 
 
 def probe(

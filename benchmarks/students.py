@@ -92,11 +92,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
-    parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
-    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
-    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    parser = linear_probe.corpus_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, added to")
     parser.add_argument("--stride", type=int, default=8, help="take every so manyth feature")
     parser.add_argument("--max_frames", type=int, default=100)
