@@ -105,7 +105,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def read_corpus(options: argparse.Namespace) -> Corpus:
-    """Every ``stride``th of the features, cut or padded to ``max_frames``."""
+    """Every ``stride``th of the features, cut or padded to ``max_frames``.
+
+    Raises:
+        UserError: fewer speakers than parts, or a number of runs that gives no interval.
+    """
+    if not 2 <= options.runs <= SPEAKER_PARTS:
+        raise UserError(f"--runs is {options.runs}: use 2 to {SPEAKER_PARTS}")
     listed = linear_probe.list_utterances(options.corpus, options.manifest, options.data_dir)
     rows = sorted(linear_probe.read_labelled(options.features, listed), key=lambda row: row[0])
     frames = options.max_frames
@@ -115,6 +121,11 @@ def read_corpus(options: argparse.Namespace) -> Corpus:
     length = np.array([min(len(values), frames) for _, values, _, _ in rows], np.int32)
     labels = np.unique([label for _, _, label, _ in rows], return_inverse=True)[1]
     speakers = np.array([row[3] for row in rows])
+    if len(np.unique(speakers)) < SPEAKER_PARTS:
+        raise UserError(
+            f"{options.features} has {len(np.unique(speakers))} speakers: the study needs "
+            f"{SPEAKER_PARTS} or more, to train, validate and test on different ones"
+        )
     return Corpus(features, length, labels.astype(np.int32), speakers, options.runs)
 
 

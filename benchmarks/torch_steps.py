@@ -343,9 +343,8 @@ class CurriculumStep(StudentStep):
         nn.init.zeros_(self.policy[-1].weight)
         bias = config.easy_bias / 2
         self.policy[-1].bias.data = torch.linspace(bias, -bias, tasks, device=device)
-        decay = self.config.optimizer.weight_decay
-        self.policy_optimizer = torch.optim.AdamW(
-            self.policy.parameters(), config.policy_learning_rate, weight_decay=decay, fused=True
+        self.policy_optimizer = parts.optimizer(
+            self.policy.parameters(), config.policy_learning_rate
         )
         self.observations = torch.zeros(steps, seen, device=device)
         self.actions = torch.zeros(steps, dtype=torch.long, device=device)

@@ -20,7 +20,7 @@ from serkd_jax.models.policy import Policy
 from serkd_jax.models.student import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
-from serkd_jax.stages.common import make_optimizer
+from serkd_jax.stages.common import make_adamw, make_optimizer
 from serkd_jax.standardization import Statistics
 
 CHOICES = {
@@ -392,10 +392,7 @@ class Programs:
     @cached_property
     def policy_optimizer(self) -> optax.GradientTransformation:
         """AdamW of the policy, at a constant rate: it takes one step an episode."""
-        optimizer = self.config.optimizer
-        return optax.adamw(
-            self.config.curriculum.policy_learning_rate, weight_decay=optimizer.weight_decay
-        )
+        return make_adamw(self.config.optimizer, self.config.curriculum.policy_learning_rate)
 
     @cached_property
     def curriculum_steps(self) -> Callable:

@@ -136,6 +136,8 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("student.inverted", False, "needs tokens that are variates"),
         ("student.projection_dims", (), "needs a width"),
         ("teacher.patch_frames", 0, "changes what the encoder's layers read"),
+        ("student.time_pooling", 1000, "more than max_frames .*: nothing would be left"),
+        ("teacher.time_pooling", 1000, "more than max_frames .*: nothing would be left"),
         ("curriculum.sampling", "greedy", "policy or uniform"),
         ("stages", "student,teachers", "'teachers': use teacher, student"),
         ("stages", "student,distill", "distill but not teacher"),

@@ -27,6 +27,9 @@ from tiny_stages import HUBERT
 from torch_oracle import FrameTransformer, InvertedTransformer, MetaTeacher, torch_names
 
 B, T, N, D = 3, 10, 6, 8
+TOKENS = pytest.mark.parametrize(
+    "tokens", [{"readout": "variates"}, {"inverted": False, "readout": "tokens"}]
+)
 SIZES = {
     "width": D,
     "mlp_dim": 12,
@@ -85,14 +88,23 @@ def test_dropout_keeps_the_attention_path_equal_to_the_fused_one_on_average():
 
 
 @pytest.mark.parametrize(
-    ("patch_frames", "length", "projector"),
-    [(0, 8, 0), (0, 8, 5), (2, 8, 0), (4, 7, 5), (4, 6, 0), (4, 1, 0)],
+    ("patch_frames", "length", "projector", "time_pooling"),
+    [
+        (0, 8, 0, 1),
+        (0, 8, 5, 1),
+        (2, 8, 0, 1),
+        (4, 7, 5, 1),
+        (4, 6, 0, 1),
+        (4, 1, 0, 1),
+        (1, 8, 0, 3),
+        (2, 7, 5, 5),
+    ],
 )
 def test_the_teacher_is_the_mean_of_its_encoder_and_does_not_hear_padding(
-    patch_frames, length, projector
+    patch_frames, length, projector, time_pooling
 ):
     """With a projector, the mean of every frame projected."""
-    teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames, projector, (7, 5))
+    teacher = Teacher(Wav2Vec2Layers(HUBERT), 3, patch_frames, projector, (7, 5), time_pooling)
     frames = np.random.default_rng(2).normal(size=(2, 12, HUBERT.hidden_size)).astype(np.float32)
     mask = np.arange(12) < np.array([12, length])[:, None]
     params = random_params(teacher, frames, mask)
@@ -211,13 +223,21 @@ def test_only_a_variate_embedding_tells_the_encoder_the_variates_apart(features,
         assert np.allclose(hidden, turned, atol=1e-5) != variate_embedding
 
 
-def test_time_pooling_averages_neighbouring_frames(features):
-    pooled = features.reshape(B, T // 2, 2, N).mean(2)
-    student = Student(3, **SIZES)
-    params = random_params(student, pooled, np.full(B, T // 2))
-    expected = student.apply({"params": params}, pooled, np.full(B, T // 2)).logits
-    pooling = Student(3, **SIZES, time_pooling=2)
-    actual = pooling.apply({"params": params}, features, np.full(B, T)).logits
+@TOKENS
+@pytest.mark.parametrize("count", [2, 3])
+def test_time_pooling_averages_neighbouring_frames_that_are_valid(features, count, tokens):
+    lengths = np.array([T, 5, 1])
+    features = np.where(np.arange(T)[:, None] < lengths[:, None, None], features, 0)
+    points = -(-T // count)
+    pooled = np.zeros((B, points, N), np.float32)
+    for clip, length, means in zip(features, lengths, pooled, strict=True):
+        for i, start in enumerate(range(0, length, count)):
+            means[i] = clip[start : min(start + count, length)].mean(0)
+    student = Student(3, **SIZES, **tokens)
+    params = random_params(student, pooled, lengths)
+    expected = student.apply({"params": params}, pooled, -(-lengths // count)).logits
+    pooling = student.clone(time_pooling=count)
+    actual = pooling.apply({"params": params}, features, lengths).logits
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -231,11 +251,6 @@ def student_gradient(params, features, num_frames, **options):
         return out.logits.sum() + jnp.sin(out.projection).sum(), out
 
     return jax.jit(jax.grad(scalar, has_aux=True))(params)
-
-
-TOKENS = pytest.mark.parametrize(
-    "tokens", [{"readout": "variates"}, {"inverted": False, "readout": "tokens"}]
-)
 
 
 @TOKENS

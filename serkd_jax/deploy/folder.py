@@ -5,6 +5,7 @@ No path is ever taken from the configuration: every file has a fixed name.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def _check(values: Any, rules: Mapping[str, _Rule], where: str) -> None:
 def _check_memory(sizes: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     """Bounds the input, the attention and the classifier's first kernel, the largest that grow."""
     frames, variates, width = sizes["max_frames"], sizes["num_features"], student["width"]
-    tokens = variates if student["inverted"] else frames // student["time_pooling"]
+    tokens = variates if student["inverted"] else math.ceil(frames / student["time_pooling"])
     hidden = {"variates": tokens, "tokens": width, "flatten": tokens * width}[student["readout"]]
     read_by = [*student["classifier_dims"], len(sizes["labels"])][0]
     attention = tokens**2 * student["num_heads"]

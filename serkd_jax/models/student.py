@@ -154,14 +154,24 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Means of ``count`` neighbouring frames of (B, T, N), and which of them are valid.
+    """Means over ``count`` neighbouring frames, those of them that are valid.
 
-    What is left over at the end is dropped. A mean is valid if the first of its frames is.
+    Args:
+        frames: (B, T, N), zero where they are not valid.
+        valid: (B, T) bool.
+        count: of frames.
+
+    Returns:
+        (B, ceil(T / count), N) means, and (B, ceil(T / count)) bool where there is one.
     """
     if count == 1:
         return frames, valid
-    frames = nn.avg_pool(frames, window_shape=(count,), strides=(count,))
-    return frames, valid[:, : frames.shape[1] * count : count]
+    missing = -frames.shape[1] % count
+    frames, present = (
+        jnp.pad(x, ((0, 0), (0, missing), (0, 0))).reshape(len(x), -1, count, x.shape[-1]).sum(2)
+        for x in (frames, valid[..., None].astype(frames.dtype))
+    )
+    return frames / jnp.maximum(present, 1), present[..., 0] > 0
 
 
 def standardize_series(features: jax.Array, valid: jax.Array) -> jax.Array:

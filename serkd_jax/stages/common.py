@@ -50,11 +50,17 @@ def make_optimizer(
         raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [warmup_steps])
-    mask = None if config.decayed == "all" else _kernels
-    adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=mask)
     if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return make_adamw(config, schedule)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, schedule))
+
+
+def make_adamw(
+    config: ConfigDict, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """AdamW with the config's ``weight_decay`` of what is ``decayed``."""
+    mask = None if config.decayed == "all" else _kernels
+    return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
 
 
 def _kernels(params: Any) -> Any:
