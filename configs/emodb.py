@@ -26,4 +26,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config = common.with_preset(config, preset)
     if preset == "whisper":
         config.frontend.layer = 2  # best on inner folds, docs/encoders.md
+        # An epoch is 12 steps.
+        config.teacher.epochs = config.student.epochs = config.distill.epochs = 25
+        config.curriculum.epochs = 10
     return config
