@@ -2,6 +2,8 @@
 
     python -m benchmarks.students --features=FOLDER --corpus=emodb --data_dir=DIR --out=FILE.jsonl
 
+With `--study=training`, how it is best trained: rate, warm-up, decay, steps, batch and dropout.
+
 `FOLDER` holds feature records, `--corpus` or `--manifest` says who speaks and how, as for
 `benchmarks.linear_probe`. The speakers are dealt to five parts. Run k, with seed k, tests part k,
 validates on the next and trains a small student on the others by cross-entropy alone, so that all
@@ -25,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 from scipy import stats
 
 from benchmarks import linear_probe
-from configs import common
 from serkd_jax import losses
 from serkd_jax.augmentation import example_keys
 from serkd_jax.batches import stream_rows
@@ -38,10 +40,32 @@ from serkd_jax.models.student import Student
 from serkd_jax.stages.common import make_optimizer
 from serkd_jax.standardization import Statistics, measure_statistics, no_statistics, standardize
 
-SPEAKER_PARTS, BATCH = 5, 32
+SPEAKER_PARTS, BATCH = 5, 32  # BATCH of evaluation
 PARTS = ("train", "validation", "test")
-SIZES = {"width": 32, "mlp_dim": 64, "num_heads": 1, "num_layers": 2, "dropout": 0.2}
-SIZES |= {"classifier_dims": (128,), "projection_dims": ()}
+STUDENT = {
+    "inverted": True,
+    "readout": "flatten",
+    "norm": "pre",
+    "time_pooling": 10,
+    "width": 32,
+    "mlp_dim": 64,
+    "num_heads": 1,
+    "num_layers": 2,
+    "dropout": 0.2,
+    "classifier_dims": (128,),
+    "projection_dims": (),
+}
+TRAINING = {
+    "standardize": True,
+    "learning_rate": 1e-3,
+    "warmup": 0.1,
+    "schedule": "cosine",
+    "weight_decay": 0.1,
+    "decayed": "kernels",
+    "clip_norm": 1.0,
+    "batch_size": 32,
+    "steps": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,12 @@ def main() -> None:
         corpus = read_corpus(options)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    kinds = list(all_kinds()) if not options.only else [json.loads(options.only)]
+    kinds = list({"readout": readouts, "training": trainings}[options.study]())
+    if options.only:
+        kinds = [json.loads(options.only)]
+        if unknown := kinds[0].keys() - (STUDENT | TRAINING).keys():
+            known = ", ".join(STUDENT | TRAINING)
+            raise SystemExit(f"error: --only has {', '.join(unknown)}: use {known}")
     done = {}
     if options.out.exists():
         done = {row["kind"]: row for row in map(json.loads, options.out.open())}
@@ -83,11 +112,11 @@ def main() -> None:
         name = json.dumps(kind, sort_keys=True)
         if name not in done:
             start = time.monotonic()
-            done[name] = {"kind": name, "ua": study(corpus, kind, options)}
+            done[name] = {"kind": name, "ua": study(corpus, kind)}
             done[name]["seconds"] = time.monotonic() - start
             with options.out.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
-    print(table([(kind, done[json.dumps(kind, sort_keys=True)]) for kind in kinds], corpus))
+    print(table(kinds, [done[json.dumps(kind, sort_keys=True)]["ua"] for kind in kinds], corpus))
 
 
 def parse_options() -> argparse.Namespace:
@@ -97,10 +126,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=8, help="take every so manyth feature")
     parser.add_argument("--max_frames", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3, help="2 to 5")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--only", default="", help="one kind of student, as JSON")
+    parser.add_argument("--study", choices=("readout", "training"), default="readout")
+    parser.add_argument(
+        "--only", default="", help="one kind, as JSON: what is not STUDENT's or TRAINING's value"
+    )
     return parser.parse_args()
 
 
@@ -129,8 +158,8 @@ def read_corpus(options: argparse.Namespace) -> Corpus:
     return Corpus(features, length, labels.astype(np.int32), speakers, options.runs)
 
 
-def all_kinds() -> Iterator[dict[str, Any]]:
-    """What the study compares."""
+def readouts() -> Iterator[dict[str, Any]]:
+    """All combinations."""
     for pooling, standard, norm in itertools.product((10, 1), (True, False), ("pre", "post")):
         for inverted, readout in (
             (True, "tokens"),
@@ -147,18 +176,34 @@ def all_kinds() -> Iterator[dict[str, Any]]:
             }
 
 
-def study(corpus: Corpus, kind: dict[str, Any], options: argparse.Namespace) -> dict[str, list]:
+def trainings() -> Iterator[dict[str, Any]]:
+    """One thing changed at a time."""
+    yield {}
+    for key, values in {
+        "learning_rate": (3e-4, 3e-3),
+        "warmup": (0.0,),
+        "schedule": ("constant",),
+        "weight_decay": (0.0, 0.01, 1.0),
+        "decayed": ("all",),
+        "batch_size": (16, 64),
+        "steps": (100, 600),
+        "dropout": (0.0, 0.4),
+    }.items():
+        yield from ({key: value} for value in values)
+
+
+def study(corpus: Corpus, kind: dict[str, Any]) -> dict[str, list]:
     """UA of each part, of each run."""
-    kind = dict(kind)
-    standard = kind.pop("standardize")
-    student = Student(int(corpus.labels.max()) + 1, **SIZES | kind)
-    train = make_training(student, corpus, options)
+    settings = ConfigDict(STUDENT | TRAINING)
+    settings.update(kind)  # which refuses a value of another type
+    student = Student(int(corpus.labels.max()) + 1, **{key: settings[key] for key in STUDENT})
+    train = make_training(student, corpus, settings)
     scores: dict[str, list] = {part: [] for part in PARTS}
     for seed, rows in enumerate(corpus.runs()):
         statistics = no_statistics(corpus.features.shape[2])
-        if standard:
+        if settings.standardize:
             statistics = statistics_of(corpus, rows["train"])
-        order = stream_rows(rows["train"], BATCH, range(options.steps), [seed])
+        order = stream_rows(rows["train"], settings.batch_size, range(settings.steps), [seed])
         logits = np.asarray(train(jax.random.key(seed), order, statistics))
         for part, values in scores.items():
             values.append(ua(corpus.labels[rows[part]], logits[rows[part]].argmax(-1)))
@@ -173,11 +218,9 @@ def statistics_of(corpus: Corpus, rows: np.ndarray) -> Statistics:
     return measure_statistics([everything], member)[0]
 
 
-def make_training(student: Student, corpus: Corpus, options: argparse.Namespace) -> Callable:
+def make_training(student: Student, corpus: Corpus, settings: ConfigDict) -> Callable:
     """(key, (steps, B) rows, statistics) -> (n, C) logits of all utterances after training."""
-    settings = common.small(common.paper()).optimizer
-    settings.weight_decay = options.weight_decay
-    optimizer = make_optimizer(settings, options.learning_rate, options.steps)
+    optimizer = make_optimizer(settings, settings.learning_rate, settings.steps)
     features, length, labels = map(jnp.asarray, (corpus.features, corpus.length, corpus.labels))
 
     @jax.jit
@@ -226,19 +269,18 @@ def probe(corpus: Corpus) -> dict[str, list]:
     return scores
 
 
-def table(rows: list[tuple[dict, dict]], corpus: Corpus) -> str:
-    """Markdown."""
-    lines = [
-        "| tokens | readout | norm | time pooled by | standardised | training UA "
-        "| validation UA | test UA |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for kind, row in rows:
-        cells = ["variates" if kind["inverted"] else "frames", kind["readout"], kind["norm"]]
-        cells += [str(kind["time_pooling"]), "yes" if kind["standardize"] else "no"]
-        lines.append(f"| {' | '.join([*cells, *map(interval, row['ua'].values())])} |")
-    cells = ["linear probe", "", "", "", "", *map(interval, probe(corpus).values())]
-    return "\n".join([*lines, f"| {' | '.join(cells)} |"])
+def table(kinds: list[dict[str, Any]], scores: list[dict[str, list]], corpus: Corpus) -> str:
+    """Markdown: what sets a kind apart, and its scores."""
+    columns = list(kinds[0]) or ["changed"]
+    lines = [[*columns, *(f"{part} UA" for part in PARTS)], ["---"] * (len(columns) + len(PARTS))]
+    for kind, ua_of_parts in zip(kinds, scores, strict=True):
+        cells = [str(value) for value in kind.values()]
+        if not kinds[0]:
+            cells = [", ".join(f"{key} {value}" for key, value in kind.items()) or "nothing"]
+        lines.append([*cells, *map(interval, ua_of_parts.values())])
+    cells = ["linear probe", *[""] * (len(columns) - 1)]
+    lines.append([*cells, *map(interval, probe(corpus).values())])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def interval(values: list[float]) -> str:

@@ -18,7 +18,7 @@ from serkd_jax.frontends import LogMel
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = {"inverted": False, "readout": "tokens", "norm": "pre"}
-FRAMES |= {"time_pooling": 5, "standardize": True}
+FRAMES |= {"time_pooling": 5, "standardize": True, "learning_rate": 0.003, "steps": 40}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def features(tmp_path_factory):
 
 
 def flags(features: Path, out: Path, *more: str) -> list[str]:
-    small = ["--max_frames=25", "--stride=2", "--steps=40"]
+    small = ["--max_frames=25", "--stride=2"]
     return [f"--features={features}", f"--out={out}", *small, *more]
 
 
@@ -53,15 +53,16 @@ def run(monkeypatch):
 
 
 def test_a_kind_of_student_is_run_once_and_stands_beside_the_probe(run, features, capsys, tmp_path):
-    kind = "--runs=2", f"--only={json.dumps(FRAMES)}", "--learning_rate=0.003"
+    kind = "--runs=2", f"--only={json.dumps(FRAMES)}"
     arguments = features, tmp_path / "study.jsonl", *kind
     command = [sys.executable, "-m", "benchmarks.students", *flags(*arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     header, _, student, probe = done.stdout.splitlines()
-    assert header.endswith("| training UA | validation UA | test UA |")
-    assert student.startswith("| frames | tokens | pre | 5 | yes | 100.0 ± 0.0 |")
-    assert probe == "| linear probe |  |  |  |  | 100.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |"
+    assert header == f"| {' | '.join(FRAMES)} | train UA | validation UA | test UA |"
+    assert student.startswith("| False | tokens | pre | 5 | True | 0.003 | 40 | 100.0 ± 0.0 |")
+    assert probe.startswith("| linear probe |  |")
+    assert probe.endswith("| 100.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |")
     kept = (tmp_path / "study.jsonl").read_text()
     assert [len(json.loads(kept)["ua"][part]) for part in PARTS] == [2, 2, 2]
     run(*arguments)
@@ -81,6 +82,8 @@ def test_every_run_tests_and_validates_on_speakers_that_it_does_not_train_on():
 
 
 def test_too_few_speakers_or_runs_are_refused(run, features, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: --only has step: use inverted, readout"):
+        run(features, tmp_path / "study.jsonl", '--only={"step": 3}')
     with pytest.raises(SystemExit, match=r"^error: --runs is 1: use 2 to 5$"):
         run(features, tmp_path / "study.jsonl", "--runs=1")
     ids = "\n".join(f"{i:02d}.wav,{'ab'[i % 2]},s{i % 3}" for i in range(30))
