@@ -339,15 +339,14 @@ def matmul_peak(dtype: str, size: int) -> float:
 
 def measure_writing(width: int) -> float:
     """Seconds of audio a second that are written if decoding and computing cost nothing."""
-    from serkd_jax.data.features import extract_features
-    from serkd_jax.data.records import tfds
+    from serkd_jax.data.prepare import extract_features
     from serkd_jax.data.sources import Clip
 
     frames, count = 326, 1024  # the longest of IEMOCAP
     features = np.random.default_rng(0).normal(size=(frames, width)).astype(np.float16)
 
     class Source:
-        name, fingerprint, schema = "clips", "", {"id": tfds.features.Text()}
+        name, fingerprint, texts, class_names = "clips", "", ("id",), ()
 
         def __len__(self) -> int:
             return count

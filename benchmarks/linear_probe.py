@@ -11,7 +11,6 @@ it does not test on for training.
 
 import argparse
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from serkd_jax.data.reader import describe, read_examples
 from serkd_jax.errors import UserError
 from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 
@@ -27,7 +27,6 @@ from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 def main() -> None:
     """Prints the scores."""
     options = parse_options()
-    logging.disable(logging.INFO)  # of TFDS
     try:
         listed = list_utterances(options.corpus, options.manifest, options.data_dir)
         ids, vectors, labels, speakers = load(options.features, listed)
@@ -125,14 +124,12 @@ def read_labelled(
     folder: Path, listed: dict[str, tuple[str, str]]
 ) -> Iterator[tuple[str, np.ndarray, str, str]]:
     """Id, (frames, N) features, label and speaker of each utterance; as in `load`."""
-    from serkd_jax.data import records  # needs TensorFlow
-
-    features = records.load_info(folder).features
-    known = [name for name in ("label", "speaker") if name in features]
-    for example in records.read_examples(folder, ["id", "features", *known]):
+    described = describe(folder)
+    known = [name for name in ("label", "speaker") if name in described.fields]
+    for example in read_examples(folder, ["id", "features", *known]):
         key, label = example["id"], example.get("label", "")
         if not isinstance(label, str):  # a number, in the records of a run
-            label = features["label"].names[label]
+            label = described.class_names[label]
         label, speaker = listed.get(key) or (label, example.get("speaker", ""))
         if not label or not speaker:
             raise UserError(

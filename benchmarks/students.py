@@ -15,7 +15,6 @@ it the linear probe, trained on the same parts.
 import argparse
 import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -94,7 +93,6 @@ class Corpus:
 def main() -> None:
     """Runs what is not in the file yet, and prints the table."""
     options = parse_options()
-    logging.disable(logging.INFO)  # of TFDS
     try:
         corpus = read_corpus(options)
     except (UserError, OSError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax import batches, losses, parallel, report
+from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.errors import UserError
 from serkd_jax.frontends import Frontend, make_frontend
 from serkd_jax.logmel import num_samples
@@ -45,9 +46,6 @@ class Experiment:
         Raises:
             UserError: bad data or configuration, or a workdir that holds another run.
         """
-        # Here and not above: only this needs TensorFlow.
-        from serkd_jax.data import corpora, counts, features, records
-
         check_config(config)
         self.config, self.workdir = config, Path(workdir)
         devices = parallel.choose_devices(config.num_devices, config.batch_size)
@@ -56,10 +54,10 @@ class Experiment:
 
         corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
         if parallel.is_first_process():
-            records.prepare_records(corpus, cache)
+            prepare.prepare_records(corpus, cache)
         parallel.wait_for_processes("records written")
-        records_dir = records.prepare_records(corpus, cache)
-        self.table = records.load_table(records_dir)
+        records_dir = prepare.prepare_records(corpus, cache)
+        self.table = reader.load_table(records_dir)
         counted = counts.check_counts(self.table, corpus, config.strict, most_named=20)
         self.folds = self._make_folds()
         splits = folds_as_json(self.folds, self.table.ids)
@@ -102,7 +100,7 @@ class Experiment:
         self.data_report = "\n\n".join([counted, *self._notes(frontend, teacher_frontend)])
 
         def open_features(frontend: Frontend) -> batches.Examples:
-            folder = features.prepare_features(records_dir, frontend, max_frames, cache)
+            folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
             return self._open(folder, "features", max_frames)
 
         self.features = self.teacher_inputs = open_features(frontend)
@@ -113,15 +111,13 @@ class Experiment:
 
     def _open(self, folder: Path, name: str, length: int) -> batches.Examples:
         """The utterances with one array of records as their inputs."""
-        from serkd_jax.data import records
-
         if self.programs.resident:
-            ids, inputs, lengths = records.load_arrays(folder, name, length)
+            ids, inputs, lengths = reader.load_arrays(folder, name, length)
             columns, read = {"inputs": inputs}, None
         else:
             counted = {"features": "num_frames", "audio": "num_samples"}[name]
-            ids, lengths = records.load_lengths(folder, counted, length)
-            columns, read = {}, records.RandomReader(folder, name, length)
+            ids, lengths = reader.load_lengths(folder, counted, length)
+            columns, read = {}, reader.RandomReader(folder, name, length)
         if not np.array_equal(ids, self.table.ids):  # everything is indexed by row
             raise UserError(f"{folder} does not hold the utterances of the records: delete it")
         columns |= {"length": lengths, "label": self.table.labels}

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 def _extract() -> None:
     # Slow to import, so after the flags are parsed.
-    from serkd_jax.data.features import extract_features
+    from serkd_jax.data.prepare import extract_features
     from serkd_jax.data.sources import AudioFiles
     from serkd_jax.frontends import Pretrained, default_batching
     from serkd_jax.logmel import num_frames

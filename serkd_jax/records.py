@@ -36,8 +36,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     # Slow to import, so after the flags are parsed.
-    from serkd_jax.data import corpora, records
+    from serkd_jax.data import corpora
     from serkd_jax.data.counts import check_counts
+    from serkd_jax.data.prepare import prepare_records
+    from serkd_jax.data.reader import load_table
     from serkd_jax.waveform import SAMPLE_RATE
 
     try:
@@ -48,8 +50,8 @@ def main(argv: list[str]) -> None:
             label_map=_LABEL_MAP.value,
             speaker_pattern=_SPEAKER_PATTERN.value,
         )
-        folder = records.prepare_records(corpus, _OUTPUT.value, _BEAM.value)
-        table = records.load_table(folder)
+        folder = prepare_records(corpus, _OUTPUT.value, _BEAM.value)
+        table = load_table(folder)
         report = check_counts(table, corpus, _STRICT.value)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

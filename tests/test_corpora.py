@@ -10,7 +10,8 @@ import pytest
 from layouts import SHARED, manifest_of, needs_corpora, write_wav
 from serkd_jax.data.corpora import CorpusError, EmoDB, Synthetic, make_corpus
 from serkd_jax.data.counts import check_counts
-from serkd_jax.data.records import load_table, prepare_records
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import load_table
 
 # EMO-DB
 

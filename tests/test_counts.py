@@ -9,7 +9,8 @@ import pytest
 from layouts import ROOT, SHARED, needs_corpora
 from serkd_jax.data.corpora import IEMOCAP, MELD, Synthetic
 from serkd_jax.data.counts import CountsError, check_counts
-from serkd_jax.data.records import Table, load_table, prepare_records
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import Table, load_table
 
 # The sums that the paper prints, of rows and of classes; of sadness it prints 102.
 SUMS = {

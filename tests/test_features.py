@@ -20,18 +20,16 @@ from serkd_jax import features as cli
 from serkd_jax import frontends
 from serkd_jax.audio import read_audio
 from serkd_jax.data.corpora import CorpusError, Synthetic
-from serkd_jax.data.features import extract_features, prepare_features
-from serkd_jax.data.records import (
+from serkd_jax.data.prepare import extract_features, prepare_features, prepare_records
+from serkd_jax.data.reader import (
     RandomReader,
     RecordsError,
     load_arrays,
     load_lengths,
     load_table,
-    prepare_records,
     read_examples,
-    tf,
-    tfds,
 )
+from serkd_jax.data.records import tf, tfds
 from serkd_jax.data.sources import AudioFiles
 from serkd_jax.waveform import to_float
 

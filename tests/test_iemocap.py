@@ -13,7 +13,8 @@ import soundfile
 from layouts import tone
 from serkd_jax.data.corpora import IEMOCAP, CorpusError
 from serkd_jax.data.counts import check_counts
-from serkd_jax.data.records import load_table, prepare_records, read_examples
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import load_table, read_examples
 
 
 def evaluation(release, dialog):

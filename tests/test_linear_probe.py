@@ -12,7 +12,7 @@ import soundfile
 from sklearn.svm import LinearSVC
 
 from benchmarks import linear_probe
-from serkd_jax.data.features import extract_features
+from serkd_jax.data.prepare import extract_features
 from serkd_jax.data.sources import AudioFiles
 from serkd_jax.frontends import LogMel, Pretrained
 

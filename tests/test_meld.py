@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from layouts import MELD_FOLDERS, MELD_TONES, SHARED, peak_hz, tone, write_meld_csv, write_mp4
 from serkd_jax.data.corpora import MELD, CorpusError
-from serkd_jax.data.records import load_table, prepare_records, read_examples
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import load_table, read_examples
 
 REAL = SHARED / "meld"
 FLAWS = {"train_dia125_utt3", "dev_dia110_utt7"}

@@ -15,11 +15,12 @@ import tensorflow_datasets as tfds
 from layouts import ROOT, manifest_of, write_wav
 from serkd_jax.data import records
 from serkd_jax.data.corpora import IEMOCAP, MELD, CorpusError, EmoDB, Synthetic
-from serkd_jax.data.records import (
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import (
     RecordsError,
+    load_arrays,
     load_skipped,
     load_table,
-    prepare_records,
     read_examples,
 )
 
@@ -227,7 +228,7 @@ def test_interrupted_records_are_not_taken_for_whole_and_are_cleaned(tmp_path, m
 
 
 def audio_of(folder):
-    examples = records.read_examples(folder, ("id", "audio"))
+    examples = read_examples(folder, ("id", "audio"))
     return {example["id"]: example["audio"] for example in examples}
 
 
@@ -246,7 +247,7 @@ def test_load_arrays_cuts_and_pads(tmp_path, three_wavs):
     write_wav(three_wavs / "c.wav", num_samples=500)
     corpus = manifest_of(tmp_path, "path,label\na.wav,x\nc.wav,y\n")
     folder = prepare_records(corpus, tmp_path / "cache")
-    ids, audio, num_samples = records.load_arrays(folder, "audio", 1000)
+    ids, audio, num_samples = load_arrays(folder, "audio", 1000)
     assert ids.tolist() == ["a.wav", "c.wav"]
     assert audio.shape == (2, 1000)
     assert audio.dtype == np.int16

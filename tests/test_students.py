@@ -1,7 +1,6 @@
 """The study of students, through its command: who is tested, what is kept, what it refuses."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import soundfile
 
 from benchmarks import students
 from benchmarks.students import PARTS, SPEAKER_PARTS, Corpus
-from serkd_jax.data.features import extract_features
+from serkd_jax.data.prepare import extract_features
 from serkd_jax.data.sources import AudioFiles
 from serkd_jax.frontends import LogMel
 
@@ -46,7 +45,6 @@ def run(monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["students", *flags(*arguments)])
-        monkeypatch.setattr(logging, "disable", lambda level: None)
         students.main()
 
     return run

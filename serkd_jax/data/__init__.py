@@ -1,1 +1,1 @@
-"""Corpora, audio records and feature records; only records and features need TensorFlow."""
+"""Corpora, audio records and feature records; only writing these needs TensorFlow."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from serkd_jax.data.corpora.base import SpeechCorpus
-from serkd_jax.data.records import Table
+from serkd_jax.data.reader import Table
 from serkd_jax.errors import UserError
 
 

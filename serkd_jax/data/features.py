@@ -1,25 +1,20 @@
-"""Feature records: a front-end run over any number of utterances once, with resume.
+"""Feature records, written: a front-end run over any number of utterances, with resume.
 
 Utterances, in the order of their ids, fall into shards of a fixed size; a shard is what is read,
 batched, written and resumed. While one is computed, the next is decoded and the last is written,
-so memory depends on the size of a shard and not, names apart, on that of the corpus. Shards are
-written into `incomplete.NAME`, which is renamed to `NAME` when all are there and described: a
-folder without the prefix is whole, and a process that was killed loses the shards that it was
-working on.
+so memory depends on the size of a shard and not, names apart, on that of the corpus. A process that
+was killed loses the shards that it was working on.
 
 Several processes (`parallel.join_processes`) each take every so manyth shard. What is in a shard
 depends neither on them, nor on the number of devices, nor on where an earlier run was stopped; on
 other kinds of devices, features are rounded otherwise.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -31,105 +26,30 @@ from tqdm import tqdm
 import serkd_jax
 from serkd_jax import parallel
 from serkd_jax.batches import read_ahead
-from serkd_jax.data import records
-from serkd_jax.data.records import SPLIT, RecordsError, tf, tfds
-from serkd_jax.data.sources import Clip, RecordsSource, Source
+from serkd_jax.data.reader import RecordsError
+from serkd_jax.data.records import SPLIT, label_feature, text_features, tf, tfds
+from serkd_jax.data.sources import Clip, Source
 from serkd_jax.frontends import Frontend
 from serkd_jax.logmel import num_frames, num_samples
 from serkd_jax.waveform import SAMPLE_RATE
 
-SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
-SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr", "av")
 PACKAGES += ("tensorflow-datasets",)
 
 
-def prepare_features(
-    records_dir: str | os.PathLike,
-    frontend: Frontend,
-    max_frames: int,
-    cache_dir: str | os.PathLike,
-    *,
-    shard_size: int = 0,
-) -> Path:
-    """Writes the features of all utterances of a corpus, unless they are there.
-
-    Args:
-      records_dir: audio records, from `records.prepare_records`.
-      frontend: see `serkd_jax.frontends`.
-      max_frames: T, at 50 frames a second.
-      cache_dir: the folder is made in `cache_dir/features/`.
-      shard_size: see `extract_features`.
-
-    Returns:
-      Their folder.
-
-    Raises:
-      RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
-    """
-    source = RecordsSource(records_dir)
-    settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / "features" / f"{source.name}-{frontend.name}-{digest}"
-    extract_features(source, frontend, max_frames, folder, shard_size=shard_size)
-    return folder
-
-
-def extract_features(
+def write_features(
     source: Source,
     frontend: Frontend,
     max_frames: int,
     folder: Path,
-    *,
-    shard_size: int = 0,
-    skip_bad: bool = False,
-) -> None:
-    """Writes the features of all utterances of a source into a folder, unless they are there.
-
-    Features are float16 (num_frames, frontend.width), cut at `max_frames`, not padded. A record
-    holds them with `num_frames` and what the source says of the utterance. `metadata.json` says
-    what they were made with and which utterances were skipped, with the reasons.
-
-    Args:
-      source: the utterances.
-      frontend: see `serkd_jax.frontends`.
-      max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
-      folder: must not be there, or be what an earlier call with the same arguments has made.
-      shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
-      skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
-
-    Raises:
-      RecordsError: the folder holds something else, no utterance can be used, or there are bad
-        features and they are not to be skipped.
-    """
-    shard_size = shard_size or int(np.clip(SHARD_FRAMES // max_frames, 1, 256))
-    settings = {
-        "source": source.fingerprint,
-        "frontend": frontend.fingerprint,
-        "max_frames": max_frames,
-        "shard_size": shard_size,
-    }
-    folder = folder.absolute()
-    if _is_done(folder, settings):
-        return
-    work = folder.with_name(f"incomplete.{folder.name}")
-    with _claim(folder, work, settings):
-        _extract_shards(source, frontend, max_frames, folder, work, settings, skip_bad)
-
-
-def _extract_shards(
-    source: Source,
-    frontend: Frontend,
-    max_frames: int,
-    folder: Path,
-    work: Path,
     settings: dict,
     skip_bad: bool,
 ) -> None:
-    """Writes this process's shards into `work`; the first process then makes it `folder`."""
+    """Writes this process's shards, and the first process the description; see `prepare`."""
     schema = tfds.features.FeaturesDict(
         {
-            **source.schema,
+            **text_features(source.texts),
+            **label_feature(source.class_names),
             # Without encoding="bytes", TFDS writes 12 examples a second.
             "features": tfds.features.Tensor(
                 shape=(None, frontend.width), dtype=np.float16, encoding="bytes"
@@ -138,16 +58,12 @@ def _extract_shards(
         }
     )
     name = f"{source.name}_{frontend.name}"
-    shards = _make_shards(work, name, len(source), settings["shard_size"])
+    shards = _make_shards(folder, name, len(source), settings["shard_size"])
     job = _Job(source, frontend, max_frames, schema, skip_bad)
     job.run(shards[jax.process_index() :: jax.process_count()])
-
     parallel.wait_for_processes(f"features written: {folder.name}")
     if jax.process_index() == 0:
-        _describe(work, schema, shards, settings | {"frontend_settings": frontend.settings})
-        work.rename(folder)
-        _clean(folder)
-    parallel.wait_for_processes(f"features described: {folder.name}")
+        _describe(folder, schema, shards, settings | {"frontend_settings": frontend.settings})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,63 +224,6 @@ class _Progress:
         text += f", {self._skipped} skipped" if self._skipped else ""
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
-
-
-def _is_done(folder: Path, settings: dict) -> bool:
-    """Whether a folder holds these features; refuses one that holds anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / "metadata.json").exists():
-        raise RecordsError(f"{folder} holds files that are no features: name another folder")
-    _check_settings(folder, records.load_info(folder).metadata, settings)
-    _clean(folder)
-    return True
-
-
-@contextlib.contextmanager
-def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
-    """Holds the folder to work in: a new one, or that of an earlier run with the same settings."""
-    path = work / SETTINGS
-    with contextlib.ExitStack() as held:
-        if jax.process_index() == 0:
-            try:
-                work.mkdir(parents=True, exist_ok=True)
-                if folder.exists():
-                    folder.rmdir()  # empty: now rather than when all is computed
-                lock = held.enter_context((work / LOCK).open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RecordsError(
-                    f"another process is writing into {work}: wait for it"
-                ) from error
-            except OSError as error:
-                raise RecordsError(
-                    f"{folder} cannot be made ({error.strerror}): name another folder"
-                ) from error
-            if not path.exists():
-                partial = path.with_suffix(".tmp")
-                partial.write_text(json.dumps(settings))
-                partial.rename(path)
-        parallel.wait_for_file(path, f"features claimed: {folder.name}", "the features' folder")
-        _check_settings(work, json.loads(path.read_text()), settings)
-        yield
-
-
-def _check_settings(folder: Path, theirs: dict, mine: dict) -> None:
-    differ = [
-        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs.get(key) != mine[key]
-    ]
-    if differ:
-        raise RecordsError(
-            f"{folder} holds features of other files or settings ({'; '.join(differ)}): "
-            "name another folder, or delete this one"
-        )
-
-
-def _clean(folder: Path) -> None:
-    """Removes what only an unfinished folder needs."""
-    for leftover in (*folder.glob("*.tfrecord-*.json"), folder / SETTINGS, folder / LOCK):
-        leftover.unlink(missing_ok=True)
 
 
 def _make_shards(folder: Path, dataset: str, count: int, size: int) -> list[_Shard]:

@@ -1,7 +1,6 @@
-"""Audio records: a corpus as TFRecords, written once; `tfds.builder_from_directory` opens them."""
+"""Audio records: a corpus as TFRecords; `tfds.builder_from_directory` opens them, or `reader`."""
 
 import contextlib
-import dataclasses
 import fcntl
 import inspect
 import io
@@ -10,9 +9,8 @@ import logging
 import multiprocessing
 import os
 import shutil
-import threading
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -23,15 +21,14 @@ from tqdm import tqdm
 
 from serkd_jax.data import corpora
 from serkd_jax.data.corpora.base import CorpusError, Release, SpeechCorpus, Utterance
+from serkd_jax.data.reader import UTTERANCE_TEXTS, RecordsError
 from serkd_jax.errors import UserError
 from serkd_jax.waveform import AudioError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only reads files here
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only writes files here
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from google.protobuf import json_format
-from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
 for kind in ("GPU", "TPU"):  # the accelerators belong to JAX
     tf.config.set_visible_devices([], kind)
@@ -45,35 +42,15 @@ PARALLEL_FROM = 512  # recordings; of fewer, starting processes takes as long as
 CHUNK = 256  # recordings that are decoded before the first of them is written
 
 
-class RecordsError(UserError):
-    """Records that cannot be written or read; the message names the place and the remedy."""
+def text_features(names: Iterable[str]) -> dict[str, tfds.features.FeatureConnector]:
+    """For TFDS: text by these names."""
+    return {name: tfds.features.Text() for name in names}
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """What the records say of each utterance, audio apart; all columns are sorted by id."""
-
-    ids: np.ndarray  # (n,) str
-    labels: np.ndarray  # (n,) int32, index into class_names
-    class_names: tuple[str, ...]
-    speakers: np.ndarray  # (n,) str, as are the next three; empty where the corpus has none
-    sessions: np.ndarray
-    splits: np.ndarray
-    folds: np.ndarray
-    num_samples: np.ndarray  # (n,) int32, at 16 kHz
-    skipped: list[dict[str, str]]  # {"id", "reason"} of files that could not be used
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def utterance_features(class_names: Collection[str]) -> dict[str, tfds.features.FeatureConnector]:
-    """The TFDS features that audio and feature records share."""
-    texts = ("id", "speaker", "session", "split", "fold")
-    return {
-        **{name: tfds.features.Text() for name in texts},
-        "label": tfds.features.ClassLabel(names=list(class_names)),
-    }
+def label_feature(class_names: Collection[str]) -> dict[str, tfds.features.FeatureConnector]:
+    """For TFDS: ``label`` as a class's number; nothing if there are no classes."""
+    names = list(class_names)
+    return {"label": tfds.features.ClassLabel(names=names)} if names else {}
 
 
 class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -110,7 +87,8 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             license=corpus.LICENSE,
             features=tfds.features.FeaturesDict(
                 {
-                    **utterance_features(corpus.CLASSES or corpus.class_names),
+                    **text_features(UTTERANCE_TEXTS),
+                    **label_feature(corpus.CLASSES or corpus.class_names),
                     **{name: kinds[kind] for name, kind in corpus.EXTRAS.items()},
                     "audio": audio,
                     "num_samples": tfds.features.Scalar(np.int32),
@@ -246,26 +224,12 @@ def _write_skipped(path: tfds.core.Path, skipped: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(skip) + "\n" for skip in skipped))
 
 
-def prepare_records(
-    corpus: SpeechCorpus, cache_dir: str | os.PathLike, beam_options: str = ""
-) -> Path:
-    """Writes the audio records of a corpus, unless they are there, and returns their folder.
+def write_records(corpus: SpeechCorpus, root: Path, beam_options: str = "") -> None:
+    """Writes the audio records of a corpus below `root`; see `prepare.prepare_records`.
 
-    The folder appears when it is whole: TFDS writes into a temporary one and renames it. Where
-    another process prepares the same corpus, this one waits for it. A script that calls this needs
-    `if __name__ == "__main__":`, since large corpora are decoded by processes of its own.
-
-    Args:
-      corpus: what to write.
-      cache_dir: where; the same for `--config.cache_dir`.
-      beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
-        are none, this machine's cores share the work.
-
-    Raises:
-      CorpusError: the corpus cannot be listed, or none of its files can be used.
-      RecordsError: a process was killed, or Beam failed.
+    Their folder appears when it is whole: TFDS writes into a temporary one and renames it. Where
+    another process prepares the same corpus, this one waits for it.
     """
-    root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     if beam_options:
@@ -279,7 +243,6 @@ def prepare_records(
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it "downloads"
                 AudioRecords(corpus, data_dir=root).download_and_prepare(download_config=config)
-    return folder
 
 
 def _parse_beam_options(text: str) -> Any:
@@ -288,184 +251,3 @@ def _parse_beam_options(text: str) -> Any:
     except ImportError as error:
         raise RecordsError("Apache Beam is missing: pip install apache-beam") from error
     return PipelineOptions(flags=[f"--{option}" for option in text.split(",")])
-
-
-def load_skipped(records_dir: str | os.PathLike) -> list[dict[str, str]]:
-    """{"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
-    lines = [
-        line
-        for path in Path(records_dir).glob("skipped-*.jsonl")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
-
-
-def load_table(records_dir: str | os.PathLike) -> Table:
-    """Reads everything but the audio.
-
-    Raises:
-      RecordsError: the folder is no records folder, or is damaged.
-    """
-    info = load_info(records_dir)
-    names = ("id", "label", "speaker", "session", "split", "fold", "num_samples")
-    examples = list(read_examples(records_dir, names))
-
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([example[name] for example in examples], dtype)
-
-    return Table(
-        ids=column("id", str),
-        labels=column("label", np.int32),
-        class_names=tuple(info.features["label"].names),
-        speakers=column("speaker", str),
-        sessions=column("session", str),
-        splits=column("split", str),
-        folds=column("fold", str),
-        num_samples=column("num_samples", np.int32),
-        skipped=load_skipped(records_dir),
-    )
-
-
-def load_arrays(
-    folder: str | os.PathLike, name: str, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loads one array of every example, cut or zero-padded to one length.
-
-    Args:
-      folder: audio or feature records.
-      name: audio, or features.
-      length: samples, or frames.
-
-    Returns:
-      ids (n,) str, sorted; arrays (n, length, ...) in their own dtype; their lengths (n,) int32, at
-      most ``length``.
-
-    Raises:
-      RecordsError: the folder is missing or damaged.
-    """
-    info = load_info(folder)
-    feature, count = info.features[name], info.splits.total_num_examples
-    ids, lengths = [], np.zeros(count, np.int32)
-    arrays = np.zeros((count, length, *feature.shape[1:]), feature.np_dtype)
-    for row, example in enumerate(read_examples(folder, ("id", name))):
-        ids.append(example["id"])
-        lengths[row] = min(len(example[name]), length)
-        arrays[row, : lengths[row]] = example[name][:length]
-    return np.array(ids, str), arrays, lengths
-
-
-def load_info(folder: str | os.PathLike) -> tfds.core.DatasetInfo:
-    """The TFDS description of a records folder.
-
-    Raises:
-      RecordsError: the folder holds no whole dataset.
-    """
-    with _readable_errors(folder):
-        return tfds.builder_from_directory(folder).info
-
-
-def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator[dict]:
-    """Streams the named features of each example, in the stored order; text comes as str.
-
-    Raises:
-      RecordsError: the folder is damaged.
-    """
-    with _readable_errors(folder):
-        builder = tfds.builder_from_directory(folder)
-        features = builder.info.features
-        texts = [name for name in names if isinstance(features[name], tfds.features.Text)]
-        dataset = builder.as_dataset(
-            split="+".join(sorted(builder.info.splits)),
-            decoders=tfds.decode.PartialDecoding(dict.fromkeys(names, True)),
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-        )
-        count = 0
-        for count, example in enumerate(dataset.as_numpy_iterator(), start=1):  # noqa: B007
-            yield example | {name: example[name].decode() for name in texts}
-        if count != (whole := builder.info.splits.total_num_examples):
-            raise ValueError(f"{count} of {whole} examples")
-
-
-def load_lengths(
-    folder: str | os.PathLike, name: str, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and lengths as of :func:`load_arrays`; ``name`` is num_samples, or num_frames."""
-    examples = list(read_examples(folder, ("id", name)))
-    ids = np.array([example["id"] for example in examples], str)
-    return ids, np.array([min(example[name], length) for example in examples], np.int32)
-
-
-class RandomReader:
-    """One array of any examples, in any order, for corpora that fit in no memory.
-
-    Called with (m,) row numbers, as :func:`read_examples` counts them, it gives the arrays
-    (m, length, ...), cut or zero-padded.
-    """
-
-    def __init__(self, folder: str | os.PathLike, name: str, length: int):
-        """Finds where each example begins.
-
-        Raises:
-          RecordsError: the folder is missing or damaged.
-        """
-        self._folder, self._name, self._length = folder, name, length
-        with _readable_errors(folder):
-            builder = tfds.builder_from_directory(folder)
-            self._places = [
-                (str(path), start)
-                for split in sorted(builder.info.splits)
-                for path in builder.info.splits[split].filepaths
-                for start in _record_starts(path)
-            ]
-            if len(self._places) != (whole := builder.info.splits.total_num_examples):
-                raise ValueError(f"{len(self._places)} of {whole} examples")
-        self._feature = builder.info.features[name]
-        decoders = tfds.decode.PartialDecoding({name: True})
-        wanted = decoders.extract_features(builder.info.features)
-        self._parse = tf.function(
-            lambda record: wanted.deserialize_example(record)[name],
-            input_signature=[tf.TensorSpec((), tf.string)],
-        )
-        self._threads, self._readers = ThreadPoolExecutor(os.cpu_count()), threading.local()
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """Reads them.
-
-        Raises:
-          RecordsError: a file is damaged.
-        """
-        shape = (len(rows), self._length, *self._feature.shape[1:])
-        out = np.zeros(shape, self._feature.np_dtype)
-        with _readable_errors(self._folder):
-            for i, array in enumerate(self._threads.map(self._read, rows)):
-                out[i, : len(array)] = array[: self._length]
-        return out
-
-    def _read(self, row: int) -> np.ndarray:
-        path, start = self._places[row]
-        readers = vars(self._readers)  # this thread's
-        if path not in readers:
-            readers[path] = tf_record_random_reader(path)
-        return self._parse(readers[path].read(start)[0]).numpy()
-
-
-def _record_starts(path: str) -> Iterator[int]:
-    """Of a TFRecord file: 8 bytes of length and 4 of checksum, the record, 4 of checksum."""
-    with open(path, "rb") as file:
-        start = 0
-        while header := file.read(12):
-            yield start
-            start += 16 + int.from_bytes(header[:8], "little")
-            file.seek(start)
-
-
-@contextlib.contextmanager
-def _readable_errors(folder: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except (tf.errors.OpError, json_format.Error, OSError, ValueError, KeyError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise RecordsError(
-            f"{folder} is missing or damaged ({type(error).__name__}: {problem}); "
-            "delete this folder and run again to rebuild it"
-        ) from error

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from serkd_jax.audio import FFMPEG_SUFFIXES, SUFFIXES, find_audio, read_audio
-from serkd_jax.data import records
 from serkd_jax.data.corpora import CorpusError
 from serkd_jax.data.corpora.manifest import find_file, read_manifest
-from serkd_jax.data.records import tfds
+from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
 from serkd_jax.waveform import AudioError, to_float
 
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
@@ -34,7 +33,8 @@ class Source(Protocol):
 
     name: str  # of the TFDS dataset: lower case and underscores
     fingerprint: str  # changes with the utterances
-    schema: dict[str, tfds.features.FeatureConnector]  # of `Clip.values`
+    texts: Sequence[str]  # names in `Clip.values`, "id" among them
+    class_names: Sequence[str]  # of the number "label" there; empty where it is text, or not there
 
     def __len__(self) -> int:
         """How many there are, unusable ones included."""
@@ -44,17 +44,19 @@ class Source(Protocol):
 
 
 class RecordsSource:
-    """The audio records that `records.prepare_records` has written."""
+    """The audio records that `prepare.prepare_records` has written."""
+
+    texts = UTTERANCE_TEXTS
 
     def __init__(self, records_dir: str | os.PathLike):
         """Raises a RecordsError if the folder is missing or damaged."""
-        info = records.load_info(records_dir)
-        self.records_dir, self.name = records_dir, info.name
-        self.schema = records.utterance_features(info.features["label"].names)
-        self._size = info.splits.total_num_examples
+        described = describe(records_dir)
+        self.records_dir, self.name = records_dir, described.name
+        self.class_names = described.class_names
+        self._size = described.num_examples
         self._stream, self._next = iter(()), self._size  # examples, and the row of the next one
-        skipped = [skip["id"] for skip in records.load_skipped(records_dir)]
-        self.fingerprint = _digest([info.metadata["corpus_fingerprint"], skipped])
+        skipped = [skip["id"] for skip in load_skipped(records_dir)]
+        self.fingerprint = _digest([described.metadata["corpus_fingerprint"], skipped])
 
     def __len__(self) -> int:
         return self._size
@@ -62,8 +64,8 @@ class RecordsSource:
     def read(self, rows: range, max_samples: int) -> list[Clip]:
         """See `Source`."""
         if rows.start < self._next:
-            names = [*self.schema, "audio"]
-            self._stream = records.read_examples(self.records_dir, names)
+            names = [*self.texts, "label", "audio"]
+            self._stream = read_examples(self.records_dir, names)
             self._next = 0
         examples = itertools.islice(self._stream, rows.start - self._next, rows.stop - self._next)
         clips = [Clip(e, to_float(e.pop("audio")[:max_samples])) for e in examples]
@@ -77,7 +79,7 @@ class AudioFiles:
     The columns label, speaker, session, split and fold of a manifest go into the records as text.
     """
 
-    name = "audio_files"
+    name, class_names = "audio_files", ()
 
     def __init__(self, place: str | os.PathLike, data_dir: str | os.PathLike | None = None):
         """Lists the files; decodes nothing.
@@ -104,7 +106,7 @@ class AudioFiles:
             raise CorpusError(f"{place} holds {what}")
         columns = {name for values in (self._rows or {}).values() for name in values}
         self._columns = [name for name in COLUMNS if name in columns]
-        self.schema = {name: tfds.features.Text() for name in ["id", *self._columns]}
+        self.texts = ["id", *self._columns]
         try:
             self.fingerprint = _digest((self._values(key), self._size(key)) for key in self.ids)
         except UnicodeEncodeError as error:

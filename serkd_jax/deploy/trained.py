@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax import __version__
+from serkd_jax.data.reader import read_examples
 from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
 from serkd_jax.errors import UserError
@@ -140,8 +141,6 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
     Raises:
         UserError: they are not there.
     """
-    from serkd_jax.data.records import read_examples  # needs TensorFlow
-
     config, ids = trained.config, trained.predictions[trained.fold]["ids"].tolist()
     held_out = set(ids)
     cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")

@@ -1,0 +1,188 @@
+"""Records and features of a corpus: found, or made. Only making them imports TensorFlow.
+
+Features are written into `incomplete.NAME`, which is renamed to `NAME` when all shards are there
+and described: a folder without the prefix is whole. So it is with records, by TFDS.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from serkd_jax import parallel
+from serkd_jax.data.corpora.base import SpeechCorpus
+from serkd_jax.data.reader import RecordsError, describe
+from serkd_jax.data.sources import RecordsSource, Source
+from serkd_jax.frontends import Frontend
+
+SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
+SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
+
+
+def prepare_records(
+    corpus: SpeechCorpus, cache_dir: str | os.PathLike, beam_options: str = ""
+) -> Path:
+    """Writes the audio records of a corpus, unless they are there, and returns their folder.
+
+    A script that calls this needs `if __name__ == "__main__":`, since large corpora are decoded by
+    processes of its own.
+
+    Args:
+      corpus: what to write.
+      cache_dir: where; the same for `--config.cache_dir`.
+      beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
+        are none, this machine's cores share the work.
+
+    Raises:
+      CorpusError: the corpus cannot be listed, or none of its files can be used.
+      RecordsError: a process was killed, or Beam failed.
+    """
+    root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
+    folder = root / corpus.name / corpus.VERSION  # TFDS's layout
+    if not folder.exists():
+        from serkd_jax.data.records import write_records
+
+        write_records(corpus, root, beam_options)
+    return folder
+
+
+def prepare_features(
+    records_dir: str | os.PathLike,
+    frontend: Frontend,
+    max_frames: int,
+    cache_dir: str | os.PathLike,
+    *,
+    shard_size: int = 0,
+) -> Path:
+    """Writes the features of all utterances of a corpus, unless they are there.
+
+    Args:
+      records_dir: audio records, from `prepare_records`.
+      frontend: see `serkd_jax.frontends`.
+      max_frames: T, at 50 frames a second.
+      cache_dir: the folder is made in `cache_dir/features/`.
+      shard_size: see `extract_features`.
+
+    Returns:
+      Their folder.
+
+    Raises:
+      RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
+    """
+    source = RecordsSource(records_dir)
+    settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / "features" / f"{source.name}-{frontend.name}-{digest}"
+    extract_features(source, frontend, max_frames, folder, shard_size=shard_size)
+    return folder
+
+
+def extract_features(
+    source: Source,
+    frontend: Frontend,
+    max_frames: int,
+    folder: Path,
+    *,
+    shard_size: int = 0,
+    skip_bad: bool = False,
+) -> None:
+    """Writes the features of all utterances of a source into a folder, unless they are there.
+
+    Features are float16 (num_frames, frontend.width), cut at `max_frames`, not padded. A record
+    holds them with `num_frames` and what the source says of the utterance. `metadata.json` says
+    what they were made with and which utterances were skipped, with the reasons.
+
+    Args:
+      source: the utterances.
+      frontend: see `serkd_jax.frontends`.
+      max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
+      folder: must not be there, or be what an earlier call with the same arguments has made.
+      shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
+      skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
+
+    Raises:
+      RecordsError: the folder holds something else, no utterance can be used, or there are bad
+        features and they are not to be skipped.
+    """
+    shard_size = shard_size or int(np.clip(SHARD_FRAMES // max_frames, 1, 256))
+    settings = {
+        "source": source.fingerprint,
+        "frontend": frontend.fingerprint,
+        "max_frames": max_frames,
+        "shard_size": shard_size,
+    }
+    folder = folder.absolute()
+    if _is_done(folder, settings):
+        return
+    work = folder.with_name(f"incomplete.{folder.name}")
+    with _claim(folder, work, settings):
+        from serkd_jax.data.features import write_features
+
+        write_features(source, frontend, max_frames, work, settings, skip_bad)
+        if jax.process_index() == 0:
+            work.rename(folder)
+            _clean(folder)
+        parallel.wait_for_processes(f"features described: {folder.name}")
+
+
+def _is_done(folder: Path, settings: dict) -> bool:
+    """Whether a folder holds these features; refuses one that holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / "metadata.json").exists():
+        raise RecordsError(f"{folder} holds files that are no features: name another folder")
+    _check_settings(folder, describe(folder).metadata, settings)
+    _clean(folder)
+    return True
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
+    """Holds the folder to work in: a new one, or that of an earlier run with the same settings."""
+    path = work / SETTINGS
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+                if folder.exists():
+                    folder.rmdir()  # empty: now rather than when all is computed
+                lock = held.enter_context((work / LOCK).open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecordsError(
+                    f"another process is writing into {work}: wait for it"
+                ) from error
+            except OSError as error:
+                raise RecordsError(
+                    f"{folder} cannot be made ({error.strerror}): name another folder"
+                ) from error
+            if not path.exists():
+                partial = path.with_suffix(".tmp")
+                partial.write_text(json.dumps(settings))
+                partial.rename(path)
+        parallel.wait_for_file(path, f"features claimed: {folder.name}", "the features' folder")
+        _check_settings(work, json.loads(path.read_text()), settings)
+        yield
+
+
+def _check_settings(folder: Path, theirs: dict, mine: dict) -> None:
+    differ = [
+        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs.get(key) != mine[key]
+    ]
+    if differ:
+        raise RecordsError(
+            f"{folder} holds features of other files or settings ({'; '.join(differ)}): "
+            "name another folder, or delete this one"
+        )
+
+
+def _clean(folder: Path) -> None:
+    """Removes what only an unfinished folder needs."""
+    for leftover in (*folder.glob("*.tfrecord-*.json"), folder / SETTINGS, folder / LOCK):
+        leftover.unlink(missing_ok=True)

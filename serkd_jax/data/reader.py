@@ -1,0 +1,371 @@
+"""Audio and feature records, read: TFRecord files, and TFDS's description of them.
+
+Without TensorFlow, which takes seconds and hundreds of megabytes to import: only what writes
+records (`serkd_jax.data.records`, `serkd_jax.data.features`) needs it. A TFRecord file is a
+sequence of 8 bytes of length, 4 of their checksum, a serialised `tf.train.Example` of that length
+and 4 of its checksum. `tests/test_reader.py` compares all of it with TensorFlow and TFDS.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from serkd_jax.errors import UserError
+
+HEADER, FOOTER = 12, 4  # bytes around a record
+UTTERANCE_TEXTS = ("id", "speaker", "session", "split", "fold")  # of every audio record
+
+
+class RecordsError(UserError):
+    """Records that cannot be written or read; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """How the values of one name are stored.
+
+    Attributes:
+        list_name: of `tf.train.Feature`: bytes_list, int64_list or float_list.
+        dtype: of the array or number; None for text.
+        shape: of an array, -1 where it differs between examples; None for a number or text.
+    """
+
+    list_name: str
+    dtype: np.dtype | None
+    shape: tuple[int, ...] | None = None
+
+    def decode(self, feature: Any) -> Any:
+        """The value in a `tf.train.Feature`: a str, a NumPy number or a read-only array."""
+        (value,) = getattr(feature, self.list_name).value
+        if self.dtype is None:
+            return value.decode()
+        if self.shape is None:
+            return self.dtype.type(value)
+        return np.frombuffer(value, self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the JSON files of a folder say.
+
+    Attributes:
+        name: of the dataset.
+        fields: of each example, by name.
+        class_names: of the numbers in ``label``; empty where that is text, or not there.
+        shards: the TFRecord files and how many examples each has, in the stored order: by the
+            name of the split, then by number.
+        metadata: what the writer added.
+    """
+
+    name: str
+    fields: Mapping[str, Field]
+    class_names: tuple[str, ...]
+    shards: tuple[tuple[Path, int], ...]
+    metadata: Mapping[str, Any]
+
+    @property
+    def num_examples(self) -> int:
+        """Of all shards."""
+        return sum(count for _, count in self.shards)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the records say of each utterance, audio apart; all columns are sorted by id."""
+
+    ids: np.ndarray  # (n,) str
+    labels: np.ndarray  # (n,) int32, index into class_names
+    class_names: tuple[str, ...]
+    speakers: np.ndarray  # (n,) str, as are the next three; empty where the corpus has none
+    sessions: np.ndarray
+    splits: np.ndarray
+    folds: np.ndarray
+    num_samples: np.ndarray  # (n,) int32, at 16 kHz
+    skipped: list[dict[str, str]]  # {"id", "reason"} of files that could not be used
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def describe(folder: str | os.PathLike) -> Description:
+    """Reads what TFDS has written beside the examples.
+
+    Raises:
+        RecordsError: the folder holds no whole dataset.
+    """
+    folder = Path(folder)
+    with _readable_errors(folder):
+        info, features, metadata = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("dataset_info.json", "features.json", "metadata.json")
+        )
+        stored = features["featuresDict"]["features"]
+        names = []
+        if "classLabel" in stored.get("label", {}):
+            names = (folder / "label.labels.txt").read_text(encoding="utf-8").splitlines()
+        return Description(
+            info["name"],
+            {name: _field(name, kind) for name, kind in stored.items()},
+            tuple(names),
+            tuple(_shards(folder, info)),
+            metadata,
+        )
+
+
+def _field(name: str, stored: Mapping[str, Any]) -> Field:
+    if "text" in stored:
+        return Field("bytes_list", None)
+    if "classLabel" in stored:
+        return Field("int64_list", np.dtype(np.int64))
+    tensor = stored["tensor"]
+    dtype = np.dtype(tensor["dtype"])
+    if tensor["encoding"] == "bytes":
+        return Field("bytes_list", dtype, tuple(map(int, tensor["shape"]["dimensions"])))
+    if tensor["shape"]:
+        raise ValueError(f"{name} is an array that is not stored as bytes")
+    return Field("float_list" if dtype.kind == "f" else "int64_list", dtype)
+
+
+def _shards(folder: Path, info: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
+    for split in sorted(info["splits"], key=lambda split: split["name"]):
+        counts = [int(count) for count in split["shardLengths"]]
+        for number, count in enumerate(counts):
+            file = f"{info['name']}-{split['name']}.tfrecord-{number:05d}-of-{len(counts):05d}"
+            yield folder / file, count
+
+
+def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Streams the named values of each example, in the stored order.
+
+    Raises:
+        RecordsError: the folder is damaged.
+    """
+    description = describe(folder)
+    with _readable_errors(folder):
+        fields = {name: description.fields[name] for name in names}
+        for path, whole in description.shards:
+            count = 0
+            with path.open("rb") as file:
+                for record in _records(file):
+                    yield _parse(record, fields)
+                    count += 1
+            _check_count(path, count, whole)
+
+
+def load_skipped(folder: str | os.PathLike) -> list[dict[str, str]]:
+    """{"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
+    lines = [
+        line
+        for path in Path(folder).glob("skipped-*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
+
+
+def load_table(folder: str | os.PathLike) -> Table:
+    """Reads everything but the audio of audio records.
+
+    Raises:
+        RecordsError: the folder is no records folder, or is damaged.
+    """
+    names = ("id", "label", "speaker", "session", "split", "fold", "num_samples")
+    examples = list(read_examples(folder, names))
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([example[name] for example in examples], dtype)
+
+    return Table(
+        ids=column("id", str),
+        labels=column("label", np.int32),
+        class_names=describe(folder).class_names,
+        speakers=column("speaker", str),
+        sessions=column("session", str),
+        splits=column("split", str),
+        folds=column("fold", str),
+        num_samples=column("num_samples", np.int32),
+        skipped=load_skipped(folder),
+    )
+
+
+def load_arrays(
+    folder: str | os.PathLike, name: str, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loads one array of every example, cut or zero-padded to one length.
+
+    Args:
+        folder: audio or feature records.
+        name: audio, or features.
+        length: samples, or frames.
+
+    Returns:
+        ids (n,) str, sorted; arrays (n, length, ...) in their own dtype; their lengths (n,) int32,
+        at most ``length``.
+
+    Raises:
+        RecordsError: the folder is missing or damaged.
+    """
+    description = describe(folder)
+    field, count = description.fields[name], description.num_examples
+    ids, lengths = [], np.zeros(count, np.int32)
+    arrays = np.zeros((count, length, *field.shape[1:]), field.dtype)
+    for row, example in enumerate(read_examples(folder, ("id", name))):
+        ids.append(example["id"])
+        lengths[row] = min(len(example[name]), length)
+        arrays[row, : lengths[row]] = example[name][:length]
+    return np.array(ids, str), arrays, lengths
+
+
+def load_lengths(
+    folder: str | os.PathLike, name: str, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and lengths as of :func:`load_arrays`; ``name`` is num_samples, or num_frames."""
+    examples = list(read_examples(folder, ("id", name)))
+    ids = np.array([example["id"] for example in examples], str)
+    return ids, np.array([min(example[name], length) for example in examples], np.int32)
+
+
+class RandomReader:
+    """One array of any examples, in any order, for corpora that fit in no memory.
+
+    Called with (m,) row numbers, as :func:`read_examples` counts them, it gives the arrays
+    (m, length, ...), cut or zero-padded.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, length: int):
+        """Finds where each example begins.
+
+        Raises:
+            RecordsError: the folder is missing or damaged.
+        """
+        self._folder, self._name, self._length = folder, name, length
+        description = describe(folder)
+        self._field = description.fields[name]
+        self._places: list[tuple[BinaryIO, int, int]] = []  # file, start of the record, its size
+        with _readable_errors(folder):
+            for path, whole in description.shards:
+                file = path.open("rb", buffering=0)  # stays open
+                places = [(file, start, size) for start, size in _record_places(file)]
+                _check_count(path, len(places), whole)
+                self._places += places
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Reads them.
+
+        Raises:
+            RecordsError: a file is damaged.
+        """
+        shape = (len(rows), self._length, *self._field.shape[1:])
+        out = np.zeros(shape, self._field.dtype)
+        with _readable_errors(self._folder):
+            for i, array in enumerate(self._threads.map(self._read, rows)):
+                out[i, : len(array)] = array[: self._length]
+        return out
+
+    def _read(self, row: int) -> np.ndarray:
+        file, start, size = self._places[row]
+        record = _check_record(os.pread(file.fileno(), size + FOOTER, start), size)
+        return _parse(record, {self._name: self._field})[self._name]
+
+
+def _records(file: BinaryIO) -> Iterator[bytes]:
+    """The records from where the file stands."""
+    while header := file.read(HEADER):
+        size = _record_size(header)
+        yield _check_record(file.read(size + FOOTER), size)
+
+
+def _record_places(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Where each record begins, and its size."""
+    while header := file.read(HEADER):
+        start, size = file.tell(), _record_size(header)
+        yield start, size
+        file.seek(start + size + FOOTER)
+
+
+def _record_size(header: bytes) -> int:
+    if len(header) < HEADER or header[8:] != _checksum(header[:8]):
+        raise ValueError("damaged length of a record")
+    return int.from_bytes(header[:8], "little")
+
+
+def _check_record(stored: bytes, size: int) -> bytes:
+    """The record, of a record and its checksum."""
+    if len(stored) < size + FOOTER:
+        raise ValueError("truncated record")
+    if stored[size:] != _checksum(stored[:size]):
+        raise ValueError("damaged record")
+    return stored[:size]
+
+
+def _checksum(data: bytes) -> bytes:
+    """CRC-32C, masked as TensorFlow does it."""
+    crc = google_crc32c.value(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked.to_bytes(4, "little")
+
+
+def _check_count(path: Path, count: int, whole: int) -> None:
+    if count != whole:
+        raise ValueError(f"{path.name} has {count} of {whole} examples")
+
+
+def _parse(record: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
+    stored = _example_class().FromString(record).features.feature
+    missing = [name for name in fields if name not in stored]
+    if missing:
+        raise ValueError(f"an example has no {', '.join(missing)}")
+    return {name: field.decode(stored[name]) for name, field in fields.items()}
+
+
+@functools.cache
+def _example_class() -> type[message.Message]:
+    """`tf.train.Example`, in a pool of its own: TensorFlow may be there, too."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="serkd")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    optional, repeated = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
+
+    def add(name: str, *fields: tuple, parent: Any = file.message_type) -> Any:
+        made = parent.add(name=name)
+        for number, (field, label, kind) in enumerate(fields, start=1):
+            added = made.field.add(name=field, number=number, label=label)
+            if isinstance(kind, str):
+                added.type, added.type_name = kinds.TYPE_MESSAGE, f".serkd.{kind}"
+            else:
+                added.type = kind
+        return made
+
+    add("BytesList", ("value", repeated, kinds.TYPE_BYTES))
+    add("FloatList", ("value", repeated, kinds.TYPE_FLOAT))
+    add("Int64List", ("value", repeated, kinds.TYPE_INT64))
+    lists = ("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List")
+    add("Feature", *((name, optional, kind) for name, kind in lists))
+    features = add("Features", ("feature", repeated, "Features.FeatureEntry"))
+    entry = ("key", optional, kinds.TYPE_STRING), ("value", optional, "Feature")
+    add("FeatureEntry", *entry, parent=features.nested_type).options.map_entry = True
+    add("Example", ("features", optional, "Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("serkd.Example"))
+
+
+@contextlib.contextmanager
+def _readable_errors(folder: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, message.DecodeError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise RecordsError(
+            f"{folder} is missing or damaged ({type(error).__name__}: {problem}); "
+            "delete this folder and run again to rebuild it"
+        ) from error
