@@ -166,12 +166,16 @@ def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax
     """
     if count == 1:
         return frames, valid
-    missing = -frames.shape[1] % count
-    frames, present = (
-        jnp.pad(x, ((0, 0), (0, missing), (0, 0))).reshape(len(x), -1, count, x.shape[-1]).sum(2)
-        for x in (frames, valid[..., None].astype(frames.dtype))
-    )
-    return frames / jnp.maximum(present, 1), present[..., 0] > 0
+    whole = frames.shape[1] // count * count
+
+    def average(x: jax.Array) -> jax.Array:
+        """What is missing at the end counts as 0; it is not padded, which ONNX does otherwise."""
+        means = nn.avg_pool(x, window_shape=(count,), strides=(count,))
+        rest = x[:, whole:].sum(1, keepdims=True) / count
+        return means if whole == x.shape[1] else jnp.concatenate([means, rest], axis=1)
+
+    share = average(valid[..., None].astype(frames.dtype))
+    return average(frames) / jnp.maximum(share, 1 / count), share[..., 0] > 0
 
 
 def standardize_series(features: jax.Array, valid: jax.Array) -> jax.Array:
