@@ -461,7 +461,7 @@ def test_a_damaged_file_is_refused_and_never_run(form, damage, copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("embed.kernel"), r"embed.kernel is absent, not float32\(12, 16\)"),
+        (lambda t: t.pop("embed.kernel"), r"embed.kernel is absent, not float32\(13, 16\)"),
         (
             lambda t: t.update(projection=np.zeros(3, np.float32)),
             "projection is float32.*not",
