@@ -24,6 +24,7 @@ from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages
 from serkd_jax.splits import Fold, folds_as_json, make_folds, speaker_note
+from serkd_jax.stages.common import make_schedule
 from serkd_jax.stages.curriculum import CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.student import StudentState
@@ -40,15 +41,22 @@ STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
 class Experiment:
     """One run: a config, its data, its folds, and the order of the stages."""
 
-    def __init__(self, config: ConfigDict, workdir: str | Path):
+    def __init__(self, config: ConfigDict, workdir: str | Path, profile: bool = False):
         """Prepares records and features (or finds them) and makes the folds.
+
+        Args:
+            config: the recipe.
+            workdir: where everything goes.
+            profile: whether the first fold's stages trace some of their steps.
 
         Raises:
             UserError: bad data or configuration, or a workdir that holds another run.
         """
         check_config(config)
-        self.config, self.workdir = config, Path(workdir)
-        devices = parallel.choose_devices(config.num_devices, config.batch_size)
+        self.config, self.workdir, self.profile = config, Path(workdir), profile
+        self.quiz_batch_size = config.meta.quiz_batch_size or config.batch_size
+        sizes = {"batch_size": config.batch_size, "meta.quiz_batch_size": self.quiz_batch_size}
+        devices = parallel.choose_devices(config.num_devices, sizes)
         cache = Path(config.cache_dir or self.workdir / "data")
         max_frames = config.max_frames
 
@@ -246,7 +254,8 @@ class Experiment:
         """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
 
         def rows_of(steps: range) -> dict[str, np.ndarray]:
-            return {part: self._stream(fold, "distill", steps, part) for part in ("train", "quiz")}
+            quiz = self._stream(fold, "distill", steps, "quiz", self.quiz_batch_size)
+            return {"train": self._stream(fold, "distill", steps), "quiz": quiz}
 
         rng, classifier = self._rng(fold, "distill"), teacher.params["classifier"]
         statistics = self._statistics[fold.name]
@@ -348,6 +357,12 @@ class Experiment:
             validate=validate,
             selection_metric=self.config.selection_metric,
             rng=jax.random.fold_in(self._rng(fold, name), 2),
+            learning_rate=make_schedule(
+                self.config.optimizer,
+                self.config[name].learning_rate,
+                self.config[name].epochs * self.steps_per_epoch,
+            ),
+            profile=self.profile and fold is self.folds[0],
         )
 
     def _student_logits(self, state: Any, params: Any, rows: np.ndarray) -> np.ndarray:
@@ -355,10 +370,12 @@ class Experiment:
         variables = params, state.statistics
         return self.programs.student_predict(variables, self.features, rows).logits
 
-    def _stream(self, fold: Fold, stage: str, steps: range, part: str = "train") -> np.ndarray:
+    def _stream(
+        self, fold: Fold, stage: str, steps: range, part: str = "train", size: int = 0
+    ) -> np.ndarray:
         """Row numbers (steps, B) of a stage's batches from a part of the fold."""
         seed = self._seed(fold, stage, part)
-        return batches.stream_rows(getattr(fold, part), self.config.batch_size, steps, seed)
+        return batches.stream_rows(getattr(fold, part), size or self.config.batch_size, steps, seed)
 
     def _seed(self, fold: Fold, stage: str, part: str) -> list[int]:
         return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part != "train")]

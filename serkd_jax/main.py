@@ -1,13 +1,17 @@
 """Runs an experiment: ``python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo``."""
 
+import platform
+from importlib import metadata
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from serkd_jax import parallel, processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment's recipe.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
 
 
@@ -24,12 +28,28 @@ def _run_experiment() -> None:
 
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment(_CONFIG.value, workdir)
+    if parallel.is_first_process():
+        print(f"{_describe_run(_CONFIG.value)}\n", flush=True)
+    experiment = Experiment(_CONFIG.value, workdir, _PROFILE.value)
     if parallel.is_first_process():
         print(f"{experiment.data_report}\n", flush=True)
     report = experiment.run()
     if parallel.is_first_process():
         print(f"\n{report}\nWritten to {workdir}/results.json and results.md")
+
+
+def _describe_run(config: ConfigDict) -> str:
+    """Devices, type of the computation, versions, and where compiled programs are kept."""
+    from serkd_jax.programs import choose_dtype
+
+    devices = jax.devices()
+    names = ("serkd-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return (
+        f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
+        f"{choose_dtype(config, devices[0])}, Python {platform.python_version()}, {versions}; "
+        f"compiled programs in {jax.config.jax_compilation_cache_dir or 'no folder'}"
+    )
 
 
 if __name__ == "__main__":

@@ -94,12 +94,16 @@ def device_gather(tree: Any, axis: str | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), tree)
 
 
-def choose_devices(num_devices: int, batch_size: int) -> list[jax.Device]:
+def choose_devices(num_devices: int, batch_sizes: dict[str, int]) -> list[jax.Device]:
     """The first ``num_devices`` devices, or for 0 all of them, those of all processes.
+
+    Args:
+        num_devices: how many.
+        batch_sizes: those to be divided among them, by their keys in the config.
 
     Raises:
         UserError: there are fewer devices, several processes are to use some of them only, or
-            they do not divide the batch.
+            they do not divide a batch.
     """
     devices = jax.devices()
     if num_devices > len(devices):
@@ -107,11 +111,12 @@ def choose_devices(num_devices: int, batch_size: int) -> list[jax.Device]:
     if num_devices and jax.process_count() > 1:
         raise UserError("several processes use all their devices: leave num_devices at 0")
     devices = devices[: num_devices or None]
-    if batch_size % len(devices):
-        raise UserError(
-            f"batch_size {batch_size} is not divisible by the {len(devices)} devices: "
-            "choose another --config.batch_size, or fewer with --config.num_devices"
-        )
+    for key, size in batch_sizes.items():
+        if size % len(devices):
+            raise UserError(
+                f"{key} {size} is not divisible by the {len(devices)} devices: "
+                f"choose another --config.{key}, or fewer with --config.num_devices"
+            )
     return devices
 
 

@@ -79,6 +79,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("student.projection_dims is empty: the contrastive branch needs a width")
     if config.steps_per_dispatch < 1:
         raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
+    if config.meta.quiz_batch_size < 0:
+        raise UserError(f"meta.quiz_batch_size is {config.meta.quiz_batch_size}: use 0 or more")
     if config.contrastive.queue_size < config.batch_size:
         raise UserError(
             f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "
@@ -102,6 +104,13 @@ def check_config(config: ConfigDict) -> None:
                 raise UserError(f"stages has {stage} but not {start}, which it starts from")
         if config[stage].epochs < 1:
             raise UserError(f"{stage}.epochs must be at least 1")
+
+
+def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
+    """The type of the models' computation; for ``auto`` float32 on a CPU, else bfloat16."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def student_sizes(config: ConfigDict) -> dict[str, Any]:
@@ -433,9 +442,7 @@ class Programs:
     @property
     def dtype(self) -> str | None:
         """Of the models' computation; parameters and losses are float32. None is float32, too."""
-        name = self.config.dtype
-        if name == "auto":
-            name = "float32" if self.devices[0].platform == "cpu" else "bfloat16"
+        name = choose_dtype(self.config, self.devices[0])
         return None if name == "float32" else name
 
     def _optimizer(self, learning_rate: float, epochs: int) -> optax.GradientTransformation:

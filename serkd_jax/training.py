@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Stage:
         selection_metric: the validation metric whose best epoch is the stage's result, or
             ``last`` for the last epoch.
         rng: the stage's key; the step folds in the step number.
+        learning_rate: steps taken -> that of the next one.
+        profile: whether to trace some steps.
     """
 
     title: str
@@ -56,13 +59,17 @@ class Stage:
     validate: Callable[[Any], dict[str, float]]
     selection_metric: str
     rng: jax.Array
+    learning_rate: Callable[[int], float]
+    profile: bool = False
 
 
 def train(stage: Stage, directory: Path) -> Any:
     """Trains what is left of a stage and returns the state of its selected epoch.
 
     Writes ``checkpoints/`` (the latest epoch and the best one, by their last step),
-    ``metrics.jsonl`` (a line an epoch) and TensorBoard events to ``directory``. Stopped at any
+    ``metrics.jsonl`` (a line an epoch) and TensorBoard events to ``directory``; with ``profile``
+    also a trace of the second dispatch, or of the only one, for TensorBoard's profiler (or
+    Perfetto) to show. Stopped at any
     moment and called again, it goes on from the last step that was saved, and ends with the same
     numbers.
 
@@ -95,24 +102,32 @@ def _train_epochs(
     directory: Path,
 ) -> None:
     """Takes the steps after ``done``; ``history`` is that of the epoch that ``done`` is in."""
-    start = time.monotonic()
+    start, begun = time.monotonic(), done
+    planned = list(_dispatches(stage, done))
+    traced = planned[:2][-1] if stage.profile and parallel.is_first_process() else None
     with _Logs(stage, directory, done) as logs:
-        dispatches = read_ahead(lambda steps: (steps, *stage.take(steps)), _dispatches(stage, done))
+        dispatches = read_ahead(lambda steps: (steps, *stage.take(steps)), iter(planned))
         for steps, data, rows in dispatches:
             count = len(steps)
-            state, metrics = stage.steps(state, data, rows, np.int32(count), stage.rng)
-            for name, values in jax.device_get(metrics).items():
+            # The first dispatch would show the compiler.
+            with jax.profiler.trace(directory) if steps == traced else nullcontext():
+                state, metrics = stage.steps(state, data, rows, np.int32(count), stage.rng)
+                metrics = jax.device_get(metrics)
+            for name, values in metrics.items():
                 history[name] = history.get(name, []) + values[:count].tolist()
             logs.advance(steps, history)
             epoch, into_epoch = divmod(steps.stop, stage.steps_per_epoch)
             if not into_epoch:
+                speed = (steps.stop - begun) / (time.monotonic() - start)
                 row = {f"train/{name}": float(np.mean(values)) for name, values in history.items()}
+                row["train/learning_rate"] = float(stage.learning_rate(steps.stop - 1))
                 row |= {f"validation/{k}": v for k, v in stage.validate(state).items()}
                 _check_finite(stage, epoch, row)
-                logs.write(epoch, steps.stop, row | {"seconds": time.monotonic() - start})
+                row |= {"steps_per_second": speed, "seconds": time.monotonic() - start}
+                logs.write(epoch, steps.stop, row)
                 by_last = stage.selection_metric == "last"
                 score = epoch if by_last else row[f"validation/{stage.selection_metric}"]
-                history, start = {}, time.monotonic()
+                history, start, begun = {}, time.monotonic(), steps.stop
                 _save(checkpoints, steps.stop, state, history, {"score": float(score)})
             if preemption.noticed():
                 if into_epoch:

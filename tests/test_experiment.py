@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def finished(tmp_path_factory):
     """A workdir in which a tiny experiment has run to its end, and the report."""
     workdir = tmp_path_factory.mktemp("finished")
-    report = Experiment(get_config(), workdir).run()
+    report = Experiment(get_config(), workdir, profile=True).run()
     return workdir, report
 
 
@@ -55,9 +56,29 @@ def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2]
         assert {"train/loss", "validation/ua", "validation/loss"} <= set(rows[0])
+        rates = [row["train/learning_rate"] / get_config()[stage].learning_rate for row in rows]
+        assert rates == pytest.approx([(1 + np.cos(x * np.pi)) / 2 for x in (1 / 4, 3 / 4)])
+        assert rows[0]["train/gradient_norm"] > 0
+        assert ("train/meta_gradient_norm" in rows[0]) == (stage == "distill")
+        assert rows[0]["seconds"] * rows[0]["steps_per_second"] > 0
+        assert list(folder.glob("plugins/profile/*/*.trace.json.gz"))
+        assert not list((workdir / "fold_2" / stage).glob("plugins"))
         assert list(folder.glob("events.out.tfevents.*"))
         kept = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
         assert 1 <= len(kept) <= 2
+
+
+def test_the_quiz_batch_may_have_a_size_of_its_own(finished, tmp_path, monkeypatch):
+    config = get_config()
+    config.cache_dir = str(finished[0] / "data")
+    run = Experiment(config, tmp_path)
+    rows = []
+    monkeypatch.setattr(experiment, "train", lambda stage, _: rows.append(stage.take(range(2))[1]))
+    teacher = SimpleNamespace(params={"classifier": None})
+    run.distill(run.folds[0], teacher, np.zeros((len(run.table), 8), np.float32))
+    shapes = {part: taken.shape[1:] for part, taken in rows[0].items()}
+    assert shapes == {"train": (2, 16), "quiz": (2, 8)}
+    assert set(rows[0]["quiz"].ravel()) <= set(run.folds[0].quiz)
 
 
 @pytest.mark.parametrize("stages", ["teacher,student,distill,curriculum", "student"])

@@ -118,7 +118,7 @@ def fitted(done):
     for log in workdir.glob("*/metrics.jsonl"):
         stage = log.parent.name
         for row in map(json.loads, log.open()):
-            arrays |= {f"{stage}/{row['epoch']}/{k}": row[k] for k in row if k != "seconds"}
+            arrays |= {f"{stage}/{row['epoch']}/{k}": row[k] for k in row if "second" not in k}
         with ocp.CheckpointManager(log.parent / "checkpoints") as checkpoints:
             for step in checkpoints.all_steps():  # the last and the selected one
                 items = ocp.args.Composite(state=ocp.args.StandardRestore())

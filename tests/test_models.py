@@ -19,9 +19,10 @@ from serkd_jax.encoders.checkpoint import load_encoder
 from serkd_jax.encoders.hubert import ENCODER
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.metrics import classification_metrics
+from serkd_jax.models import transformer
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
-from serkd_jax.models.transformer import EncoderLayer
+from serkd_jax.models.transformer import EncoderLayer, attend
 from serkd_jax.programs import Programs
 from tiny_stages import HUBERT
 from torch_oracle import FrameTransformer, InvertedTransformer, MetaTeacher, torch_names
@@ -288,6 +289,85 @@ def test_rematerialisation_of_the_teacher_changes_no_gradient():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, plain)
 
 
+def derivatives(attention, seed=0):
+    """Output, gradient, tangent, and gradient of the gradient (B, heads, L, d), in float64."""
+    *heads, gradient, query, key, value = jax.random.normal(
+        jax.random.key(seed), (7, B, 2, T, 4), float
+    )
+    heads, tangents = tuple(heads), (query, key, value)
+    out, pull_back = jax.vjp(attention, *heads)
+    tangent = jax.jvp(attention, heads, tangents)[1]
+
+    def slope(gradient):
+        pulled = pull_back(gradient)
+        return sum((x * move).sum() for x, move in zip(pulled, tangents, strict=True))
+
+    return out, pull_back(gradient), tangent, jax.grad(slope)(gradient)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100], ids=["one_by_one", "four_by_four", "all"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_head_by_head_has_the_derivatives_of_the_formula(masked, at_once, monkeypatch):
+    monkeypatch.setattr(transformer, "WEIGHTS_AT_ONCE", at_once * T**2)
+    mask = jnp.arange(T) < np.array([[T], [4], [1]]) if masked else None
+    with jax.enable_x64(True):
+        actual, expected = (
+            jax.jit(lambda form=form: derivatives(partial(attend, mask=mask, form=form)))()
+            for form in ("auto", "plain")
+        )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), actual, expected)
+
+
+def test_the_kernel_for_gpus_gets_a_tangent_and_a_gradient_of_its_gradient(monkeypatch):
+    """A stand-in for cuDNN's, which has a gradient and nothing else."""
+
+    def formula(query, key, value, lengths):
+        mask = jnp.arange(T) < lengths[:, None]
+        heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+        return attend(*heads_first, mask, form="plain").swapaxes(1, 2)
+
+    @jax.custom_vjp
+    def backward(inputs, gradient):
+        return jax.vjp(partial(formula, lengths=inputs[3]), *inputs[:3])[1](gradient)
+
+    @jax.custom_vjp
+    def kernel(*inputs):
+        return formula(*inputs)
+
+    def has_none(*_):
+        pytest.fail("the kernel was differentiated twice")
+
+    backward.defvjp(has_none, has_none)
+    kernel.defvjp(
+        lambda *inputs: (formula(*inputs), inputs),
+        lambda inputs, gradient: (*backward(inputs, gradient), None),
+    )
+
+    def stand_in(*heads, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        return kernel(*heads, key_value_seq_lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    mask = jnp.arange(T) < np.array([[T], [4], [1]])
+    with jax.enable_x64(True):
+        actual, expected = (
+            jax.jit(lambda used=used: derivatives(used))()
+            for used in (
+                lambda *heads: transformer._attend_by_cudnn(*heads, mask),
+                partial(attend, mask=mask, form="plain"),
+            )
+        )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), actual, expected)
+
+
+def test_the_slope_of_gelu_is_torchs():
+    x = torch.linspace(-8, 8, 201, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.gelu(x).sum().backward()
+    with jax.enable_x64(True):
+        slopes = jax.vmap(jax.grad(transformer.exact_gelu))(x.detach().numpy())
+    np.testing.assert_allclose(slopes, x.grad, rtol=1e-9, atol=1e-12)
+
+
 @TOKENS
 def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, monkeypatch):
     """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
@@ -300,14 +380,25 @@ def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, m
     features, num_frames = jnp.zeros((B, T, N)), jnp.full(B, T)
     params = jax.eval_shape(model.init, jax.random.key(0), features, num_frames)
 
-    def calls(**options):
+    def calls(twice=False, **options):
         used = model.clone(**options)
-        gradient = jax.jit(jax.grad(lambda p: used.apply(p, features, num_frames).logits.sum()))
-        text = gradient.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+
+        def gradient(params, scale=1.0):
+            logits, pull_back = jax.vjp(
+                lambda p: used.apply(p, features, num_frames).logits, params
+            )
+            return pull_back(scale * jnp.cos(logits))[0]
+
+        def slope(params):  # a gradient through the gradient
+            return jax.grad(lambda scale: ravel_pytree(gradient(params, scale))[0].sum())(1.0)
+
+        traced = jax.jit(slope if twice else gradient).trace(params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
         return [text.count(f"@__cudnn$fmhaSoftmax{part}(") for part in ("", "Backward")]
 
     assert calls(dtype=jnp.bfloat16) == [1, 1]
-    assert calls() == calls(dtype=jnp.bfloat16, attention_form="no_cudnn") == [0, 0]
+    assert calls(twice=True, dtype=jnp.bfloat16)[0] == 1
+    assert calls() == calls(dtype=jnp.bfloat16, attention_form="plain") == [0, 0]
     h100.compute_capability = "7.5"
     assert calls(dtype=jnp.bfloat16) == [0, 0]
 

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.student.update({"width": 16, "mlp_dim": 16, "num_layers": 1, "num_heads": 2})
     config.student.readout = "variates"
     config.contrastive.queue_size = 32
+    config.meta.quiz_batch_size = 8
     config.curriculum.update({"num_tasks": 2, "episode_steps": 3})
     for stage in ("teacher", "student", "distill", "curriculum"):
         config[stage].epochs = 2

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
 from jax.typing import DTypeLike
 
 from serkd_jax.errors import UserError
@@ -19,9 +20,18 @@ WEIGHTS_AT_ONCE = 2**20  # attention weights that a CPU's cache holds
 MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every token is masked
 
 
+@jax.custom_jvp
 def exact_gelu(x: jax.Array) -> jax.Array:
     """GELU with the error function, as in HuBERT and Whisper; not the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
+
+
+@exact_gelu.defjvp
+def _slope_of_gelu(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
+    """Φ(x) + x φ(x): one array is kept for the gradient, where JAX keeps three."""
+    (x,), (tangent,) = primals, tangents
+    slope = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5)) + x * jnp.exp(-0.5 * x * x) / (2 * jnp.pi) ** 0.5
+    return exact_gelu(x), tangent * slope
 
 
 class Dropout(nn.Module):
@@ -60,13 +70,10 @@ class GatedBias(NamedTuple):
     bias: jax.Array  # (heads, L, L), of query and key
 
 
-def attention_weights(
-    query: jax.Array,
-    key: jax.Array,
-    mask: jax.Array | None,
-    bias: GatedBias | None = None,
+def attention_logits(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: GatedBias | None = None
 ) -> jax.Array:
-    """Softmax of the scaled products, (..., L, L); ``mask`` (..., L) is True at valid keys."""
+    """Scaled products, (..., L, L), at least float32; ``mask`` (..., L) is True at valid keys."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
         "...qd,...kd->...qk",
@@ -79,7 +86,17 @@ def attention_weights(
     if mask is not None:
         # As a sum, which on a CPU is faster than a selection.
         logits += jnp.where(mask, 0.0, MASKED_LOGIT)[..., None, :].astype(precise)
-    return nn.softmax(logits).astype(query.dtype)
+    return logits
+
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None,
+    bias: GatedBias | None = None,
+) -> jax.Array:
+    """Softmax of the logits, in the type of the queries."""
+    return nn.softmax(attention_logits(query, key, mask, bias)).astype(query.dtype)
 
 
 def attend(
@@ -94,25 +111,72 @@ def attend(
 
     On a GPU, in half precision, it is cuDNN's fused kernel; on a CPU it goes head by head, so that
     a head's weights stay in the cache and are computed again for the gradient rather than kept.
+    In both, tangent and gradient are each the other's transpose, so that a gradient can go back
+    through a gradient; they have no derivatives in query, key and value. Those are in ``plain``.
 
     Args:
         query: (B, heads, L, D / heads).
         key: the same.
         value: the same.
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
-        form: ``auto`` is as above; ``no_cudnn`` leaves out cuDNN's kernel, which has a gradient but
-            no derivative beyond; ``plain`` is the formula, for any backend and exported models.
-        bias: added to the logits; None adds nothing.
+        form: ``auto`` is as above; ``plain`` is the formula, for any backend and exported models.
+        bias: added to the logits; None adds nothing. With it there is no fused kernel.
     """
     if form != "plain" and jax.default_backend() == "cpu":
         return _attend_by_heads(query, key, value, mask, bias)
-    if form == "auto" and bias is None and _cudnn_attends(query):
-        lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
-        tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
-        return jax.nn.dot_product_attention(
-            *tokens_first, key_value_seq_lengths=lengths, implementation="cudnn"
-        ).swapaxes(1, 2)
+    if form != "plain" and bias is None and _cudnn_attends(query):
+        return _attend_by_cudnn(query, key, value, mask)
     return attention_weights(query, key, None if mask is None else mask[:, None], bias) @ value
+
+
+def attention_tangent(
+    weights: jax.Array, heads: Sequence[jax.Array], out: jax.Array, tangents: Sequence[jax.Array]
+) -> jax.Array:
+    """The tangent of ``out``, which is weights @ value, along those of query, key and value.
+
+    Args:
+        weights: (..., L, L), at least float32.
+        heads: query, key and value, (..., L, d).
+        out: (..., L, d).
+        tangents: as ``heads``.
+    """
+    (query, key, value), (query_moves, key_moves, value_moves) = heads, tangents
+    # q̇ kᵀ + q k̇ᵀ as one product, whose scale is that of d and not of 2 d.
+    logits_move = 2**0.5 * attention_logits(
+        jnp.concatenate([query_moves, query], -1), jnp.concatenate([key, key_moves], -1), None
+    )
+    moves = weights * logits_move
+    moved = moves.astype(value.dtype) @ value + weights.astype(value.dtype) @ value_moves
+    return moved - (moves.sum(-1, keepdims=True) * out).astype(value.dtype)
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attention by the kernel, which has a gradient but no tangent."""
+    lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
+    tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.nn.dot_product_attention(
+        *tokens_first, key_value_seq_lengths=lengths, implementation="cudnn"
+    ).swapaxes(1, 2)
+
+
+_attend_by_cudnn = jax.custom_jvp(_cudnn)
+
+
+@_attend_by_cudnn.defjvp
+def _tangent_by_cudnn(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """The gradient is the kernel's own, the tangent that of the formula."""
+    *heads, mask = primals
+    out, pull_back = jax.vjp(functools.partial(_cudnn, mask=mask), *heads)
+
+    def push_forward(residuals: tuple, tangents: tuple) -> jax.Array:
+        (query, key, value), mask, out, _ = residuals
+        weights = attention_weights(query, key, None if mask is None else mask[:, None])
+        return attention_tangent(weights, (query, key, value), out, tangents)
+
+    residuals = (heads, mask, out, pull_back)
+    return out, linear_call(
+        push_forward, lambda residuals, g: residuals[-1](g), residuals, tangents[:3]
+    )
 
 
 def _cudnn_attends(query: jax.Array) -> bool:
@@ -133,29 +197,105 @@ def _attend_by_heads(
     bias: GatedBias | None,
 ) -> jax.Array:
     """A head of an example at a time; with a bias, which the examples share, a head of all."""
-    batch, _, length, _ = query.shape
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
-    parts = (query, key, value, mask, None if bias is None else bias.gate)
     if bias is None:
-        split = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (*parts, None))
-        size = length**2
-    else:
-        split = (*jax.tree.map(lambda x: x.swapaxes(0, 1), parts), bias.bias)
-        size = batch * length**2
+        heads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, key, value, mask))
+        return _attend_in_heads(*heads).reshape(query.shape)
 
     @jax.checkpoint
     def one(head: tuple) -> jax.Array:
         query, key, value, mask, gate, table = head
-        bias = None if table is None else GatedBias(gate, table)
-        return attention_weights(query, key, mask, bias) @ value
+        return attention_weights(query, key, mask, GatedBias(gate, table)) @ value
 
-    at_once = max(1, WEIGHTS_AT_ONCE // size)
-    if at_once >= len(split[0]):
-        out = jax.vmap(one)(split)
-    else:
-        out = jax.lax.map(one, split, batch_size=at_once if at_once > 1 else None)
-    return out.reshape(query.shape) if bias is None else out.swapaxes(0, 1)
+    parts = (query, key, value, mask, bias.gate)
+    split = (*jax.tree.map(lambda x: x.swapaxes(0, 1), parts), bias.bias)
+    return _by_heads(one, split, len(query) * query.shape[2] ** 2).swapaxes(0, 1)
+
+
+def _by_heads(function: Callable[[tuple], Any], heads: tuple, weights: int) -> Any:
+    """Maps arrays of heads, of so many weights each, as many at once as the cache holds."""
+    at_once = max(1, WEIGHTS_AT_ONCE // weights)
+    if at_once >= len(jax.tree.leaves(heads)[0]):
+        return jax.vmap(function)(heads)
+    return jax.lax.map(function, heads, batch_size=at_once if at_once > 1 else None)
+
+
+class _Softmax(NamedTuple):
+    """What a head's weights are computed from again: exp(logits - top) / total."""
+
+    query: jax.Array  # (L, d)
+    key: jax.Array  # (L, d)
+    value: jax.Array  # (L, d)
+    mask: jax.Array | None  # (L,)
+    out: jax.Array  # (L, d), weights @ value
+    top: jax.Array  # (L, 1) largest logit of a query
+    total: jax.Array  # (L, 1)
+
+    def weights(self) -> jax.Array:
+        """(L, L), at least float32."""
+        logits = attention_logits(self.query, self.key, self.mask)
+        return jnp.exp(logits - self.top) / self.total
+
+
+@jax.custom_jvp
+def _attend_in_heads(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Attention of (n, L, d) heads; no head's weights are kept, not for the gradient either."""
+    return _softmax((query, key, value, mask)).out
+
+
+@_attend_in_heads.defjvp
+def _tangent_in_heads(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    softmax = _softmax(primals)
+    return softmax.out, linear_call(_push_forward, _pull_back, softmax, tangents[:3])
+
+
+def _softmax(heads: tuple) -> _Softmax:
+    def one(head: tuple) -> _Softmax:
+        query, key, value, mask = head
+        logits = attention_logits(query, key, mask)
+        top = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(-1, keepdims=True)
+        out = (weights / total).astype(query.dtype) @ value
+        return _Softmax(query, key, value, mask, out, top, total)
+
+    return _by_heads(one, heads, heads[0].shape[1] ** 2)
+
+
+def _push_forward(heads: _Softmax, tangents: tuple) -> jax.Array:
+    """The tangent of ``out`` along those of query, key and value."""
+
+    def one(arguments: tuple) -> jax.Array:
+        head, tangents = arguments
+        return attention_tangent(head.weights(), head[:3], head.out, tangents)
+
+    return _by_heads(one, (heads, tangents), heads.query.shape[1] ** 2)
+
+
+def _pull_back(heads: _Softmax, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of query, key and value from that of ``out``."""
+
+    def transposed_product(weights: jax.Array, x: jax.Array) -> jax.Array:
+        """weightsᵀ x, as (xᵀ weights)ᵀ: XLA on a CPU is slow where the large one is transposed."""
+        barrier = jax.lax.optimization_barrier
+        return barrier(barrier(x.T) @ weights.astype(x.dtype)).T
+
+    def one(arguments: tuple) -> tuple:
+        head, gradient = arguments
+        weights, precise = head.weights(), head.top.dtype
+        of_weights = jnp.einsum("qd,kd->qk", gradient, head.value, preferred_element_type=precise)
+        mean = (gradient * head.out).sum(-1, keepdims=True, dtype=precise)
+        of_logits = weights * (of_weights - mean) * head.query.shape[-1] ** -0.5
+        return (
+            of_logits.astype(head.key.dtype) @ head.key,
+            transposed_product(of_logits, head.query),
+            transposed_product(weights, gradient),
+        )
+
+    return _by_heads(one, (heads, gradient), heads.query.shape[1] ** 2)
 
 
 class SelfAttention(nn.Module):

@@ -35,9 +35,22 @@ def make_optimizer(
 
     Args:
         config: ``weight_decay``, of ``decayed`` ``kernels`` alone (not of biases, norms and
-            embeddings) or ``all``; ``clip_norm``, 0 for none; ``schedule``, ``constant`` or
-            ``cosine`` (to zero at ``total_steps``); ``warmup``, the share of the steps over
-            which the rate rises from 0.
+            embeddings) or ``all``; ``clip_norm``, 0 for none; and the keys of `make_schedule`.
+        learning_rate: the peak.
+        total_steps: length of the stage.
+    """
+    schedule = make_schedule(config, learning_rate, total_steps)
+    if not config.clip_norm:
+        return make_adamw(config, schedule)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, schedule))
+
+
+def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) -> optax.Schedule:
+    """The learning rate by steps taken.
+
+    Args:
+        config: ``schedule``, ``constant`` or ``cosine`` (to zero at ``total_steps``); ``warmup``,
+            the share of the steps over which the rate rises from 0.
         learning_rate: the peak.
         total_steps: length of the stage.
     """
@@ -49,10 +62,7 @@ def make_optimizer(
     else:
         raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
-    schedule = optax.join_schedules([warmup, after], [warmup_steps])
-    if not config.clip_norm:
-        return make_adamw(config, schedule)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, schedule))
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_adamw(

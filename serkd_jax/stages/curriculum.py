@@ -224,6 +224,7 @@ def make_step(
 
         grads, aux = jax.grad(objective, has_aux=True)(state.params)
         grads, (embedding, metrics) = parallel.device_mean((grads, aux), axis)
+        metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(

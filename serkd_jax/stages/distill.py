@@ -108,7 +108,7 @@ def meta_value_and_grad(
         params: θ_S.
         meta_params: θ_T'.
         gradient: θ_T' -> ∇_S L(θ_S, θ_T'), the mean over the devices.
-        slope_along: (v, θ_T') -> v · ∇_S L(θ_S, θ_T'), less what does not depend on θ_T'.
+        slope_along: (v, θ_T') -> v · ∇_S L(θ_S, θ_T').
         quiz_loss: (θ_T', θ_S) -> L^col, Eq. 9.
         axis: name of the device axis under pmap.
 
@@ -163,9 +163,6 @@ def make_step(
         config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
         axis: name of the device axis under pmap.
     """
-    # What is differentiated twice cannot use cuDNN's kernel.
-    without_cudnn = student.clone(attention_form="no_cudnn")
-    pilot = without_cudnn if config.meta.order == "second_order" else student
 
     def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
         return classifier.apply({"params": meta_params}, hidden)
@@ -201,41 +198,41 @@ def make_step(
         )
         dropout_keys = example_keys(dropout_rng, train["index"])
 
-        def run_student(params: dict[str, Any], model: Student) -> StudentOutput:
-            return model.apply(
-                {"params": params["student"]}, features, train["length"], dropout_keys
-            )
+        def run_student(params: dict[str, Any]) -> tuple[StudentOutput, jax.Array]:
+            """The student's outputs on the training batch, and its hidden vectors adapted."""
+            inputs = features, train["length"], dropout_keys
+            out = student.apply({"params": params["student"]}, *inputs)
+            return out, adapt(adapter, params["adapter"], out.hidden)
 
-        def distillation_objective(
-            params: dict[str, Any], meta_params: Any, model: Student
-        ) -> tuple:
-            """Eq. 4 on the training batch."""
-            out = run_student(params, model)
+        def objective(outputs: tuple[StudentOutput, jax.Array], meta_params: Any) -> tuple:
+            """Eq. 4 of the student's outputs, and its parts by name."""
+            out, hidden = outputs
             student_loss, metrics = student_objective(
                 out, train["label"], keys, key_labels, state.queue, config.contrastive
             )
             soft = soft_loss(out.logits, meta_params, train)
-            patient = losses.patient_distillation(
-                train["teacher_hidden"], adapt(adapter, params["adapter"], out.hidden)
-            )
+            patient = losses.patient_distillation(train["teacher_hidden"], hidden)
             loss = losses.distillation_loss(
                 student_loss, soft, patient, config.distill.alpha, config.distill.beta
             )
             return loss, {"loss": loss, "soft": soft, "patient": patient, **metrics}
 
-        def distillation_gradient(meta_params: Any, model: Student = student) -> tuple:
-            gradient = jax.grad(distillation_objective, has_aux=True)
-            return parallel.device_mean(gradient(state.params, meta_params, model), axis)
+        # The pilot step and the real one go back through one forward pass: they differ in θ_T',
+        # which the student's outputs do not depend on.
+        outputs, pull_back = jax.vjp(run_student, state.params)
+
+        def gradient(meta_params: Any) -> tuple[Any, dict[str, jax.Array]]:
+            """∇_S of Eq. 4 at θ_S, and its parts by name."""
+            of_outputs, metrics = jax.grad(objective, has_aux=True)(outputs, meta_params)
+            return parallel.device_mean((pull_back(of_outputs)[0], metrics), axis)
 
         def slope_along(direction: dict[str, Any], meta_params: Any) -> jax.Array:
-            """Of (1-α) L^soft at θ_S, the one part of Eq. 4 that depends on θ_T'."""
-            logits, tangent = jax.jvp(
-                lambda params: run_student(params, without_cudnn).logits,
-                (state.params,),
-                (direction,),
-            )
-            soft = partial(soft_loss, meta_params=meta_params, train=train)
-            return (1.0 - config.distill.alpha) * jax.jvp(soft, (logits,), (tangent,))[1]
+            """Of Eq. 4 at θ_S."""
+
+            def loss(params: dict[str, Any]) -> jax.Array:
+                return objective(run_student(params), meta_params)[0]
+
+            return jax.jvp(loss, (state.params,), (direction,))[1]
 
         meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
         meta_metrics = {}
@@ -245,7 +242,7 @@ def make_step(
                 config.meta,
                 state.params,
                 state.meta_params,
-                gradient=lambda meta_params: distillation_gradient(meta_params, pilot)[0],
+                gradient=lambda meta_params: gradient(meta_params)[0],
                 slope_along=slope_along,
                 quiz_loss=partial(quiz_loss, quiz, quiz_features),
                 axis=axis,
@@ -253,8 +250,10 @@ def make_step(
             updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
             meta_params = optax.apply_updates(meta_params, updates)
             meta_metrics["meta_loss"] = meta_loss
+            meta_metrics["meta_gradient_norm"] = optax.global_norm(meta_grads)
 
-        grads, metrics = distillation_gradient(meta_params)
+        grads, metrics = gradient(meta_params)
+        metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(

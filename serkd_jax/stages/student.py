@@ -127,6 +127,7 @@ def make_step(
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
+        metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(

@@ -92,6 +92,7 @@ def make_step(
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         metrics = {"loss": loss, "accuracy": accuracy(logits, batch["label"])}
         grads, metrics = parallel.device_mean((grads, metrics), axis)
+        metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
