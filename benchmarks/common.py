@@ -1,6 +1,11 @@
 """What the benchmarks of training steps share: the paper's sizes, random data, the programs."""
 
-from collections.abc import Callable
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,19 +22,21 @@ from serkd_jax.standardization import no_statistics
 CLASSES = 4  # of IEMOCAP
 # Forward passes of the student over a batch, where a backward pass counts twice: the momentum
 # encoder's keys (1) and the student's forward and backward (3); of the meta step also the pilot's
-# backward (2), the quiz (3) and the pilot's slope along its gradient (1); of the curriculum the
-# quiz's forward.
-PASSES = {"student": 4, "kd": 4, "meta": 10, "curriculum": 5, "evaluation": 1}
+# backward (2), the quiz (3) and the tangent of the student's outputs along its gradient (2, since
+# inputs and weights both move); of the curriculum the quiz's forward.
+PASSES = {"student": 4, "kd": 4, "meta": 11, "curriculum": 5, "evaluation": 1}
 
-_SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of student and features.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0: 4 on a CPU, the paper's 32 elsewhere.")
+SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of models and features.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0: 4 on a CPU, the paper's 32 elsewhere.")
+SECONDS = flags.DEFINE_float("seconds", 30, "What is timed is repeated so long, and 3 times.")
+JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
 def make_config() -> tuple[ConfigDict, int]:
     """The recipe for IEMOCAP in the size that the flags say, and the features' width N."""
     config, variates = common.paper("iemocap"), 1024
-    config.batch_size = _BATCH_SIZE.value or (4 if jax.default_backend() == "cpu" else 32)
-    if _SIZE.value == "tiny":
+    config.batch_size = BATCH_SIZE.value or (4 if jax.default_backend() == "cpu" else 32)
+    if SIZE.value == "tiny":
         config.max_frames, variates = 12, 6
         config.teacher.projector = variates  # in the paper's size, too, they are alike
         config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
@@ -50,23 +57,39 @@ def student_operations(config: ConfigDict, variates: int) -> float:
 
 def describe(config: ConfigDict, **more: str | int) -> dict[str, str | int]:
     """What the figures were measured on; printed, too."""
-    about = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "size": _SIZE.value,
-        "batch size": config.batch_size,
-        **more,
-    }
+    about = describe_machine() | {"size": SIZE.value, "batch size": config.batch_size, **more}
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     return about
 
 
-def make_programs(config: ConfigDict, order: str, variates: int) -> Programs:
+def describe_machine() -> dict[str, str | int]:
+    """Device, CPU, versions and XLA's flags."""
+    about: dict[str, str | int] = {"device": jax.devices()[0].device_kind, "CPU": cpu_name()}
+    about |= {"cores": os.cpu_count() or 0, "python": platform.python_version()}
+    about |= {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
+    return about | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "none")}
+
+
+def cpu_name() -> str:
+    """As the kernel has it, with family and model, which say more than some names."""
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists():
+        return platform.processor() or platform.machine()
+    lines = [line.split(":", 1) for line in cpu.read_text().splitlines() if ":" in line]
+    said = {name.strip(): value.strip() for name, value in reversed(lines)}
+    name = said.get("model name", platform.machine())
+    known = [key for key in ("cpu family", "model") if key in said]
+    return " ".join([name, *(f"{key.removeprefix('cpu ')} {said[key]}" for key in known)])
+
+
+def make_programs(
+    config: ConfigDict, order: str, variates: int, device: jax.Device | None = None
+) -> Programs:
     """The programs of one order of the meta-gradient, for one device."""
     config = config.copy_and_resolve_references()
     config.meta.order = order
     shape = (config.max_frames, variates)
-    return Programs(config, CLASSES, shape, variates, 1, jax.devices()[:1])
+    return Programs(config, CLASSES, shape, variates, 1, [device or jax.devices()[0]])
 
 
 def new_classifier(programs: Programs) -> Any:
@@ -89,10 +112,10 @@ def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.nda
     }
 
 
-def make_examples(*batches: dict[str, np.ndarray]) -> Examples:
+def make_examples(*batches: dict[str, np.ndarray], device: jax.Device | None = None) -> Examples:
     """Batches one after the other, on one device."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    return Examples({}, jax.devices()[:1]).with_columns(**columns)
+    return Examples({}, [device or jax.devices()[0]]).with_columns(**columns)
 
 
 def make_steps(
@@ -102,7 +125,8 @@ def make_steps(
 
     The examples are two batches: one to train on, one for the quiz.
     """
-    plain, meta = (make_programs(config, each, variates) for each in ("none", order))
+    device = examples.devices[0]
+    plain, meta = (make_programs(config, each, variates, device) for each in ("none", order))
     statistics = no_statistics(variates)
     student = plain.init_student(jax.random.key(1), statistics)
     distilled = plain.init_distill(jax.random.key(1), new_classifier(plain), statistics)
@@ -115,3 +139,27 @@ def make_steps(
         "meta": (meta.distill_steps, distilled, {"train": train, "quiz": quiz}),
         "curriculum": (plain.curriculum_steps, updated, {"train": tasks, "quiz": quiz}),
     }
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table, of cells that are ready to print."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def by_turns(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each case, which take turns, so that what else the machine does hits all alike.
+
+    Args:
+        cases: what to time, by name; each returns when it is done, and has run before.
+        seconds: how long to go on; at least three rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    rounds = 0
+    while rounds < 3 or sum(map(sum, times.values())) < seconds:
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return times

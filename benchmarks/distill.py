@@ -15,20 +15,26 @@ import json
 import math
 import statistics
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
 from jax.flatten_util import ravel_pytree
+from ml_collections import ConfigDict
 
 from benchmarks.common import (
+    JSON,
+    SECONDS,
+    by_turns,
     describe,
     make_batch,
     make_config,
     make_examples,
     make_programs,
+    markdown,
     new_classifier,
 )
 from serkd_jax.standardization import no_statistics
@@ -40,17 +46,25 @@ ORDERS = {
     "second_order_forward": "by forward mode",
 }
 
-_SECONDS = flags.DEFINE_float("seconds", 60, "Steps are repeated so long, and at least 3 times.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+HEADER = ("order", "ms, fastest", "median", "of plain", "memory, MiB", "GFLOP")
+HEADER += ("compilation, s", "differs")
 
 
 def main(argv: list[str]) -> None:
     """Measures every order and prints a table."""
     del argv
     config, variates = make_config()
-    config.optimizer.clip_norm = 0.0
     about = describe(config)
+    results = measure(config, variates, SECONDS.value)
+    print(markdown(HEADER, table(results)))
+    if JSON.value:
+        print(json.dumps({"orders": results, **about}))
 
+
+def measure(config: ConfigDict, variates: int, seconds: float) -> dict[str, dict[str, float]]:
+    """A step of each order, by turns for so many seconds in all."""
+    config = config.copy_and_resolve_references()
+    config.optimizer.clip_norm = 0.0
     programs = {order: make_programs(config, order, variates) for order in ORDERS}
     plain = programs["none"]
     state = plain.init_distill(jax.random.key(1), new_classifier(plain), no_statistics(variates))
@@ -67,35 +81,38 @@ def main(argv: list[str]) -> None:
     for order, step in steps.items():  # also the warm-up; a step takes its state's buffers
         after, _ = step(jax.tree.map(jnp.copy, state), *rest)
         gradients[order] = ravel_pytree(optax.tree_utils.tree_get(after.meta_opt_state, "mu"))[0]
-    times: dict[str, list[float]] = {order: [] for order in ORDERS}
-    while len(times["none"]) < 3 or sum(map(sum, times.values())) < _SECONDS.value:
-        for order, step in steps.items():
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, *rest))
-            times[order].append(time.perf_counter() - start)
 
-    print(
-        "| order | ms, fastest | median | of plain | of nested | memory, MiB | GFLOP "
-        "| compilation, s | differs |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    def take(order: str) -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(steps[order](state, *rest))
+
+    times = by_turns({order: partial(take, order) for order in ORDERS}, seconds)
     fastest = {order: min(taken) for order, taken in times.items()}
-    exact, results = gradients["second_order"], {}
-    for order, name in ORDERS.items():
-        results[order] = {
+    exact = gradients["second_order"]
+    return {
+        order: {
             "ms": fastest[order] * 1e3,
             "median ms": statistics.median(times[order]) * 1e3,
             "of plain": fastest[order] / fastest["none"],
-            "of nested": fastest[order] / fastest["second_order"],
-            "memory MiB": steps[order].memory_analysis().temp_size_in_bytes / 2**20,
-            "GFLOP": steps[order].cost_analysis().get("flops", math.nan) / 1e9,
+            "memory MiB": step.memory_analysis().temp_size_in_bytes / 2**20,
+            "GFLOP": step.cost_analysis().get("flops", math.nan) / 1e9,
             "compilation s": compile_seconds[order],
             "differs": float(np.linalg.norm(gradients[order] - exact) / np.linalg.norm(exact)),
         }
-        columns = "| {} | {:.1f} | {:.1f} | {:.2f} | {:.2f} | {:.1f} | {:.3g} | {:.1f} | {:.0e} |"
-        print(columns.format(f"{name} (`{order}`)", *results[order].values()))
-    if _JSON.value:
-        print(json.dumps({"orders": results, "repeats": len(times["none"]), **about}))
+        for order, step in steps.items()
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A row of `HEADER` for each order."""
+    columns = "{:.1f}", "{:.1f}", "{:.2f}", "{:.0f}", "{:.3g}", "{:.1f}", "{:.0e}"
+    return [
+        [
+            f"{ORDERS[order]} (`{order}`)",
+            *(c.format(x) for c, x in zip(columns, row.values(), strict=True)),
+        ]
+        for order, row in results.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -16,21 +16,20 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
 
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from absl import app, flags, logging
 
+from benchmarks.common import JSON, SECONDS, SIZE, by_turns, describe_machine, markdown
+from benchmarks.steps import matmul_peak
 from serkd_jax.frontends import (
     ACCELERATOR_BATCHING,
     CPU_BATCHING,
@@ -90,11 +89,8 @@ _MODELS = flags.DEFINE_list(
     ["hubert-large", "wav2vec2-base", "wavlm-base", "whisper-base"],
     f"Some of {', '.join(MODELS)}.",
 )
-_SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "Of the models.")
-_SECONDS = flags.DEFINE_float("seconds", 60, "A case is repeated so long, and at least 3 times.")
 _WRITE = flags.DEFINE_bool("write", False, "Also measure the writing of records (TensorFlow).")
 _CASES = flags.DEFINE_string("cases", "", "Only cases whose name has this.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
 class Case(NamedTuple):
@@ -107,62 +103,81 @@ class Case(NamedTuple):
 
 
 Extract = Callable[[], list[np.ndarray]]
+HEADER = ("encoder", "clips", "ours, s/s", "torch, s/s", "ratio", "of matmul peak", "difference")
 
 
 def main(argv: list[str]) -> None:
     """Measures every case of every model and prints a table."""
     del argv
-    logging.set_verbosity(logging.WARNING)
-    transformers.logging.set_verbosity_error()
     gpu = jax.default_backend() == "gpu"
     dtype = "bfloat16" if gpu else "float32"
-    torch.set_num_threads(os.cpu_count())
-    peak = matmul_peak(dtype, 8192 if gpu else 2048)
-    about = describe() | {"dtype": dtype, "matmul TFLOP/s": round(peak / 1e12, 3)}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print("| encoder | clips | ours, s/s | torch, s/s | ratio | of matmul peak | difference |")
-    print("|---|---|---|---|---|---|---|")
-    ratios: dict[str, float] = {}
+    peak = matmul_peak(not gpu)
+    about = describe_machine() | {"dtype": dtype, "matmul TFLOP/s": round(peak / 1e12, 3)}
+    about |= {"size": SIZE.value}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    rows: list[dict[str, Any]] = []
     for name in _MODELS.value:
-        ratios |= measure_model(name, dtype, peak, gpu)
+        rows += measure(name, _CASES.value, peak, SECONDS.value, SIZE.value == "tiny")
+    print(markdown(HEADER, table(rows)))
     if _WRITE.value:
         print(f"The extractor without a model: {measure_writing(1024):.0f} s of audio a second.")
-    if _JSON.value:
+    if JSON.value:
+        ratios = {f"{row['model']}, {row['clips']}": round(row["ratio"], 3) for row in rows}
         print(json.dumps({"ratio": ratios, **about}))
 
 
-def measure_model(name: str, dtype: str, peak: float, gpu: bool) -> dict[str, float]:
-    """Prints a row for every case of a model; returns their ratios."""
-    torch.manual_seed(0)
-    model, ratios = make_model(name), {}
+def measure(
+    name: str, wanted: str, peak: float, seconds: float, tiny: bool = False
+) -> list[dict[str, Any]]:
+    """Both on the cases of a model whose name has ``wanted``, each for so many seconds."""
+    logging.set_verbosity(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count())
+    torch.compiler.reset()
+    gpu = jax.default_backend() == "gpu"
+    dtype = "bfloat16" if gpu else "float32"
+    model, rows = make_model(name, tiny), []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         encoder = model.encoder if model.config.model_type == "whisper" else model
         encoder = encoder.eval().to("cuda" if gpu else "cpu", getattr(torch, dtype))
         for title, case in make_cases(model.config.model_type == "whisper", gpu).items():
-            if _CASES.value not in title:
+            if wanted not in title:
                 continue
-            ours = make_ours(folder, case, dtype)
-            theirs = make_theirs(encoder, case, gpu)
-            difference = compare(ours(), theirs())
-            time_ours, time_theirs = measure(ours, theirs)
-            seconds = sum(map(len, case.clips)) / 16_000
-            operations = sum(
-                count_operations(model.config, num_frames(len(clip))) for clip in case.clips
+            extract = {"ours": make_ours(folder, case, dtype)}
+            extract["torch"] = make_theirs(encoder, case, gpu)
+            difference = compare(*(one() for one in extract.values()))
+            times = by_turns(extract, seconds)
+            ours, theirs = (min(times[who]) for who in ("ours", "torch"))
+            audio = sum(map(len, case.clips)) / 16_000
+            frames = [num_frames(len(clip)) for clip in case.clips]
+            operations = sum(count_operations(model.config, count) for count in frames)
+            rows.append(
+                {
+                    "model": name,
+                    "clips": title,
+                    "ours s/s": audio / ours,
+                    "torch s/s": audio / theirs,
+                    "ratio": theirs / ours,
+                    "share of peak": operations / ours / peak,
+                    "difference": difference,
+                }
             )
-            ratio = ratios[f"{name}, {title}"] = round(time_theirs / time_ours, 3)
-            print(
-                f"| {name} | {title} | {seconds / time_ours:.2f} | {seconds / time_theirs:.2f} | "
-                f"{ratio:.2f} | {operations / time_ours / peak:.0%} | {difference:.0e} |",
-                flush=True,
-            )
-    return ratios
+            print(rows[-1], flush=True)
+    return rows
 
 
-def make_model(name: str) -> transformers.PreTrainedModel:
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A row of `HEADER` for each case."""
+    columns = "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.0%}", "{:.0e}"
+    return [[c.format(x) for c, x in zip(columns, row.values(), strict=True)] for row in rows]
+
+
+def make_model(name: str, tiny: bool) -> transformers.PreTrainedModel:
     """A model of torch with random weights."""
+    torch.manual_seed(0)
     family, changes = MODELS[name]
-    if _SIZE.value == "tiny":
+    if tiny:
         changes = changes | (TINY_WHISPER if family == "Whisper" else TINY)
     changes |= NO_DECODER if family == "Whisper" else {}
     sdpa = {} if family == "WavLM" else {"attn_implementation": "sdpa"}
@@ -284,17 +299,6 @@ def pad(
     return waveform, mask
 
 
-def measure(ours: Extract, theirs: Extract) -> tuple[float, float]:
-    """Seconds of each at its fastest; by turns, and both have run before."""
-    times: tuple[list[float], list[float]] = ([], [])
-    while len(times[1]) < 3 or sum(map(sum, times)) < _SECONDS.value:
-        for extract, taken in zip((ours, theirs), times, strict=True):
-            start = time.perf_counter()
-            extract()
-            taken.append(time.perf_counter() - start)
-    return min(times[0]), min(times[1])
-
-
 def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """The largest over the clips of |ours - theirs| / |theirs|."""
     return max(
@@ -322,19 +326,6 @@ def count_operations(config: transformers.PreTrainedConfig, frames: int) -> int:
     layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * frames * width
     products = channels * width + positions * width + config.num_hidden_layers * layer
     return operations + 2 * frames * products
-
-
-def matmul_peak(dtype: str, size: int) -> float:
-    """Operations a second of the best of twenty products of square matrices."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        product(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
 
 
 def measure_writing(width: int) -> float:
@@ -367,18 +358,6 @@ def measure_writing(width: int) -> float:
         start = time.perf_counter()
         extract_features(Source(), Frontend(), frames, Path(folder) / "out")
         return count * num_samples(frames) / 16_000 / (time.perf_counter() - start)
-
-
-def describe() -> dict[str, object]:
-    """Machine and versions."""
-    packages = ("jax", "torch", "transformers")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "size": _SIZE.value,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
-    }
 
 
 if __name__ == "__main__":

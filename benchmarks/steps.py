@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is torch's as well
@@ -33,36 +34,68 @@ from ml_collections import ConfigDict
 from benchmarks import torch_steps
 from benchmarks.common import (
     CLASSES,
+    JSON,
     PASSES,
+    SECONDS,
+    by_turns,
     describe,
     make_batch,
     make_config,
     make_examples,
     make_steps,
+    markdown,
     student_operations,
 )
 from serkd_jax.parallel import replicate
 
-_SECONDS = flags.DEFINE_float("seconds", 30, "Each step is repeated so long, at least 3 times.")
 _ORDER = flags.DEFINE_string("order", "second_order", "Of our meta-gradient; see meta.order.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
+
+HEADER = ("step", "steps/s", "torch", "ratio", "of the medians", "share of peak", "torch")
 
 
 def main(argv: list[str]) -> None:
     """Measures every step in both and prints a table."""
     del argv
-    on_cpu = jax.default_backend() == "cpu"
     config, variates = make_config()
-    more = {"cores": os.cpu_count(), "torch": torch.__version__}
-    about = describe(config, **more, dtype="float32" if on_cpu else "bfloat16")
+    on_cpu = jax.default_backend() == "cpu"
+    about = describe(config, dtype="float32" if on_cpu else "bfloat16")
     peak = matmul_peak(on_cpu)
     print(f"matrix products reach {peak / 1e12:.3g} TFLOP/s", flush=True)
+    results = measure(config, variates, _ORDER.value, peak, SECONDS.value)
+    print(markdown(HEADER, table(results)))
+    meta = results["kd"]["steps/s"] / results["meta"]["steps/s"]
+    print(f"A meta step ({_ORDER.value}) takes as long as {meta:.2f} plain distillation steps.")
+    if JSON.value:
+        ratio = {name: row["ratio"] for name, row in results.items()}
+        print(json.dumps({"ratio": ratio, "meta of kd": meta, "steps": results, **about}))
+
+
+def measure(
+    config: ConfigDict, variates: int, order: str, peak: float, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Each step by turns with torch's, of which there is one for a CPU and for NVIDIA's GPUs.
+
+    Args:
+        config: the recipe, in the size to measure.
+        variates: N.
+        order: of our meta-gradient.
+        peak: operations a second of a large matrix product.
+        seconds: each step is repeated so long.
+    """
+    on_cpu = jax.default_backend() == "cpu"
     train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
-    ours = our_steps(config, variates, train, quiz)
-    theirs = their_steps(config, variates, train, quiz, on_cpu)
-    results = {}
+    ours = our_steps(config, variates, order, train, quiz)
+    has_peer = on_cpu or torch.cuda.is_available()
+    theirs = their_steps(config, variates, train, quiz, on_cpu) if has_peer else {}
+    count, results = 1 if on_cpu else 20, {}
     for name, passes in PASSES.items():
-        mine, peer = by_turns(ours[name], theirs[name], count=1 if on_cpu else 20)
+        steps = {"ours": ours[name]} | ({"torch": theirs[name]} if has_peer else {})
+        cases = {who: partial(take, count) for who, take in steps.items()}
+        for case in cases.values():
+            case()
+        times = by_turns(cases, seconds)
+        mine, peer = ([x / count for x in times.get(who, [np.nan])] for who in ("ours", "torch"))
         operations = passes * config.batch_size * student_operations(config, variates)
         results[name] = {
             "steps/s": 1 / min(mine),
@@ -73,22 +106,24 @@ def main(argv: list[str]) -> None:
             "torch share": operations / min(peer) / peak,
         }
         print(name, results[name], flush=True)
-    print("| step | steps/s | torch | ratio | of the medians | share of peak | torch |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in results.items():
-        columns = "| {} | {:.3g} | {:.3g} | {:.2f} | {:.2f} | {:.0%} | {:.0%} |"
-        print(columns.format(name, *row.values()))
-    meta = results["kd"]["steps/s"] / results["meta"]["steps/s"]
-    print(f"A meta step ({_ORDER.value}) takes as long as {meta:.2f} plain distillation steps.")
-    if _JSON.value:
-        ratio = {name: row["ratio"] for name, row in results.items()}
-        print(json.dumps({"ratio": ratio, "meta of kd": meta, "steps": results, **about}))
+    return results
 
 
-def our_steps(config: ConfigDict, variates: int, train: dict, quiz: dict) -> dict[str, Callable]:
+def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A row of `HEADER` for each step."""
+    columns = "{:.3g}", "{:.3g}", "{:.2f}", "{:.2f}", "{:.0%}", "{:.0%}"
+    return [
+        [name, *(c.format(x) for c, x in zip(columns, row.values(), strict=True))]
+        for name, row in results.items()
+    ]
+
+
+def our_steps(
+    config: ConfigDict, variates: int, order: str, train: dict, quiz: dict
+) -> dict[str, Callable]:
     """Name -> a function that takes so many steps and waits for them."""
     examples = make_examples(train, quiz)
-    plain, cases = make_steps(config, variates, _ORDER.value, examples)
+    plain, cases = make_steps(config, variates, order, examples)
 
     def make(name: str) -> Callable[[int], None]:
         steps, state, rows = cases[name]
@@ -119,6 +154,7 @@ def their_steps(
     device = "cpu" if on_cpu else "cuda"
     dtype = None if on_cpu else torch.bfloat16
     torch.set_float32_matmul_precision("high")  # on a GPU, XLA's default, too
+    torch.compiler.reset()
     hidden = config.teacher.projector
     steps = torch_steps.make_steps(
         config, CLASSES, variates, hidden, device, dtype, compile=not on_cpu
@@ -142,39 +178,30 @@ def their_steps(
     return {name: make(name) for name in PASSES}
 
 
-def by_turns(mine: Callable, peer: Callable, count: int) -> tuple[list[float], list[float]]:
-    """Seconds a step of both, after a step to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for take in (mine, peer):
-        take(count)
-    while len(times[0]) < 3 or sum(map(sum, times)) * count < _SECONDS.value:
-        for take, taken in zip((mine, peer), times, strict=True):
-            start = time.perf_counter()
-            take(count)
-            taken.append((time.perf_counter() - start) / count)
-    return times
-
-
 def matmul_peak(on_cpu: bool) -> float:
     """Operations a second of one large matrix product, the faster of XLA's and torch's."""
     size, repeats = (2048, 5) if on_cpu else (8192, 50)
     x = jax.random.normal(jax.random.key(0), (size, size))
     a = x if on_cpu else x.astype(jnp.bfloat16)
-    b = torch.randn(size, size)
-    b = b if on_cpu else b.to("cuda", torch.bfloat16)
     product = jax.jit(jnp.matmul)
 
     def xla() -> Any:
         return jax.block_until_ready([product(a, a) for _ in range(repeats)])
 
-    def by_torch() -> Any:
-        out = [b @ b for _ in range(repeats)]
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return out
+    cases = [xla]
+    if on_cpu or torch.cuda.is_available():
+        b = torch.randn(size, size)
+        b = b if on_cpu else b.to("cuda", torch.bfloat16)
 
+        def by_torch() -> None:
+            for _ in range(repeats):
+                b @ b
+            if not on_cpu:
+                torch.cuda.synchronize()
+
+        cases.append(by_torch)
     fastest = []
-    for run in (xla, by_torch):
+    for run in cases:
         run()
         for _ in range(3):
             start = time.perf_counter()

@@ -6,7 +6,7 @@ Every part that is done is reused. :meth:`Experiment.run_fold` is the paper's or
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,98 +39,37 @@ STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
 
 
 class Experiment:
-    """One run: a config, its data, its folds, and the order of the stages."""
+    """One run: a config, its data, its folds, and the order of the stages.
 
-    def __init__(self, config: ConfigDict, workdir: str | Path, profile: bool = False):
-        """Prepares records and features (or finds them) and makes the folds.
+    Attributes:
+        config: the recipe.
+        workdir: where everything goes.
+        programs: models and compiled steps.
+        table: what the records say of each utterance; rows of all else are rows of it.
+        folds: the rows of each part.
+        features: the student's inputs.
+        teacher_inputs: the teacher's, waveforms or features.
+        data_report: what a reader of the results must know of the data, as Markdown.
+        profile: whether the first fold's stages trace some of their steps.
+    """
 
-        Args:
-            config: the recipe.
-            workdir: where everything goes.
-            profile: whether the first fold's stages trace some of their steps.
-
-        Raises:
-            UserError: bad data or configuration, or a workdir that holds another run.
-        """
-        check_config(config)
-        self.config, self.workdir, self.profile = config, Path(workdir), profile
-        self.quiz_batch_size = config.meta.quiz_batch_size or config.batch_size
-        sizes = {"batch_size": config.batch_size, "meta.quiz_batch_size": self.quiz_batch_size}
-        devices = parallel.choose_devices(config.num_devices, sizes)
-        cache = Path(config.cache_dir or self.workdir / "data")
-        max_frames = config.max_frames
-
-        corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
-        if parallel.is_first_process():
-            prepare.prepare_records(corpus, cache)
-        parallel.wait_for_processes("records written")
-        records_dir = prepare.prepare_records(corpus, cache)
-        self.table = reader.load_table(records_dir)
-        counted = counts.check_counts(self.table, corpus, config.strict, most_named=20)
-        self.folds = self._make_folds()
-        splits = folds_as_json(self.folds, self.table.ids)
-        # Enough batches for the largest fold's training part, so that all folds share programs.
-        largest = max(len(fold.train) for fold in self.folds)
-        self.steps_per_epoch = -(-largest // config.batch_size)
-
-        frontend = make_frontend(config.frontend, parallel.local_devices(devices))
-        teacher_frontend = frontend
-        if config.teacher.frontend.name:
-            teacher_frontend = make_frontend(
-                config.teacher.frontend, parallel.local_devices(devices)
-            )
-        has_teacher = "teacher" in chosen_stages(config)
-        reads_waveforms = has_teacher and config.teacher.input == "waveform"
-        reads_its_own = has_teacher and teacher_frontend is not frontend
-        samples = num_samples(max_frames)
-        width = frontend.width + reads_its_own * teacher_frontend.width
-        bytes_of_all = 2 * len(self.table) * (max_frames * width + samples * reads_waveforms)
-        resident = batches.are_resident(config.examples, bytes_of_all, devices)
-        self.programs = Programs(
-            config,
-            len(self.table.class_names),
-            (max_frames, frontend.width),
-            teacher_frontend.width,
-            self.steps_per_epoch,
-            devices,
-            resident,
-        )
-        self._claim_workdir(
-            {
-                "the corpus": corpus.fingerprint,
-                "the splits": hashlib.sha256(splits.encode()).hexdigest()[:16],
-                "the front-end": frontend.fingerprint,
-                "the teacher's front-end": teacher_frontend.fingerprint,
-                "the teacher's weights": self.programs.weights_hash,
-            },
-            splits,
-        )
-        self.data_report = "\n\n".join([counted, *self._notes(frontend, teacher_frontend)])
-
-        def open_features(frontend: Frontend) -> batches.Examples:
-            folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
-            return self._open(folder, "features", max_frames)
-
-        self.features = self.teacher_inputs = open_features(frontend)
-        if reads_waveforms:
-            self.teacher_inputs = self._open(records_dir, "audio", samples)
-        elif reads_its_own:
-            self.teacher_inputs = open_features(teacher_frontend)
-
-    def _open(self, folder: Path, name: str, length: int) -> batches.Examples:
-        """The utterances with one array of records as their inputs."""
-        if self.programs.resident:
-            ids, inputs, lengths = reader.load_arrays(folder, name, length)
-            columns, read = {"inputs": inputs}, None
-        else:
-            counted = {"features": "num_frames", "audio": "num_samples"}[name]
-            ids, lengths = reader.load_lengths(folder, counted, length)
-            columns, read = {}, reader.RandomReader(folder, name, length)
-        if not np.array_equal(ids, self.table.ids):  # everything is indexed by row
-            raise UserError(f"{folder} does not hold the utterances of the records: delete it")
-        columns |= {"length": lengths, "label": self.table.labels}
-        columns |= {"index": np.arange(len(ids), dtype=np.int32)}
-        return batches.Examples({}, self.programs.devices, read).with_columns(**columns)
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        programs: Programs,
+        table: reader.Table,
+        folds: list[Fold],
+        features: batches.Examples,
+        teacher_inputs: batches.Examples,
+        data_report: str = "",
+        profile: bool = False,
+    ):
+        self.config, self.workdir, self.programs = config, workdir, programs
+        self.table, self.folds = table, folds
+        self.features, self.teacher_inputs = features, teacher_inputs
+        self.data_report, self.profile = data_report, profile
+        self.steps_per_epoch = programs.steps_per_epoch
 
     @cached_property
     def _statistics(self) -> dict[str, Statistics]:
@@ -160,17 +99,6 @@ class Experiment:
             member[fold.train] = True
         measured = parallel.of_first_process(measure_statistics(examples.chunks(), members))
         return dict(zip(names, measured, strict=True))
-
-    def _make_folds(self) -> list[Fold]:
-        table, config = self.table, self.config
-        columns = {
-            "id": table.ids,
-            "speaker": table.speakers,
-            "session": table.sessions,
-            "fold": table.folds,
-            "split": table.splits,
-        }
-        return make_folds(table.labels, columns, config.protocol, config.seed)
 
     def run(self) -> str:
         """Does what is left to do of the chosen stages; returns the scores as Markdown."""
@@ -254,7 +182,7 @@ class Experiment:
         """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
 
         def rows_of(steps: range) -> dict[str, np.ndarray]:
-            quiz = self._stream(fold, "distill", steps, "quiz", self.quiz_batch_size)
+            quiz = self._stream(fold, "distill", steps, "quiz", quiz_batch_size(self.config))
             return {"train": self._stream(fold, "distill", steps), "quiz": quiz}
 
         rng, classifier = self._rng(fold, "distill"), teacher.params["classifier"]
@@ -387,57 +315,173 @@ class Experiment:
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name
 
-    def _notes(self, *frontends: Frontend) -> list[str]:
-        """What a reader of the results must know of the data and of the encoders."""
-        notes = [speaker_note(self.folds, self.table.speakers)]
-        for fold in self.folds:
-            if unused := len(self.table) - sum(map(len, fold.parts.values())):
-                notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
-        sizes = np.bincount(self.table.labels, minlength=len(self.table.class_names))
-        empty = [n for n, size in zip(self.table.class_names, sizes, strict=True) if size == 0]
-        if empty:
-            notes.append(f"No utterance could be used of: {', '.join(empty)}.")
-        limit = num_samples(self.config.max_frames)
-        cut = int((self.table.num_samples > limit).sum())
-        if cut:
-            notes.append(
-                f"{cut} utterances are longer than max_frames={self.config.max_frames} "
-                f"({limit / 16000:.1f} s) and were cut there."
+
+def prepare_experiment(
+    config: ConfigDict, workdir: str | Path, profile: bool = False
+) -> Experiment:
+    """Prepares records and features (or finds them), makes the folds, and claims the workdir.
+
+    Args:
+        config: the recipe.
+        workdir: where everything goes.
+        profile: whether the first fold's stages trace some of their steps.
+
+    Raises:
+        UserError: bad data or configuration, or a workdir that holds another run.
+    """
+    check_config(config)
+    workdir, max_frames = Path(workdir), config.max_frames
+    sizes = {"batch_size": config.batch_size, "meta.quiz_batch_size": quiz_batch_size(config)}
+    devices = parallel.choose_devices(config.num_devices, sizes)
+    cache = Path(config.cache_dir or workdir / "data")
+
+    corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
+    if parallel.is_first_process():
+        prepare.prepare_records(corpus, cache)
+    parallel.wait_for_processes("records written")
+    records_dir = prepare.prepare_records(corpus, cache)
+    table = reader.load_table(records_dir)
+    counted = counts.check_counts(table, corpus, config.strict, most_named=20)
+    folds = _make_folds(table, config)
+    splits = folds_as_json(folds, table.ids)
+
+    local = parallel.local_devices(devices)
+    frontend = teacher_frontend = make_frontend(config.frontend, local)
+    if config.teacher.frontend.name:
+        teacher_frontend = make_frontend(config.teacher.frontend, local)
+    has_teacher = "teacher" in chosen_stages(config)
+    reads_waveforms = has_teacher and config.teacher.input == "waveform"
+    reads_its_own = has_teacher and teacher_frontend is not frontend
+    samples = num_samples(max_frames)
+    width = frontend.width + reads_its_own * teacher_frontend.width
+    bytes_of_all = 2 * len(table) * (max_frames * width + samples * reads_waveforms)
+    # Enough batches for the largest fold's training part, so that all folds share programs.
+    largest = max(len(fold.train) for fold in folds)
+    programs = Programs(
+        config,
+        len(table.class_names),
+        (max_frames, frontend.width),
+        teacher_frontend.width,
+        -(-largest // config.batch_size),
+        devices,
+        batches.are_resident(config.examples, bytes_of_all, devices),
+    )
+    sources = {
+        "the corpus": corpus.fingerprint,
+        "the splits": hashlib.sha256(splits.encode()).hexdigest()[:16],
+        "the front-end": frontend.fingerprint,
+        "the teacher's front-end": teacher_frontend.fingerprint,
+        "the teacher's weights": programs.weights_hash,
+    }
+    _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
+
+    def open_features(frontend: Frontend) -> batches.Examples:
+        folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
+        return _open(folder, "features", max_frames, table, programs)
+
+    features = teacher_inputs = open_features(frontend)
+    if reads_waveforms:
+        teacher_inputs = _open(records_dir, "audio", samples, table, programs)
+    elif reads_its_own:
+        teacher_inputs = open_features(teacher_frontend)
+    notes = [counted, *_notes(config, table, folds, programs, (frontend, teacher_frontend))]
+    data = table, folds, features, teacher_inputs
+    return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
+
+
+def quiz_batch_size(config: ConfigDict) -> int:
+    """Of the distillation's quiz; by default that of a training batch."""
+    return config.meta.quiz_batch_size or config.batch_size
+
+
+def _make_folds(table: reader.Table, config: ConfigDict) -> list[Fold]:
+    columns = {
+        "id": table.ids,
+        "speaker": table.speakers,
+        "session": table.sessions,
+        "fold": table.folds,
+        "split": table.splits,
+    }
+    return make_folds(table.labels, columns, config.protocol, config.seed)
+
+
+def _open(
+    folder: Path, name: str, length: int, table: reader.Table, programs: Programs
+) -> batches.Examples:
+    """The utterances with one array of records as their inputs."""
+    if programs.resident:
+        ids, inputs, lengths = reader.load_arrays(folder, name, length)
+        columns, read = {"inputs": inputs}, None
+    else:
+        counted = {"features": "num_frames", "audio": "num_samples"}[name]
+        ids, lengths = reader.load_lengths(folder, counted, length)
+        columns, read = {}, reader.RandomReader(folder, name, length)
+    if not np.array_equal(ids, table.ids):  # everything is indexed by row
+        raise UserError(f"{folder} does not hold the utterances of the records: delete it")
+    columns |= {"length": lengths, "label": table.labels}
+    columns |= {"index": np.arange(len(ids), dtype=np.int32)}
+    return batches.Examples({}, programs.devices, read).with_columns(**columns)
+
+
+def _notes(
+    config: ConfigDict,
+    table: reader.Table,
+    folds: list[Fold],
+    programs: Programs,
+    frontends: Sequence[Frontend],
+) -> list[str]:
+    """What a reader of the results must know of the data and of the encoders."""
+    notes = [speaker_note(folds, table.speakers)]
+    for fold in folds:
+        if unused := len(table) - sum(map(len, fold.parts.values())):
+            notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
+    sizes = np.bincount(table.labels, minlength=len(table.class_names))
+    empty = [n for n, size in zip(table.class_names, sizes, strict=True) if size == 0]
+    if empty:
+        notes.append(f"No utterance could be used of: {', '.join(empty)}.")
+    limit = num_samples(config.max_frames)
+    cut = int((table.num_samples > limit).sum())
+    if cut:
+        notes.append(
+            f"{cut} utterances are longer than max_frames={config.max_frames} "
+            f"({limit / 16000:.1f} s) and were cut there."
+        )
+    if {"distill", "curriculum"} & {*chosen_stages(config)}:
+        notes.append(_hidden_note(programs))
+    assumptions = [frontend.assumption for frontend in frontends]
+    if checkpoint := programs.checkpoint:
+        assumptions.append(checkpoint.assumption)
+    return [*notes, *dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)]
+
+
+def _hidden_note(programs: Programs) -> str:
+    """How Eqs. 8, 9 and 12 compare the student's hidden vectors with the teacher's."""
+    student, teacher = programs.student_hidden, programs.teacher_hidden
+    told = f"h(., S) has {student} numbers and h(., T) {teacher}: Eqs. 8, 9 and 12 read h(., S)"
+    if programs.adapter:
+        return f"{told} through a linear adapter, which is trained and not deployed."
+    return f"{told} as it is, with no adapter."
+
+
+def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], splits: str) -> None:
+    """Writes what this run is, or refuses a workdir in which another one has trained."""
+    path = workdir / "run.json"
+    settings = {k: v for k, v in _flatten(config.to_dict()).items() if k not in PLACE_KEYS}
+    mine = sources | settings
+    if any(workdir.glob("fold_*")) and path.exists():
+        theirs = json.loads(path.read_text())
+        differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
+        if differ:
+            changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise UserError(
+                f"{workdir} holds checkpoints of another run ({changes}{more}). Use "
+                "another --workdir, or delete this one"
             )
-        if {"distill", "curriculum"} & {*chosen_stages(self.config)}:
-            notes.append(self._hidden_note())
-        assumptions = [frontend.assumption for frontend in frontends]
-        if checkpoint := self.programs.checkpoint:
-            assumptions.append(checkpoint.assumption)
-        return [*notes, *dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)]
-
-    def _hidden_note(self) -> str:
-        """How Eqs. 8, 9 and 12 compare the student's hidden vectors with the teacher's."""
-        student, teacher = self.programs.student_hidden, self.programs.teacher_hidden
-        told = f"h(., S) has {student} numbers and h(., T) {teacher}: Eqs. 8, 9 and 12 read h(., S)"
-        if self.programs.adapter:
-            return f"{told} through a linear adapter, which is trained and not deployed."
-        return f"{told} as it is, with no adapter."
-
-    def _claim_workdir(self, sources: dict[str, str], splits: str) -> None:
-        """Writes what this run is, or refuses a workdir in which another one has trained."""
-        path = self.workdir / "run.json"
-        config = {k: v for k, v in _flatten(self.config.to_dict()).items() if k not in PLACE_KEYS}
-        mine = sources | config | {"dtype": self.programs.dtype or "float32"}
-        if any(self.workdir.glob("fold_*")) and path.exists():
-            theirs = json.loads(path.read_text())
-            differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
-            if differ:
-                changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
-                more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-                raise UserError(
-                    f"{self.workdir} holds checkpoints of another run ({changes}{more}). Use "
-                    "another --workdir, or delete this one"
-                )
-        parallel.wait_for_processes("workdir claimed")
-        report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
-        report.write_atomically(self.workdir / "splits.json", splits)
-        parallel.wait_for_file(path, "workdir described", "--workdir")
+    parallel.wait_for_processes("workdir claimed")
+    report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
+    report.write_atomically(workdir / "splits.json", splits)
+    parallel.wait_for_file(path, "workdir described", "--workdir")
 
 
 def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:

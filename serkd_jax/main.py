@@ -24,13 +24,15 @@ def main(argv: list[str]) -> None:
 
 
 def _run_experiment() -> None:
-    from serkd_jax.experiment import Experiment  # slow to import, so after the flags are parsed
+    from serkd_jax.experiment import (
+        prepare_experiment,
+    )  # slow to import, so after the flags are parsed
 
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     if parallel.is_first_process():
         print(f"{_describe_run(_CONFIG.value)}\n", flush=True)
-    experiment = Experiment(_CONFIG.value, workdir, _PROFILE.value)
+    experiment = prepare_experiment(_CONFIG.value, workdir, _PROFILE.value)
     if parallel.is_first_process():
         print(f"{experiment.data_report}\n", flush=True)
     report = experiment.run()

@@ -17,7 +17,7 @@ from serkd_jax.deploy.folder import FRONTEND
 from serkd_jax.deploy.trained import load_test_inputs, load_trained
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.predict import load_model
 from serkd_jax.programs import STAGES
@@ -56,7 +56,7 @@ def tiny_run(manifest: Path, workdir: Path, **changes):
     for stage in STAGES:
         config[stage].epochs = 1
     config.update_from_flattened_dict(changes)
-    Experiment(config, workdir).run()
+    prepare_experiment(config, workdir).run()
     return json.loads((workdir / "results.json").read_text())
 
 

@@ -13,7 +13,7 @@ import pytest
 from finished_runs import final_arrays
 from serkd_jax import experiment
 from serkd_jax.errors import UserError
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import prepare_experiment
 from serkd_jax.programs import STAGES
 from serkd_jax.report import ROWS
 from tiny_config import get_config
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def finished(tmp_path_factory):
     """A workdir in which a tiny experiment has run to its end, and the report."""
     workdir = tmp_path_factory.mktemp("finished")
-    report = Experiment(get_config(), workdir, profile=True).run()
+    report = prepare_experiment(get_config(), workdir, profile=True).run()
     return workdir, report
 
 
@@ -71,7 +71,7 @@ def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished)
 def test_the_quiz_batch_may_have_a_size_of_its_own(finished, tmp_path, monkeypatch):
     config = get_config()
     config.cache_dir = str(finished[0] / "data")
-    run = Experiment(config, tmp_path)
+    run = prepare_experiment(config, tmp_path)
     rows = []
     monkeypatch.setattr(experiment, "train", lambda stage, _: rows.append(stage.take(range(2))[1]))
     teacher = SimpleNamespace(params={"classifier": None})
@@ -87,7 +87,7 @@ def test_a_second_start_reuses_everything_and_forgets_nothing(finished, stages, 
     monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("trained again"))
     config = get_config()
     config.stages = stages
-    assert Experiment(config, workdir).run() == report
+    assert prepare_experiment(config, workdir).run() == report
 
 
 @pytest.mark.slow
@@ -96,11 +96,11 @@ def test_chosen_stages_alone_are_run_and_the_others_can_follow(finished, tmp_pat
     config = get_config()
     config.cache_dir = str(finished[0] / "data")
     config.stages = "student"
-    report = Experiment(config, tmp_path).run()
+    report = prepare_experiment(config, tmp_path).run()
     assert "Confusion of the student" in report
     assert [path.name for path in (tmp_path / "fold_1").iterdir() if path.is_dir()] == ["student"]
     config.stages = "teacher"
-    Experiment(config, tmp_path).run()
+    prepare_experiment(config, tmp_path).run()
     whole, part = (json.loads((w / "results.json").read_text()) for w in (finished[0], tmp_path))
     for rows, all_rows in zip(part["folds"].values(), whole["folds"].values(), strict=True):
         assert rows == {row: all_rows[row] for row in ("teacher", "student")}
@@ -111,10 +111,10 @@ def test_the_splits_of_a_workdir_can_be_used_again(finished, tmp_path):
     config = get_config()
     config.seed = 1  # draws other splits
     config.cache_dir = str(finished[0] / "data")
-    drawn = Experiment(config, tmp_path / "drawn")
+    drawn = prepare_experiment(config, tmp_path / "drawn")
     assert (tmp_path / "drawn" / "splits.json").read_text() != written.read_text()
     config.protocol.update({"split_by": "file", "file": str(written)})
-    read = Experiment(config, tmp_path / "read")
+    read = prepare_experiment(config, tmp_path / "read")
     assert (tmp_path / "read" / "splits.json").read_text() == written.read_text()
     for fold, other in zip(read.folds, drawn.folds, strict=True):
         assert np.array_equal(fold.test, other.test)
@@ -128,22 +128,22 @@ def test_a_workdir_that_was_trained_on_other_splits_is_refused(finished, tmp_pat
     config = get_config()
     config.protocol.update({"split_by": "file", "file": str(tmp_path / "swapped.json")})
     with pytest.raises(UserError, match="the splits: "):
-        Experiment(config, finished[0])
+        prepare_experiment(config, finished[0])
 
 
 def test_another_config_in_the_same_workdir_is_refused_and_named(finished):
     config = get_config()
     config.student.width = 32
     with pytest.raises(UserError, match=r"student\.width: 16 -> 32"):
-        Experiment(config, finished[0])
+        prepare_experiment(config, finished[0])
 
 
 def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     config = get_config()
     config.protocol.groups_per_fold = 4
     with pytest.raises(UserError, match="has only 4"):
-        Experiment(config, tmp_path)
-    assert len(Experiment(get_config(), tmp_path).folds) == 2
+        prepare_experiment(config, tmp_path)
+    assert len(prepare_experiment(get_config(), tmp_path).folds) == 2
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, me
     config = get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        Experiment(config, tmp_path)
+        prepare_experiment(config, tmp_path)
     assert not list((tmp_path).rglob("features"))
 
 
@@ -189,7 +189,7 @@ def test_features_are_standardised_by_each_folds_training_part(finished, tmp_pat
     config.examples = examples
     config.teacher.frontend = config.frontend.copy_and_resolve_references()
     config.teacher.frontend.num_mels = 5
-    prepared = Experiment(config, tmp_path)
+    prepared = prepare_experiment(config, tmp_path)
     for seen, measured in (
         (prepared.features, prepared._statistics),
         (prepared.teacher_inputs, prepared._teacher_statistics),
@@ -215,7 +215,7 @@ def test_a_recipe_that_does_not_standardise_reads_features_as_they_are(finished,
     config = get_config()
     config.cache_dir = str(finished[0] / "data")
     config.student.standardize = config.teacher.standardize = False
-    prepared = Experiment(config, tmp_path)
+    prepared = prepare_experiment(config, tmp_path)
     for measured in (prepared._statistics, prepared._teacher_statistics):
         for fold in prepared.folds:
             np.testing.assert_array_equal(measured[fold.name].mean, np.zeros(8))
@@ -226,7 +226,7 @@ def test_examples_read_from_records_give_the_same_run_bit_for_bit(finished, tmp_
     config = get_config()
     config.examples = "records"
     config.cache_dir = str(finished[0] / "data")
-    Experiment(config, tmp_path).run()
+    prepare_experiment(config, tmp_path).run()
     for path in finished[0].glob("fold_*/predictions.npz"):
         with np.load(path) as expected, np.load(tmp_path / path.relative_to(finished[0])) as actual:
             for name in expected.files:
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
     for path in checkpoints.rglob("d/*"):
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"student.*Delete .*fold_1"):
-        Experiment(get_config(), workdir).run()
+        prepare_experiment(get_config(), workdir).run()
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage_with_the_remedy(tmp_path):
@@ -250,14 +250,14 @@ def test_a_loss_that_is_not_finite_stops_the_stage_with_the_remedy(tmp_path):
     config.optimizer.clip_norm = 0.0
     config.optimizer.warmup = 0.0
     with pytest.raises(UserError, match=r"not finite.*learning rate"):
-        Experiment(config, tmp_path).run()
+        prepare_experiment(config, tmp_path).run()
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
     config = get_config()
     config.num_devices, config.batch_size = 3, 16
     with pytest.raises(UserError, match="batch_size 16 is not divisible by the 3 devices"):
-        Experiment(config, tmp_path)
+        prepare_experiment(config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from serkd_jax.deploy.backends import at_most, load_classifier
 from serkd_jax.deploy.folder import FILES, read_config
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained, model_config
 from serkd_jax.errors import UserError
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import BATCH, export
 from serkd_jax.frontends import Pretrained, make_frontend
 from serkd_jax.metrics import bootstrap_intervals, classification_metrics
@@ -36,7 +36,7 @@ CLOSE = 0.5
 def workdir(tmp_path_factory):
     """A finished run of the tiny recipe."""
     workdir = tmp_path_factory.mktemp("finished")
-    Experiment(get_config(), workdir).run()
+    prepare_experiment(get_config(), workdir).run()
     return workdir
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from layouts import tone, write_wav
 from serkd_jax import experiment
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import prepare_experiment
 from serkd_jax.programs import STAGES, Programs
 from serkd_jax.report import ROWS
 from serkd_jax.splits import PARTS, make_folds
@@ -82,7 +82,7 @@ def prepare(corpus, tmp_path_factory):
         for stage in STAGES:
             config[stage].update(epochs=EPOCHS, learning_rate=1e-2)
         config.update_from_flattened_dict(changes)
-        return Experiment(config, tmp_path_factory.mktemp(manifest))
+        return prepare_experiment(config, tmp_path_factory.mktemp(manifest))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "Programs", shared_programs)

@@ -15,7 +15,7 @@ from serkd_jax.data import reader
 from serkd_jax.data.corpora import MELD
 from serkd_jax.data.prepare import extract_features, prepare_records
 from serkd_jax.data.sources import AudioFiles
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import prepare_experiment
 from serkd_jax.frontends import LogMel
 from tiny_config import get_config
 
@@ -135,7 +135,7 @@ def test_a_run_on_records_that_are_there_needs_no_tensorflow(tmp_path):
     assert "tensorflow is not here" in run(train).stderr
     config = get_config()
     config.cache_dir = f"{tmp_path}/cache"
-    Experiment(config, tmp_path / "with")  # makes what is read
+    prepare_experiment(config, tmp_path / "with")  # makes what is read
     done = run(train)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| student |" in done.stdout

@@ -111,8 +111,8 @@ def attend(
 
     On a GPU, in half precision, it is cuDNN's fused kernel; on a CPU it goes head by head, so that
     a head's weights stay in the cache and are computed again for the gradient rather than kept.
-    In both, tangent and gradient are each the other's transpose, so that a gradient can go back
-    through a gradient; they have no derivatives in query, key and value. Those are in ``plain``.
+    A gradient can go back through that of cuDNN's kernel, but as far as it is linear: its own
+    derivatives in query, key and value are in ``plain`` alone, and it is not to be vmapped.
 
     Args:
         query: (B, heads, L, D / heads).
@@ -130,24 +130,31 @@ def attend(
 
 
 def attention_tangent(
-    weights: jax.Array, heads: Sequence[jax.Array], out: jax.Array, tangents: Sequence[jax.Array]
+    weights: jax.Array, heads: Sequence[jax.Array], tangents: Sequence[jax.Array]
 ) -> jax.Array:
-    """The tangent of ``out``, which is weights @ value, along those of query, key and value.
+    """The tangent of weights @ value along those of query, key and value.
 
     Args:
         weights: (..., L, L), at least float32.
         heads: query, key and value, (..., L, d).
-        out: (..., L, d).
         tangents: as ``heads``.
     """
     (query, key, value), (query_moves, key_moves, value_moves) = heads, tangents
-    # q̇ kᵀ + q k̇ᵀ as one product, whose scale is that of d and not of 2 d.
-    logits_move = 2**0.5 * attention_logits(
-        jnp.concatenate([query_moves, query], -1), jnp.concatenate([key, key_moves], -1), None
+    precise, dtype = weights.dtype, value.dtype
+    # XLA on a CPU is slow at products with a large matrix that is transposed. The order of the
+    # factors and the barriers, which keep XLA from another one, spare the gradient such products.
+    fixed, turn = jax.lax.optimization_barrier, functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
+    logits_move = jnp.einsum("...qd,...kd->...qk", query_moves, key, preferred_element_type=precise)
+    logits_move += jnp.einsum(
+        "...dq,...dk->...qk",
+        fixed(turn(query)),
+        fixed(turn(key_moves)),
+        preferred_element_type=precise,
     )
-    moves = weights * logits_move
-    moved = moves.astype(value.dtype) @ value + weights.astype(value.dtype) @ value_moves
-    return moved - (moves.sum(-1, keepdims=True) * out).astype(value.dtype)
+    moves = weights * logits_move * query.shape[-1] ** -0.5
+    moves -= weights * moves.sum(-1, keepdims=True)
+    with_values = fixed(turn(value_moves)) @ turn(weights.astype(dtype))
+    return moves.astype(dtype) @ value + turn(fixed(with_values))
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -169,11 +176,11 @@ def _tangent_by_cudnn(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.A
     out, pull_back = jax.vjp(functools.partial(_cudnn, mask=mask), *heads)
 
     def push_forward(residuals: tuple, tangents: tuple) -> jax.Array:
-        (query, key, value), mask, out, _ = residuals
-        weights = attention_weights(query, key, None if mask is None else mask[:, None])
-        return attention_tangent(weights, (query, key, value), out, tangents)
+        heads, mask, _ = residuals
+        logits = attention_logits(*heads[:2], None if mask is None else mask[:, None])
+        return attention_tangent(nn.softmax(logits), heads, tangents)
 
-    residuals = (heads, mask, out, pull_back)
+    residuals = (heads, mask, pull_back)
     return out, linear_call(
         push_forward, lambda residuals, g: residuals[-1](g), residuals, tangents[:3]
     )
@@ -201,10 +208,9 @@ def _attend_by_heads(
         mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
     if bias is None:
         heads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, key, value, mask))
-        return _attend_in_heads(*heads).reshape(query.shape)
+        return _by_heads(_attend_in_head, heads, query.shape[2] ** 2).reshape(query.shape)
 
-    @jax.checkpoint
-    def one(head: tuple) -> jax.Array:
+    def one(*head: jax.Array) -> jax.Array:
         query, key, value, mask, gate, table = head
         return attention_weights(query, key, mask, GatedBias(gate, table)) @ value
 
@@ -213,89 +219,33 @@ def _attend_by_heads(
     return _by_heads(one, split, len(query) * query.shape[2] ** 2).swapaxes(0, 1)
 
 
-def _by_heads(function: Callable[[tuple], Any], heads: tuple, weights: int) -> Any:
+def _by_heads(function: Callable[..., jax.Array], heads: tuple, weights: int) -> jax.Array:
     """Maps arrays of heads, of so many weights each, as many at once as the cache holds."""
+
+    @jax.checkpoint
+    def one(head: tuple) -> jax.Array:
+        return function(*head)
+
     at_once = max(1, WEIGHTS_AT_ONCE // weights)
-    if at_once >= len(jax.tree.leaves(heads)[0]):
-        return jax.vmap(function)(heads)
-    return jax.lax.map(function, heads, batch_size=at_once if at_once > 1 else None)
-
-
-class _Softmax(NamedTuple):
-    """What a head's weights are computed from again: exp(logits - top) / total."""
-
-    query: jax.Array  # (L, d)
-    key: jax.Array  # (L, d)
-    value: jax.Array  # (L, d)
-    mask: jax.Array | None  # (L,)
-    out: jax.Array  # (L, d), weights @ value
-    top: jax.Array  # (L, 1) largest logit of a query
-    total: jax.Array  # (L, 1)
-
-    def weights(self) -> jax.Array:
-        """(L, L), at least float32."""
-        logits = attention_logits(self.query, self.key, self.mask)
-        return jnp.exp(logits - self.top) / self.total
+    if at_once >= len(heads[0]):
+        return jax.vmap(one)(heads)
+    return jax.lax.map(one, heads, batch_size=at_once if at_once > 1 else None)
 
 
 @jax.custom_jvp
-def _attend_in_heads(
+def _attend_in_head(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """Attention of (n, L, d) heads; no head's weights are kept, not for the gradient either."""
-    return _softmax((query, key, value, mask)).out
+    """Attention of one (L, d) head."""
+    return attention_weights(query, key, mask) @ value
 
 
-@_attend_in_heads.defjvp
-def _tangent_in_heads(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    softmax = _softmax(primals)
-    return softmax.out, linear_call(_push_forward, _pull_back, softmax, tangents[:3])
-
-
-def _softmax(heads: tuple) -> _Softmax:
-    def one(head: tuple) -> _Softmax:
-        query, key, value, mask = head
-        logits = attention_logits(query, key, mask)
-        top = logits.max(-1, keepdims=True)
-        weights = jnp.exp(logits - top)
-        total = weights.sum(-1, keepdims=True)
-        out = (weights / total).astype(query.dtype) @ value
-        return _Softmax(query, key, value, mask, out, top, total)
-
-    return _by_heads(one, heads, heads[0].shape[1] ** 2)
-
-
-def _push_forward(heads: _Softmax, tangents: tuple) -> jax.Array:
-    """The tangent of ``out`` along those of query, key and value."""
-
-    def one(arguments: tuple) -> jax.Array:
-        head, tangents = arguments
-        return attention_tangent(head.weights(), head[:3], head.out, tangents)
-
-    return _by_heads(one, (heads, tangents), heads.query.shape[1] ** 2)
-
-
-def _pull_back(heads: _Softmax, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of query, key and value from that of ``out``."""
-
-    def transposed_product(weights: jax.Array, x: jax.Array) -> jax.Array:
-        """weightsᵀ x, as (xᵀ weights)ᵀ: XLA on a CPU is slow where the large one is transposed."""
-        barrier = jax.lax.optimization_barrier
-        return barrier(barrier(x.T) @ weights.astype(x.dtype)).T
-
-    def one(arguments: tuple) -> tuple:
-        head, gradient = arguments
-        weights, precise = head.weights(), head.top.dtype
-        of_weights = jnp.einsum("qd,kd->qk", gradient, head.value, preferred_element_type=precise)
-        mean = (gradient * head.out).sum(-1, keepdims=True, dtype=precise)
-        of_logits = weights * (of_weights - mean) * head.query.shape[-1] ** -0.5
-        return (
-            of_logits.astype(head.key.dtype) @ head.key,
-            transposed_product(of_logits, head.query),
-            transposed_product(weights, gradient),
-        )
-
-    return _by_heads(one, (heads, gradient), heads.query.shape[1] ** 2)
+@_attend_in_head.defjvp
+def _tangent_in_head(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    query, key, value, mask = primals
+    weights = nn.softmax(attention_logits(query, key, mask))
+    out = weights.astype(query.dtype) @ value
+    return out, attention_tangent(weights, (query, key, value), tangents[:3])
 
 
 class SelfAttention(nn.Module):
