@@ -35,6 +35,7 @@ from benchmarks import cost, distill, encoders, steps
 from benchmarks.common import (
     CLASSES,
     PASSES,
+    SECONDS,
     SIZE,
     describe,
     make_batch,
@@ -108,13 +109,14 @@ def main(argv: list[str]) -> None:
     for name in _PARTS.value:
         title, part = parts[name]
         if report.left() <= 0:
-            report.add(name, title, None, "Not run: the minutes are over.")
+            report.add(name, title, {"not run": "no time"}, "Not run: the minutes are over.")
             continue
         start = time.monotonic()
         try:
             result, text = part(config, variates, peak, report)
-        except Exception:
-            result, text = None, f"Failed:\n\n```\n{traceback.format_exc(limit=-6)}```"
+        except Exception as error:
+            result = {"failed": repr(error)}
+            text = f"Failed:\n\n```\n{traceback.format_exc(limit=-6)}```"
         taken = time.monotonic() - start
         report.add(name, title, result, f"{text}\n\nThis part took {taken:.0f} s.")
 
@@ -214,7 +216,7 @@ def measure_steps(
     config: ConfigDict, variates: int, peak: float, report: Report
 ) -> tuple[dict[str, dict[str, float]], str]:
     """Student, plain distillation, meta step, curriculum and evaluation, by turns with torch."""
-    seconds = min(20.0, report.left() / 30)
+    seconds = min(SECONDS.value, report.left() / 30)
     results = steps.measure(config, variates, "second_order", peak, seconds)
     return results, markdown(steps.HEADER, steps.table(results))
 
@@ -224,7 +226,7 @@ def measure_orders(
 ) -> tuple[dict[str, Any], str]:
     """A distillation step by the order of its meta-gradient."""
     del peak
-    results = distill.measure(config, variates, min(20.0, report.left() / 20))
+    results = distill.measure(config, variates, min(SECONDS.value, report.left() / 20))
     text = markdown(distill.HEADER, distill.table(results))
     stats = jax.devices()[0].memory_stats() or {}
     if most := stats.get("peak_bytes_in_use"):
@@ -234,14 +236,14 @@ def measure_orders(
 
 def measure_encoders(
     config: ConfigDict, variates: int, peak: float, report: Report
-) -> tuple[list[dict[str, Any]], str]:
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """HuBERT-large on a batch of 10 s, and Whisper-base on what an extractor meets."""
     del config, variates
     rows: list[dict[str, Any]] = []
-    tiny, seconds = SIZE.value == "tiny", min(15.0, report.left() / 20)
+    tiny, seconds = SIZE.value == "tiny", min(SECONDS.value, report.left() / 30)
     rows += encoders.measure("hubert-large", "a batch of", peak, seconds, tiny)
     rows += encoders.measure("whisper-base", "1 to 15 s", peak, seconds, tiny)
-    return rows, markdown(encoders.HEADER, encoders.table(rows))
+    return {"rows": rows}, markdown(encoders.HEADER, encoders.table(rows))
 
 
 # The whole experiment ---------------------------------------------------------------------------
@@ -260,7 +262,8 @@ def measure_experiment(
     seconds = {
         stage: (x, "operations") for stage, x in by_operations(config, variates, peak).items()
     }
-    if measured := report.results.get("steps"):
+    measured = report.results.get("steps", {})
+    if "student" in measured:
         for stage, name in STEPS.items():  # of a batch that may have been smaller
             scale = config.batch_size / report.results["about"]["batch size"]
             seconds[stage] = scale / measured[name]["steps/s"], "the steps above"
@@ -286,11 +289,10 @@ def measure_experiment(
         minutes = (count * step + config[stage].epochs * FOLDS * between) / 60
         total += minutes
         rows.append([stage, f"{step * 1e3:.4g}", source, f"{count:,}", f"{minutes:.1f}"])
-    for row in report.results.get("encoders") or ():
-        if row["model"] == "hubert-large":
-            minutes = HOURS * 60 / row["ours s/s"]
-            total += minutes
-            rows.append(["features, once", "", "the encoders", "", f"{minutes:.1f}"])
+    for row in report.results.get("encoders", {}).get("rows", [])[:1]:
+        minutes = HOURS * 60 / row["ours s/s"]
+        total += minutes
+        rows.append(["features, once", "", "the encoders above", "", f"{minutes:.1f}"])
     rows.append(["all", "", "", "", f"{total:.1f}"])
     result |= {"minutes": total, "step seconds": {stage: x for stage, (x, _) in seconds.items()}}
     head = ("stage", "ms a step", "by", "steps in five folds", "minutes")

@@ -101,10 +101,9 @@ def print_experiment(device: Device) -> None:
     rows = {
         "teacher": (front + 3 * layers, 3 * teacher_moved, 4 * 302e6),
         "student": (PASSES["student"] * student, PASSES["student"] * moved, 4 * 12e6),
-        # What is differentiated twice, with a forward pass of its own, is not fused.
-        "distill": (
-            (PASSES["meta"] + device.fused) * student,
-            7 * moved + 4 * student_traffic(fused=False),
+        "distill": (  # tangents, two of the passes, are never fused
+            PASSES["meta"] * student,
+            (PASSES["meta"] - 2) * moved + 2 * student_traffic(fused=False),
             2 * 4 * 12e6,
         ),
         "curriculum": (PASSES["curriculum"] * student, PASSES["curriculum"] * moved, 4 * 12e6),

@@ -1,4 +1,4 @@
-"""The benchmarks of steps run, without TensorFlow, and the cost on paper is what XLA counts."""
+"""The benchmarks run, without TensorFlow, and the cost on paper is what XLA counts."""
 
 import json
 import os
@@ -13,30 +13,64 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cost, inference, torch_steps
+import quick_xla
+from benchmarks import accelerator, cost, inference, torch_steps
 from benchmarks.common import make_batch, make_examples, make_steps, student_operations
 from configs import common
 from exported_models import write_model
 from serkd_jax.deploy.backends import load_classifier
 from serkd_jax.models.student import Student
 from serkd_jax.models.teacher import Teacher
+from serkd_jax.programs import STAGES
 from serkd_jax.standardization import Statistics
 from torch_oracle import torch_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
-def test_every_step_is_compared_with_torch_without_tensorflow(tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise ImportError('not here')")
-    command = [sys.executable, "-m", "benchmarks.steps", "--size=tiny", "--seconds=0", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+def measure_accelerator(folder, *options):
+    """The report of a machine without TensorFlow, as a tiny model has it."""
+    for package in ("tensorflow", "tensorflow_datasets"):
+        (folder / f"{package}.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--size=tiny", f"--out={folder}"]
+    environment = os.environ | {"PYTHONPATH": str(folder), "XLA_FLAGS": quick_xla.FLAGS}
+    command += ["--seconds=0", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["ratio"]) == {"student", "kd", "meta", "curriculum", "evaluation"}
-    for name, row in result["steps"].items():
-        assert row["ratio"] == pytest.approx(row["steps/s"] / row["torch steps/s"]), name
+    text = (folder / "accelerator.md").read_text()
+    return json.loads((folder / "accelerator.json").read_text()), text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_command_measures_all_that_an_accelerator_is_asked_about(tmp_path):
+    report, text = measure_accelerator(tmp_path, "--minutes=60")
+    assert "Failed" not in text
+    assert list(report) == ["about", *accelerator.PARTS]
+    kinds = ["output", "gradient", "tangent", "gradient through the gradient"]
+    steps = ["student", "kd", "meta", "curriculum"]
+    checked = {f"attention, {kind}" for kind in kinds} | {f"step: {step}" for step in steps}
+    assert checked <= set(report["works"])
+    assert max(report["works"].values()) < 1e-5
+    assert list(report["steps"]) == [*steps, "evaluation"]
+    for row in report["steps"].values():
+        assert row["ratio"] == pytest.approx(row["steps/s"] / row["torch steps/s"])
+    orders = report["orders"]["orders"]
+    assert list(orders) == ["none", "first_order", "second_order", "second_order_forward"]
+    assert all(row["ms"] > 0 and row["compilation s"] > 0 for row in orders.values())
+    assert orders["second_order_forward"]["differs"] < 1e-6 < orders["first_order"]["differs"]
+    assert {row["model"] for row in report["encoders"]["rows"]} == {"hubert-large", "whisper-base"}
+    assert all(row["ratio"] > 0 for row in report["encoders"]["rows"])
+    assert set(report["experiment"]["stages"]) == set(STAGES)
+    minutes = report["experiment"]["minutes"]
+    assert f"| {minutes:.1f} |" in text.splitlines()[-3]
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_or_has_no_time_left_is_named_and_the_rest_is_kept(tmp_path):
+    report, text = measure_accelerator(tmp_path, "--minutes=0", "--parts=steps,encoders")
+    assert report.keys() == {"about", "steps", "encoders"}
+    assert text.count("Not run: the minutes are over.") == 2
 
 
 def for_benchmark(params):
