@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     }
     for name in _PARTS.value:
         title, part = parts[name]
-        if report.left() <= 0:
+        if report.left() <= 0 and name != "experiment":  # which then reckons, and runs nothing
             report.add(name, title, {"not run": "no time"}, "Not run: the minutes are over.")
             continue
         start = time.monotonic()
