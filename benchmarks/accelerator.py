@@ -45,14 +45,14 @@ from benchmarks.common import (
     markdown,
     student_operations,
 )
-from serkd_jax.batches import Examples
+from serkd_jax.audio.logmel import num_samples
+from serkd_jax.data.examples import Examples
 from serkd_jax.data.reader import Table
+from serkd_jax.data.splits import Fold, make_folds
+from serkd_jax.distributed.parallel import replicate
 from serkd_jax.experiment import Experiment
-from serkd_jax.logmel import num_samples
 from serkd_jax.models.transformer import attend
-from serkd_jax.parallel import replicate
 from serkd_jax.programs import STAGES, Programs
-from serkd_jax.splits import Fold, make_folds
 
 UTTERANCES, FOLDS, HOURS = 5531, 5, 7.0  # of IEMOCAP's four classes
 PARTS = ["works", "steps", "orders", "encoders", "experiment"]

@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import common
-from serkd_jax.batches import Examples
+from serkd_jax.data.examples import Examples
 from serkd_jax.programs import Programs
-from serkd_jax.standardization import no_statistics
+from serkd_jax.stages.standardization import no_statistics
 
 CLASSES = 4  # of IEMOCAP
 # Forward passes of the student over a batch, where a backward pass counts twice: the momentum

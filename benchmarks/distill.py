@@ -37,7 +37,7 @@ from benchmarks.common import (
     markdown,
     new_classifier,
 )
-from serkd_jax.standardization import no_statistics
+from serkd_jax.stages.standardization import no_statistics
 
 ORDERS = {
     "none": "plain KD",

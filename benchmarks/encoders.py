@@ -30,14 +30,14 @@ from absl import app, flags, logging
 
 from benchmarks.common import JSON, SECONDS, SIZE, by_turns, describe_machine, markdown
 from benchmarks.steps import matmul_peak
-from serkd_jax.frontends import (
+from serkd_jax.audio.logmel import num_frames, num_samples
+from serkd_jax.encoders.frontends import (
     ACCELERATOR_BATCHING,
     CPU_BATCHING,
     Batching,
     Pretrained,
     plan_batches,
 )
-from serkd_jax.logmel import num_frames, num_samples
 
 LARGE = {
     "hidden_size": 1024,

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from serkd_jax.audio.logmel import fingerprint, num_samples
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import (
     FILES,
@@ -34,8 +36,6 @@ from serkd_jax.deploy.folder import (
     parse_config,
     read_config,
 )
-from serkd_jax.logmel import fingerprint, num_samples
-from serkd_jax.waveform import SAMPLE_RATE
 
 
 class Cost(NamedTuple):
@@ -238,7 +238,7 @@ def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> 
 
     from serkd_jax.deploy.backends import Variables, make_student
     from serkd_jax.deploy.formats import write_format
-    from serkd_jax.standardization import Statistics
+    from serkd_jax.stages.standardization import Statistics
 
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json())

@@ -21,7 +21,7 @@ from sklearn.svm import LinearSVC
 
 from serkd_jax.data.reader import describe, read_examples
 from serkd_jax.errors import UserError
-from serkd_jax.metrics import bootstrap_intervals, classification_metrics
+from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ from benchmarks.common import (
     markdown,
     student_operations,
 )
-from serkd_jax.parallel import replicate
+from serkd_jax.distributed.parallel import replicate
 
 _ORDER = flags.DEFINE_string("order", "second_order", "Of our meta-gradient; see meta.order.")
 

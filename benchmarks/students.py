@@ -31,13 +31,18 @@ from scipy import stats
 
 from benchmarks import linear_probe
 from serkd_jax import losses
-from serkd_jax.augmentation import example_keys
-from serkd_jax.batches import stream_rows
+from serkd_jax.data.examples import stream_rows
 from serkd_jax.errors import UserError
-from serkd_jax.metrics import classification_metrics
-from serkd_jax.models.student import Student
+from serkd_jax.models.students.inverted import Student
+from serkd_jax.results.metrics import classification_metrics
+from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.common import make_optimizer
-from serkd_jax.standardization import Statistics, measure_statistics, no_statistics, standardize
+from serkd_jax.stages.standardization import (
+    Statistics,
+    measure_statistics,
+    no_statistics,
+    standardize,
+)
 
 SPEAKER_PARTS, BATCH = 5, 32  # BATCH of evaluation
 PARTS = ("train", "validation", "test")

@@ -15,21 +15,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from serkd_jax import batches, losses, parallel, report
+from serkd_jax import losses
+from serkd_jax.audio.logmel import num_samples
 from serkd_jax.data import corpora, counts, prepare, reader
+from serkd_jax.data import examples as batches
+from serkd_jax.data.splits import Fold, folds_as_json, make_folds, speaker_note
+from serkd_jax.distributed import parallel
+from serkd_jax.encoders.frontends import Frontend, make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Frontend, make_frontend
-from serkd_jax.logmel import num_samples
-from serkd_jax.metrics import classification_metrics
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages
-from serkd_jax.splits import Fold, folds_as_json, make_folds, speaker_note
+from serkd_jax.results import report
+from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.common import make_schedule
 from serkd_jax.stages.curriculum import CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillState
+from serkd_jax.stages.standardization import Statistics, measure_statistics, no_statistics
 from serkd_jax.stages.student import StudentState
 from serkd_jax.stages.teacher import TeacherState
-from serkd_jax.standardization import Statistics, measure_statistics, no_statistics
 from serkd_jax.training import Stage, train
 
 # Config keys that say where and how a run is done, not what it computes.

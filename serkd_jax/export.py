@@ -19,10 +19,10 @@ from serkd_jax.deploy.card import Checked, write_card
 from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
 from serkd_jax.encoders.checkpoint import save_encoder
+from serkd_jax.encoders.frontends import Pretrained
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Pretrained
-from serkd_jax.metrics import classification_metrics
-from serkd_jax.report import write_atomically
+from serkd_jax.results.metrics import classification_metrics
+from serkd_jax.results.report import write_atomically
 
 BATCH = 16  # utterances that are checked at once
 

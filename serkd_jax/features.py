@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from serkd_jax import parallel, processes
+from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "An encoder: a folder or a name on the hub.")
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> None:
 
 def _extract() -> None:
     # Slow to import, so after the flags are parsed.
+    from serkd_jax.audio.logmel import num_frames
+    from serkd_jax.audio.waveform import SAMPLE_RATE
     from serkd_jax.data.prepare import extract_features
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.frontends import Pretrained, default_batching
-    from serkd_jax.logmel import num_frames
-    from serkd_jax.waveform import SAMPLE_RATE
+    from serkd_jax.encoders.frontends import Pretrained, default_batching
 
     output = Path(_OUTPUT.value)
     if not 0.025 <= _MAX_SECONDS.value <= 3600:

@@ -8,7 +8,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from serkd_jax import parallel, processes
+from serkd_jax.distributed import parallel, processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment's recipe.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")

@@ -22,11 +22,8 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from serkd_jax.deploy.backends import load_classifier, load_frontend
-from serkd_jax.deploy.folder import FILES, find_folder, read_config
-from serkd_jax.errors import UserError
-from serkd_jax.logmel import num_samples
-from serkd_jax.waveform import (
+from serkd_jax.audio.logmel import num_samples
+from serkd_jax.audio.waveform import (
     SAMPLE_RATE,
     SILENCE_PEAK,
     AudioError,
@@ -34,6 +31,9 @@ from serkd_jax.waveform import (
     to_float,
     to_int16,
 )
+from serkd_jax.deploy.backends import load_classifier, load_frontend
+from serkd_jax.deploy.folder import FILES, find_folder, read_config
+from serkd_jax.errors import UserError
 
 
 class Window(NamedTuple):
@@ -148,7 +148,7 @@ class Model:
             if isinstance(audio, np.ndarray):
                 waveform = to_waveform(audio, rate)
             else:
-                from serkd_jax.audio import read_audio
+                from serkd_jax.audio.decoding import read_audio
 
                 waveform = read_audio(audio, self._max_samples + 1)
             if len(waveform) > self._max_samples:
@@ -230,7 +230,7 @@ def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
     """Samples (n,) or (n, channels), floats of full scale 1 or integers, as 16 kHz mono.
 
     Raises:
-        AudioError: of another shape or type, or see `serkd_jax.waveform.check_audio`.
+        AudioError: of another shape or type, or see `serkd_jax.audio.waveform.check_audio`.
     """
     if audio.ndim not in (1, 2) or audio.dtype.kind not in "fiu" or audio.size == 0:
         raise AudioError(f"samples of shape {audio.shape} and type {audio.dtype} are no recording")
@@ -332,7 +332,7 @@ def _list_audio(place: Path) -> list[Path]:
             return [place]
     except OSError:  # a name too long, a folder that is not ours: told with the others
         return [place]
-    from serkd_jax.audio import find_audio
+    from serkd_jax.audio.decoding import find_audio
 
     if not (found := sorted(find_audio(place))):
         raise UserError(f"{place} holds no audio file")

@@ -11,17 +11,17 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from serkd_jax import parallel
-from serkd_jax.batches import Examples, predict_rows
+from serkd_jax.data.examples import Examples, predict_rows
+from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
 from serkd_jax.stages.common import make_adamw, make_optimizer
-from serkd_jax.standardization import Statistics
+from serkd_jax.stages.standardization import Statistics
 
 CHOICES = {
     "examples": ("auto", "device", "records"),

@@ -36,11 +36,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     # Slow to import, so after the flags are parsed.
+    from serkd_jax.audio.waveform import SAMPLE_RATE
     from serkd_jax.data import corpora
     from serkd_jax.data.counts import check_counts
     from serkd_jax.data.prepare import prepare_records
     from serkd_jax.data.reader import load_table
-    from serkd_jax.waveform import SAMPLE_RATE
 
     try:
         corpus = corpora.make_corpus(

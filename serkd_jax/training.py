@@ -17,10 +17,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from serkd_jax import parallel, preemption
-from serkd_jax.batches import read_ahead
+from serkd_jax.data.examples import read_ahead
+from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
-from serkd_jax.report import write_atomically
+from serkd_jax.results.report import write_atomically
 
 History = dict[str, list[float]]  # a metric's values in the steps of the epoch so far
 
@@ -38,7 +38,7 @@ class Stage:
         devices: where the steps run.
         init: makes the state before the first step.
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
-            :func:`serkd_jax.parallel.compile_steps`.
+            :func:`serkd_jax.distributed.parallel.compile_steps`.
         take: steps -> (data, rows) of ``steps_per_dispatch`` steps, from the first of these.
         validate: state -> validation metrics.
         selection_metric: the validation metric whose best epoch is the stage's result, or

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from serkd_jax.audio.logmel import fingerprint
 from serkd_jax.deploy.backends import Variables, make_student, read_variables
 from serkd_jax.deploy.folder import CONFIG, FILES, VERSION, parse_config, read_config
 from serkd_jax.deploy.formats import write_format
-from serkd_jax.logmel import fingerprint
-from serkd_jax.standardization import Statistics
+from serkd_jax.stages.standardization import Statistics
 
 STUDENT = {
     "inverted": True,

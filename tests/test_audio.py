@@ -10,10 +10,11 @@ import soundfile
 from transformers import audio_utils
 
 from layouts import encode_aac, peak_hz, tone, write_mp4
-from serkd_jax import audio, frontends
-from serkd_jax.audio import read_audio
-from serkd_jax.logmel import num_frames, num_samples
-from serkd_jax.waveform import AudioError, to_float, to_int16
+from serkd_jax.audio import decoding as audio
+from serkd_jax.audio.decoding import read_audio
+from serkd_jax.audio.logmel import num_frames, num_samples
+from serkd_jax.audio.waveform import AudioError, to_float, to_int16
+from serkd_jax.encoders import frontends
 
 
 def sine(hz, seconds, rate=16_000, amplitude=0.5):
@@ -351,7 +352,7 @@ def test_log_mel_fingerprint_tells_settings_apart():
 
 def test_audio_frontends_and_corpora_need_no_tensorflow():
     code = (
-        "import sys, serkd_jax.audio, serkd_jax.frontends, serkd_jax.data.corpora\n"
+        "import sys, serkd_jax.audio.decoding, serkd_jax.encoders.frontends, serkd_jax.data.corpora\n"
         "assert not {'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,10 +19,10 @@ from benchmarks.common import make_batch, make_examples, make_steps, student_ope
 from configs import common
 from exported_models import write_model
 from serkd_jax.deploy.backends import load_classifier
-from serkd_jax.models.student import Student
+from serkd_jax.models.students.inverted import Student
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.programs import STAGES
-from serkd_jax.standardization import Statistics
+from serkd_jax.stages.standardization import Statistics
 from torch_oracle import torch_names
 
 ROOT = Path(__file__).resolve().parents[1]

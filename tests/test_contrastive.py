@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from serkd_jax.augmentation import example_keys, spec_augment
-from serkd_jax.contrastive import empty_queue, enqueue, momentum_update
+from serkd_jax.stages.augmentation import example_keys, spec_augment
+from serkd_jax.stages.contrastive import empty_queue, enqueue, momentum_update
 
 augment = jax.jit(spec_augment, static_argnums=(3, 4))
 

@@ -104,7 +104,7 @@ def test_synthetic_classes_can_be_learned_but_overlap():
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from serkd_jax.frontends import LogMel
+    from serkd_jax.encoders.frontends import LogMel
 
     corpus = Synthetic(utterances_per_class=6)
     waveforms = [corpus.read_waveform(u) for u in corpus.utterances]

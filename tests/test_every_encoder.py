@@ -21,7 +21,7 @@ from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.predict import load_model
 from serkd_jax.programs import STAGES
-from serkd_jax.report import ROWS
+from serkd_jax.results.report import ROWS
 from tiny_config import get_config
 from tiny_encoders import torch_states
 

@@ -15,7 +15,7 @@ from serkd_jax import experiment
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
 from serkd_jax.programs import STAGES
-from serkd_jax.report import ROWS
+from serkd_jax.results.report import ROWS
 from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]

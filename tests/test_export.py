@@ -18,13 +18,13 @@ from layouts import ROOT, SHARED, needs_corpora, write_wav
 from serkd_jax.deploy.backends import at_most, load_classifier
 from serkd_jax.deploy.folder import FILES, read_config
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained, model_config
+from serkd_jax.encoders.frontends import Pretrained, make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import BATCH, export
-from serkd_jax.frontends import Pretrained, make_frontend
-from serkd_jax.metrics import bootstrap_intervals, classification_metrics
 from serkd_jax.predict import load_model
-from serkd_jax.standardization import Statistics
+from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
+from serkd_jax.stages.standardization import Statistics
 from tiny_config import get_config
 
 EXACT = {"safetensors": 1e-5, "stablehlo": 1e-5, "onnx": 1e-5, "tflite": 1e-5}

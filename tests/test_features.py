@@ -17,8 +17,9 @@ import soundfile
 from absl.testing import flagsaver
 
 from serkd_jax import features as cli
-from serkd_jax import frontends
-from serkd_jax.audio import read_audio
+from serkd_jax.audio.decoding import read_audio
+from serkd_jax.audio.waveform import to_float
+from serkd_jax.data.audio_records import tf, tfds
 from serkd_jax.data.corpora import CorpusError, Synthetic
 from serkd_jax.data.prepare import extract_features, prepare_features, prepare_records
 from serkd_jax.data.reader import (
@@ -29,9 +30,8 @@ from serkd_jax.data.reader import (
     load_table,
     read_examples,
 )
-from serkd_jax.data.records import tf, tfds
 from serkd_jax.data.sources import AudioFiles
-from serkd_jax.waveform import to_float
+from serkd_jax.encoders import frontends
 
 ROOT = Path(__file__).parent.parent
 EMOBOX = ROOT.parent / "shared" / "corpora" / "emobox" / "emodb" / "emodb.jsonl"

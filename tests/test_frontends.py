@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from serkd_jax.errors import UserError
-from serkd_jax.frontends import (
+from serkd_jax.audio.logmel import num_frames
+from serkd_jax.encoders.frontends import (
     ACCELERATOR_BATCHING,
     CPU_BATCHING,
     Batching,
@@ -18,7 +18,7 @@ from serkd_jax.frontends import (
     bucket_lengths,
     plan_batches,
 )
-from serkd_jax.logmel import num_frames
+from serkd_jax.errors import UserError
 from tiny_encoders import torch_states, whisper_extractor
 
 MAX_FRAMES = 100

@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 from benchmarks import linear_probe
 from serkd_jax.data.prepare import extract_features
 from serkd_jax.data.sources import AudioFiles
-from serkd_jax.frontends import LogMel, Pretrained
+from serkd_jax.encoders.frontends import LogMel, Pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from layouts import SHARED, manifest_of, needs_corpora
 from serkd_jax.data.corpora import CorpusError, Manifest, make_corpus
-from serkd_jax.splits import make_folds, speaker_note
+from serkd_jax.data.splits import make_folds, speaker_note
 
 
 def touch(path):

@@ -13,17 +13,17 @@ from jax.flatten_util import ravel_pytree
 from transformers import HubertConfig, HubertModel
 
 from configs import common
-from serkd_jax import parallel
-from serkd_jax.batches import Examples, predict_rows
+from serkd_jax.data.examples import Examples, predict_rows
+from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import load_encoder
 from serkd_jax.encoders.hubert import ENCODER
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
-from serkd_jax.metrics import classification_metrics
 from serkd_jax.models import transformer
-from serkd_jax.models.student import Student
+from serkd_jax.models.students.inverted import Student
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.models.transformer import EncoderLayer, attend
 from serkd_jax.programs import Programs
+from serkd_jax.results.metrics import classification_metrics
 from tiny_stages import HUBERT
 from torch_oracle import FrameTransformer, InvertedTransformer, MetaTeacher, torch_names
 

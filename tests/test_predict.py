@@ -24,12 +24,12 @@ from safetensors.numpy import load_file, save_file
 from exported_models import STUDENT, logits_by_hand, settings, write_model
 from layouts import ROOT, SHARED, needs_corpora, tone, write_mp4
 from serkd_jax import predict
+from serkd_jax.audio.waveform import AudioError, to_float, to_int16
 from serkd_jax.deploy.backends import load_frontend
 from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
 from serkd_jax.errors import UserError
 from serkd_jax.predict import Failure, load_model
-from serkd_jax.waveform import AudioError, to_float, to_int16
 
 WINDOW = 24 * 320 + 400  # samples of 25 frames
 

@@ -18,7 +18,7 @@ import pytest
 
 import quick_xla
 from finished_runs import final_arrays
-from serkd_jax import processes
+from serkd_jax.distributed import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of two steps each. In one stage they last long enough for a notice to reach both processes.

@@ -15,8 +15,8 @@ from serkd_jax.data import reader
 from serkd_jax.data.corpora import MELD
 from serkd_jax.data.prepare import extract_features, prepare_records
 from serkd_jax.data.sources import AudioFiles
+from serkd_jax.encoders.frontends import LogMel
 from serkd_jax.experiment import prepare_experiment
-from serkd_jax.frontends import LogMel
 from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ import soundfile
 from transformers import HubertConfig
 
 from layouts import ROOT, make_iemocap, make_meld, tone
-from serkd_jax.models.student import Student
+from serkd_jax.models.students.inverted import Student
 from serkd_jax.programs import STAGES
 
 SMALL = {

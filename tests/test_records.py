@@ -67,7 +67,7 @@ def test_every_real_corpus_has_what_a_tfds_catalogue_asks_for():
 @pytest.mark.slow
 def test_tfds_build_prepares_and_tfds_load_reads(meld, tmp_path):
     command = [Path(sys.executable).with_name("tfds"), "build", "meld"]
-    command += ["--imports=serkd_jax.data.records", f"--manual_dir={meld}"]
+    command += ["--imports=serkd_jax.data.audio_records", f"--manual_dir={meld}"]
     done = subprocess.run(
         [*command, f"--data_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
     )

@@ -147,7 +147,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_two_tasks_find_each_other(cluster: Cluster) -> None:
     program = """
     import sys, jax
-    from serkd_jax.parallel import join_processes
+    from serkd_jax.distributed.parallel import join_processes
 
     join_processes(sys.argv[-1].removeprefix("--coordinator="))
     print("process", jax.process_index(), "of", jax.process_count(), sys.argv[1:-1])

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from serkd_jax import parallel, splits
-from serkd_jax.batches import are_resident, sample_rows, stream_rows
+from serkd_jax.data import splits
+from serkd_jax.data.examples import are_resident, sample_rows, stream_rows
+from serkd_jax.data.splits import folds_as_json, make_folds, speaker_note
+from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
-from serkd_jax.splits import folds_as_json, make_folds, speaker_note
 
 N, CLASSES = 120, 3
 LABELS = np.arange(N) % CLASSES

@@ -10,13 +10,14 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from serkd_jax import losses, parallel
-from serkd_jax.augmentation import example_keys, spec_augment
-from serkd_jax.batches import Examples
+from serkd_jax import losses
+from serkd_jax.data.examples import Examples
+from serkd_jax.distributed import parallel
 from serkd_jax.models.policy import Policy
 from serkd_jax.stages import curriculum
+from serkd_jax.stages.augmentation import example_keys, spec_augment
 from serkd_jax.stages.common import make_optimizer
-from serkd_jax.standardization import standardize
+from serkd_jax.stages.standardization import standardize
 from tiny_stages import (
     CLASSIFIER,
     POLICY,

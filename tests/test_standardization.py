@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
-from serkd_jax.batches import Examples
-from serkd_jax.standardization import (
+from serkd_jax.data.examples import Examples
+from serkd_jax.stages.standardization import (
     FLOOR,
     Statistics,
     measure_statistics,

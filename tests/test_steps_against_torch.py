@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_oracle as oracle
-from serkd_jax.contrastive import Queue
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
+from serkd_jax.stages.contrastive import Queue
 from tiny_stages import (
     CLASSIFIER,
     HUBERT,

@@ -13,7 +13,7 @@ from benchmarks import students
 from benchmarks.students import PARTS, SPEAKER_PARTS, Corpus
 from serkd_jax.data.prepare import extract_features
 from serkd_jax.data.sources import AudioFiles
-from serkd_jax.frontends import LogMel
+from serkd_jax.encoders.frontends import LogMel
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = {"inverted": False, "readout": "tokens", "norm": "pre"}

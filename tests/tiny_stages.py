@@ -11,10 +11,10 @@ from transformers import HubertConfig
 
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Embed, Wav2Vec2Layers, conv_frames
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.student import Adapter, Student
+from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
-from serkd_jax.standardization import Statistics
+from serkd_jax.stages.standardization import Statistics
 
 # As in the paper, the mean over D of each of N variates has the teacher's width H.
 B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3

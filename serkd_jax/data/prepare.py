@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from serkd_jax import parallel
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.reader import RecordsError, describe
 from serkd_jax.data.sources import RecordsSource, Source
-from serkd_jax.frontends import Frontend
+from serkd_jax.distributed import parallel
+from serkd_jax.encoders.frontends import Frontend
 
 SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
 SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
@@ -46,7 +46,7 @@ def prepare_records(
     root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
     if not folder.exists():
-        from serkd_jax.data.records import write_records
+        from serkd_jax.data.audio_records import write_records
 
         write_records(corpus, root, beam_options)
     return folder
@@ -64,7 +64,7 @@ def prepare_features(
 
     Args:
       records_dir: audio records, from `prepare_records`.
-      frontend: see `serkd_jax.frontends`.
+      frontend: see `serkd_jax.encoders.frontends`.
       max_frames: T, at 50 frames a second.
       cache_dir: the folder is made in `cache_dir/features/`.
       shard_size: see `extract_features`.
@@ -100,7 +100,7 @@ def extract_features(
 
     Args:
       source: the utterances.
-      frontend: see `serkd_jax.frontends`.
+      frontend: see `serkd_jax.encoders.frontends`.
       max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
       folder: must not be there, or be what an earlier call with the same arguments has made.
       shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
@@ -122,7 +122,7 @@ def extract_features(
         return
     work = folder.with_name(f"incomplete.{folder.name}")
     with _claim(folder, work, settings):
-        from serkd_jax.data.features import write_features
+        from serkd_jax.data.feature_records import write_features
 
         write_features(source, frontend, max_frames, work, settings, skip_bad)
         if jax.process_index() == 0:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from serkd_jax.audio import FFMPEG_SUFFIXES, SUFFIXES, find_audio, read_audio
+from serkd_jax.audio.decoding import FFMPEG_SUFFIXES, SUFFIXES, find_audio, read_audio
+from serkd_jax.audio.waveform import AudioError, to_float
 from serkd_jax.data.corpora import CorpusError
 from serkd_jax.data.corpora.manifest import find_file, read_manifest
 from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
-from serkd_jax.waveform import AudioError, to_float
 
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
 

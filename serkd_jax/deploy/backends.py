@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serkd_jax import logmel
+from serkd_jax.audio import logmel
 from serkd_jax.deploy.folder import FILES, FRONTEND, ModelConfig
 from serkd_jax.errors import UserError
 
@@ -77,7 +77,7 @@ _PACKAGES |= {"tflite": "ai-edge-litert", "tflite-int8": "ai-edge-litert"}
 
 def make_student(config: ModelConfig, **options: Any) -> Any:
     """The Flax student without what training alone needs."""
-    from serkd_jax.models.student import Student
+    from serkd_jax.models.students.inverted import Student
 
     sizes = {key: tuple(x) if isinstance(x, list) else x for key, x in config.student.items()}
     return Student(len(config.labels), **sizes, projection_dims=(), **options)
@@ -87,7 +87,7 @@ def make_apply(config: ModelConfig, **options: Any) -> Callable:
     """The whole model in JAX: (`Variables`, features, num_frames) -> logits, in float32."""
     import jax
 
-    from serkd_jax.standardization import standardize
+    from serkd_jax.stages.standardization import standardize
 
     student = make_student(config, **options)
 
@@ -110,7 +110,7 @@ def read_variables(path: Path, config: ModelConfig) -> Variables:
     from flax import traverse_util
     from safetensors.numpy import load_file
 
-    from serkd_jax.standardization import Statistics, no_statistics
+    from serkd_jax.stages.standardization import Statistics, no_statistics
 
     inputs = (
         jax.ShapeDtypeStruct((1, config.max_frames, config.num_features), np.float32),
@@ -260,7 +260,7 @@ def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
             [logmel.log_mel(waveform, config.num_features) for waveform in waveforms], config
         )
     try:
-        from serkd_jax.frontends import Pretrained
+        from serkd_jax.encoders.frontends import Pretrained
     except ImportError as error:
         raise UserError(f"a {name} front-end needs {error.name}: pip install serkd-jax") from error
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
-from serkd_jax.metrics import bootstrap_intervals, classification_metrics
+from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
 
 METRICS = {"ua": "UA", "wa": "WA", "wf1": "weighted F1"}
 

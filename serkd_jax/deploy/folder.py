@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serkd_jax import logmel
+from serkd_jax.audio import logmel
 from serkd_jax.encoders import ENCODERS
+from serkd_jax.encoders.hub import download
 from serkd_jax.errors import UserError
-from serkd_jax.hub import download
 
 CONFIG = "config.json"
 CARD = "README.md"

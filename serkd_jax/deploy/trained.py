@@ -14,10 +14,10 @@ from serkd_jax import __version__
 from serkd_jax.data.reader import read_examples
 from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
+from serkd_jax.encoders.frontends import Frontend, Pretrained, make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.frontends import Frontend, Pretrained, make_frontend
-from serkd_jax.report import STAGE_OF_ROW
-from serkd_jax.standardization import Statistics
+from serkd_jax.results.report import STAGE_OF_ROW
+from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
 PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe

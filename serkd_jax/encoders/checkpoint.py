@@ -17,8 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from serkd_jax import hub
-from serkd_jax.encoders import ENCODERS, find_encoder
+from serkd_jax.encoders import ENCODERS, find_encoder, hub
 from serkd_jax.encoders.base import (
     Encoder,
     EncoderModel,

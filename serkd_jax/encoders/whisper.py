@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from serkd_jax import logmel
+from serkd_jax.audio import logmel
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.encoders.base import Encoder, check_fields
 from serkd_jax.models.transformer import (
     Dropout,
@@ -28,7 +29,6 @@ from serkd_jax.models.transformer import (
     SelfAttention,
     exact_gelu,
 )
-from serkd_jax.waveform import SAMPLE_RATE
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import WhisperConfig

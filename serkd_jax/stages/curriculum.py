@@ -15,17 +15,18 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from serkd_jax import losses, parallel
-from serkd_jax.augmentation import example_keys
-from serkd_jax.contrastive import Queue, enqueue, momentum_update
+from serkd_jax import losses
+from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.student import Adapter, Student, adapt
+from serkd_jax.models.students.inverted import Adapter, Student, adapt
 from serkd_jax.models.teacher import Classifier
+from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.common import Batch
+from serkd_jax.stages.contrastive import Queue, enqueue, momentum_update
 from serkd_jax.stages.distill import DistillState
+from serkd_jax.stages.standardization import Statistics, standardize
 from serkd_jax.stages.student import encode_keys, student_objective
-from serkd_jax.standardization import Statistics, standardize
 
 
 class Episode(struct.PyTreeNode):

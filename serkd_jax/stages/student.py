@@ -9,12 +9,13 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from serkd_jax import losses, parallel
-from serkd_jax.augmentation import example_keys, spec_augment
-from serkd_jax.contrastive import Queue, empty_queue, enqueue, momentum_update
-from serkd_jax.models.student import Student, StudentOutput
+from serkd_jax import losses
+from serkd_jax.distributed import parallel
+from serkd_jax.models.students.inverted import Student, StudentOutput
+from serkd_jax.stages.augmentation import example_keys, spec_augment
 from serkd_jax.stages.common import Batch, accuracy
-from serkd_jax.standardization import Statistics, standardize
+from serkd_jax.stages.contrastive import Queue, empty_queue, enqueue, momentum_update
+from serkd_jax.stages.standardization import Statistics, standardize
 
 
 class StudentState(struct.PyTreeNode):

@@ -10,12 +10,13 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from serkd_jax import losses, parallel
-from serkd_jax.augmentation import example_keys, spec_augment
+from serkd_jax import losses
+from serkd_jax.distributed import parallel
 from serkd_jax.encoders.base import normalize_waveform
 from serkd_jax.models.teacher import Teacher, TeacherOutput
+from serkd_jax.stages.augmentation import example_keys, spec_augment
 from serkd_jax.stages.common import Batch, accuracy
-from serkd_jax.standardization import Statistics, standardize
+from serkd_jax.stages.standardization import Statistics, standardize
 
 
 class TeacherState(struct.PyTreeNode):

@@ -1,7 +1,7 @@
 """What every corpus is: utterances with labels, and how to read their audio.
 
 Listing decodes no audio, so a corpus is listed and fingerprinted at each start;
-`serkd_jax.data.records` then writes its audio records once per fingerprint.
+`serkd_jax.data.audio_records` then writes its audio records once per fingerprint.
 """
 
 import abc
@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from serkd_jax.audio import check_file, read_audio
+from serkd_jax.audio.decoding import check_file, read_audio
+from serkd_jax.audio.waveform import AudioError, to_int16
 from serkd_jax.errors import UserError
-from serkd_jax.waveform import AudioError, to_int16
 
 
 class CorpusError(UserError):

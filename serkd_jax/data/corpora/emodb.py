@@ -3,7 +3,7 @@
 import re
 from typing import ClassVar
 
-from serkd_jax.audio import is_litter
+from serkd_jax.audio.decoding import is_litter
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,

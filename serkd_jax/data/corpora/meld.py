@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from serkd_jax.audio import is_litter
+from serkd_jax.audio.decoding import is_litter
 from serkd_jax.data.corpora.base import (
     CorpusError,
     PublishedCounts,

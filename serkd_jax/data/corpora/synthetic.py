@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
-from serkd_jax.waveform import SAMPLE_RATE
 
 
 @dataclasses.dataclass(frozen=True)

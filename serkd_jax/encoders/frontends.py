@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from serkd_jax import logmel, parallel
+from serkd_jax.audio import logmel
+from serkd_jax.audio.logmel import HOP, num_frames, num_samples
+from serkd_jax.distributed import parallel
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.errors import UserError
-from serkd_jax.logmel import HOP, num_frames, num_samples
 
 
 class Frontend(Protocol):
@@ -50,7 +51,7 @@ class Frontend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LogMel:
-    """Log-mel frames, computed on the CPU; see :func:`serkd_jax.logmel.log_mel`."""
+    """Log-mel frames, computed on the CPU; see :func:`serkd_jax.audio.logmel.log_mel`."""
 
     num_mels: int = 80
     name: ClassVar[str] = "logmel"

@@ -24,14 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 import serkd_jax
-from serkd_jax import parallel
-from serkd_jax.batches import read_ahead
+from serkd_jax.audio.logmel import num_frames, num_samples
+from serkd_jax.audio.waveform import SAMPLE_RATE
+from serkd_jax.data.audio_records import SPLIT, label_feature, text_features, tf, tfds
+from serkd_jax.data.examples import read_ahead
 from serkd_jax.data.reader import RecordsError
-from serkd_jax.data.records import SPLIT, label_feature, text_features, tf, tfds
 from serkd_jax.data.sources import Clip, Source
-from serkd_jax.frontends import Frontend
-from serkd_jax.logmel import num_frames, num_samples
-from serkd_jax.waveform import SAMPLE_RATE
+from serkd_jax.distributed import parallel
+from serkd_jax.encoders.frontends import Frontend
 
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr", "av")
 PACKAGES += ("tensorflow-datasets",)

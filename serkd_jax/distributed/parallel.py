@@ -155,7 +155,7 @@ def compile_steps(
 
     Returns:
         A function of (state, data, rows, count, rng), with data and rows from
-        :func:`serkd_jax.batches.Examples.take`, that takes the first ``count`` of the S steps that
+        :func:`serkd_jax.data.examples.Examples.take`, that takes the first ``count`` of the S steps that
         rows have. It returns the state and the metrics, each (S,). The state's buffers are donated.
     """
 
@@ -214,7 +214,7 @@ def compile_predict(
 
     Returns:
         A function of (params, data, rows), with data and rows from
-        :func:`serkd_jax.batches.Examples.take`; the outputs are of the whole batch.
+        :func:`serkd_jax.data.examples.Examples.take`; the outputs are of the whole batch.
     """
 
     def make_run(axis: str | None) -> Callable:

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from serkd_jax.audio.waveform import AudioError
 from serkd_jax.data import corpora
 from serkd_jax.data.corpora.base import CorpusError, Release, SpeechCorpus, Utterance
 from serkd_jax.data.reader import UTTERANCE_TEXTS, RecordsError
 from serkd_jax.errors import UserError
-from serkd_jax.waveform import AudioError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only writes files here
@@ -160,19 +160,19 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Iemocap(AudioRecords):
-    """`tfds build iemocap --imports=serkd_jax.data.records --manual_dir=IEMOCAP_full_release`."""
+    """`tfds build iemocap --imports=serkd_jax.data.audio_records --manual_dir=IEMOCAP_full_release`."""
 
     CORPUS = corpora.IEMOCAP
 
 
 class Meld(AudioRecords):
-    """`tfds build meld --imports=serkd_jax.data.records --manual_dir=MELD.Raw`."""
+    """`tfds build meld --imports=serkd_jax.data.audio_records --manual_dir=MELD.Raw`."""
 
     CORPUS = corpora.MELD
 
 
 class Emodb(AudioRecords):
-    """`tfds build emodb --imports=serkd_jax.data.records --manual_dir=EMODB`."""
+    """`tfds build emodb --imports=serkd_jax.data.audio_records --manual_dir=EMODB`."""
 
     CORPUS = corpora.EmoDB
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from serkd_jax import parallel
-from serkd_jax.metrics import classification_metrics
+from serkd_jax.distributed import parallel
+from serkd_jax.results.metrics import classification_metrics
 
 STAGE_OF_ROW = {
     "teacher": "teacher",

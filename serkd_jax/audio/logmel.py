@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from serkd_jax.waveform import SAMPLE_RATE
+from serkd_jax.audio.waveform import SAMPLE_RATE
 
 WINDOW = 400  # samples, 25 ms
 HOP = 320  # samples, 20 ms

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from serkd_jax import parallel, preemption
+from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")

@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, check_audio
 from serkd_jax.errors import UserError
-from serkd_jax.waveform import SAMPLE_RATE, AudioError, check_audio
 
 BLOCK = 2**16  # frames that are decoded at once
 END_TOLERANCE = 0.25  # seconds by which a file may be shorter than it, or a manifest, says
