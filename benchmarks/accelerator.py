@@ -46,13 +46,14 @@ from benchmarks.common import (
     student_operations,
 )
 from serkd_jax.audio.logmel import num_samples
+from serkd_jax.config import STAGES
 from serkd_jax.data.examples import Examples
 from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, make_folds
 from serkd_jax.distributed.parallel import replicate
 from serkd_jax.experiment import Experiment
 from serkd_jax.models.transformer import attend
-from serkd_jax.programs import STAGES, Programs
+from serkd_jax.programs import Programs
 
 UTTERANCES, FOLDS, HOURS = 5531, 5, 7.0  # of IEMOCAP's four classes
 PARTS = ["works", "steps", "orders", "encoders", "experiment"]

@@ -4,8 +4,6 @@ Every part that is done is reused. :meth:`Experiment.run_fold` is the paper's or
 """
 
 import hashlib
-import io
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +15,16 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.audio.logmel import num_samples
+from serkd_jax.config import STAGES, check_config, chosen_stages, quiz_batch_size, settings_of
 from serkd_jax.data import corpora, counts, prepare, reader
-from serkd_jax.data import examples as batches
+from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds, speaker_note
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import Frontend, make_frontend
 from serkd_jax.errors import UserError
+from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.teacher import TeacherOutput
-from serkd_jax.programs import STAGES, Programs, check_config, chosen_stages
+from serkd_jax.programs import Programs
 from serkd_jax.results import report
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.common import make_schedule
@@ -35,9 +35,7 @@ from serkd_jax.stages.student import StudentState
 from serkd_jax.stages.teacher import TeacherState
 from serkd_jax.training import Stage, train
 
-# Config keys that say where and how a run is done, not what it computes.
-PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
-PLACE_KEYS += ("protocol.file", "stages", "examples", "steps_per_dispatch", "remat")
+RETRAIN = "delete it, and what is missing is computed again"
 STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
 
 
@@ -63,8 +61,8 @@ class Experiment:
         programs: Programs,
         table: reader.Table,
         folds: list[Fold],
-        features: batches.Examples,
-        teacher_inputs: batches.Examples,
+        features: Examples,
+        teacher_inputs: Examples,
         data_report: str = "",
         profile: bool = False,
     ):
@@ -91,9 +89,7 @@ class Experiment:
             return self._statistics
         return self._measure(self.teacher_inputs, self.programs.teacher_width, config.standardize)
 
-    def _measure(
-        self, examples: batches.Examples, width: int, wanted: bool
-    ) -> dict[str, Statistics]:
+    def _measure(self, examples: Examples, width: int, wanted: bool) -> dict[str, Statistics]:
         names = [fold.name for fold in self.folds]
         if not wanted:
             return dict.fromkeys(names, no_statistics(width))
@@ -120,7 +116,7 @@ class Experiment:
         """The chosen stages of a fold; returns test labels and predictions of all rows so far."""
         saved = self._directory(fold, "predictions.npz")
         stages = chosen_stages(self.config)
-        logits, test = _load_arrays(saved), fold.test
+        logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
         if any(stage in stages and row not in logits for row, stage in report.STAGE_OF_ROW.items()):
             if "teacher" in stages:
                 teacher, teacher_out = self.train_teacher(fold)
@@ -139,7 +135,7 @@ class Experiment:
                 logits["updated_student"] = self._student_logits(updated, updated.params, test)
             logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
             parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
-            _save_arrays(saved, **logits)
+            write_arrays(saved, **logits)
         return {
             row: (logits["label"], logits[row].argmax(-1)) for row in report.ROWS if row in logits
         }
@@ -159,12 +155,12 @@ class Experiment:
         )
         state = train(stage, self._directory(fold, "teacher"))
         saved = self._directory(fold, "teacher/outputs.npz")
-        arrays = _load_arrays(saved)
+        arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
         parallel.wait_for_processes(f"fold {fold.name} teacher")  # all know what is saved
         if not arrays:
             out = programs.teacher_predict(state, examples, np.arange(len(self.table)))
             arrays = {"ids": self.table.ids, "hidden": out.hidden, "logits": out.logits}
-            _save_arrays(saved, **arrays)
+            write_arrays(saved, **arrays)
         return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
     def train_student(self, fold: Fold) -> StudentState:
@@ -212,7 +208,7 @@ class Experiment:
             """Batches of all tasks: which one a step takes, the policy says on the device."""
             train = [
                 [
-                    batches.sample_rows(rows, size, step, [*seed, task])
+                    sample_rows(rows, size, step, [*seed, task])
                     for task, rows in enumerate(rows_of_task)
                 ]
                 for step in steps
@@ -254,7 +250,7 @@ class Experiment:
         *,
         init: Callable[[], Any],
         steps: Callable,
-        examples: batches.Examples,
+        examples: Examples,
         rows_of: Callable[[range], Any],
         logits: Callable[[Any, np.ndarray], np.ndarray],
     ) -> Stage:
@@ -306,7 +302,7 @@ class Experiment:
     ) -> np.ndarray:
         """Row numbers (steps, B) of a stage's batches from a part of the fold."""
         seed = self._seed(fold, stage, part)
-        return batches.stream_rows(getattr(fold, part), size or self.config.batch_size, steps, seed)
+        return stream_rows(getattr(fold, part), size or self.config.batch_size, steps, seed)
 
     def _seed(self, fold: Fold, stage: str, part: str) -> list[int]:
         return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part != "train")]
@@ -367,7 +363,7 @@ def prepare_experiment(
         teacher_frontend.width,
         -(-largest // config.batch_size),
         devices,
-        batches.are_resident(config.examples, bytes_of_all, devices),
+        are_resident(config.examples, bytes_of_all, devices),
     )
     sources = {
         "the corpus": corpus.fingerprint,
@@ -378,7 +374,7 @@ def prepare_experiment(
     }
     _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
 
-    def open_features(frontend: Frontend) -> batches.Examples:
+    def open_features(frontend: Frontend) -> Examples:
         folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
         return _open(folder, "features", max_frames, table, programs)
 
@@ -390,11 +386,6 @@ def prepare_experiment(
     notes = [counted, *_notes(config, table, folds, programs, (frontend, teacher_frontend))]
     data = table, folds, features, teacher_inputs
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
-
-
-def quiz_batch_size(config: ConfigDict) -> int:
-    """Of the distillation's quiz; by default that of a training batch."""
-    return config.meta.quiz_batch_size or config.batch_size
 
 
 def _make_folds(table: reader.Table, config: ConfigDict) -> list[Fold]:
@@ -410,7 +401,7 @@ def _make_folds(table: reader.Table, config: ConfigDict) -> list[Fold]:
 
 def _open(
     folder: Path, name: str, length: int, table: reader.Table, programs: Programs
-) -> batches.Examples:
+) -> Examples:
     """The utterances with one array of records as their inputs."""
     if programs.resident:
         ids, inputs, lengths = reader.load_arrays(folder, name, length)
@@ -423,7 +414,7 @@ def _open(
         raise UserError(f"{folder} does not hold the utterances of the records: delete it")
     columns |= {"length": lengths, "label": table.labels}
     columns |= {"index": np.arange(len(ids), dtype=np.int32)}
-    return batches.Examples({}, programs.devices, read).with_columns(**columns)
+    return Examples({}, programs.devices, read).with_columns(**columns)
 
 
 def _notes(
@@ -469,10 +460,9 @@ def _hidden_note(programs: Programs) -> str:
 def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], splits: str) -> None:
     """Writes what this run is, or refuses a workdir in which another one has trained."""
     path = workdir / "run.json"
-    settings = {k: v for k, v in _flatten(config.to_dict()).items() if k not in PLACE_KEYS}
-    mine = sources | settings
+    mine = sources | settings_of(config)
     if any(workdir.glob("fold_*")) and path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path, "delete the workdir, or use another --workdir")
         differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
         if differ:
             changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
@@ -482,8 +472,8 @@ def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], s
                 "another --workdir, or delete this one"
             )
     parallel.wait_for_processes("workdir claimed")
-    report.write_atomically(path, json.dumps(mine, indent=1) + "\n")
-    report.write_atomically(workdir / "splits.json", splits)
+    write_json(path, mine)
+    write_file(workdir / "splits.json", splits)
     parallel.wait_for_file(path, "workdir described", "--workdir")
 
 
@@ -492,28 +482,3 @@ def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:
     keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
     given = {key: config[key] for key in keys if config.get(key)}
     return given | dict(config.get("synthetic", {}))
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots; values as JSON gives them back."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return flat
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What ``_save_arrays`` has left there, if anything."""
-    if not path.exists():
-        return {}
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    report.write_atomically(path, buffer.getvalue())

@@ -21,8 +21,8 @@ from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, lo
 from serkd_jax.encoders.checkpoint import save_encoder
 from serkd_jax.encoders.frontends import Pretrained
 from serkd_jax.errors import UserError
+from serkd_jax.files import write_file
 from serkd_jax.results.metrics import classification_metrics
-from serkd_jax.results.report import write_atomically
 
 BATCH = 16  # utterances that are checked at once
 
@@ -82,7 +82,7 @@ def export(
     if used and not (config.exists() and config.read_text() == trained.config.to_json()):
         raise UserError(f"{folder} holds something else: name another --out, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(config, trained.config.to_json())
+    write_file(config, trained.config.to_json())
     frontend = trained.frontend
     if isinstance(frontend, Pretrained) and trained.config.frontend["model"] is None:
         save_encoder(frontend.checkpoint, folder / files.FRONTEND)
@@ -92,7 +92,7 @@ def export(
     for form in files.FILES.keys() - wanted:  # of other weights, perhaps
         (folder / files.FILES[form]).unlink(missing_ok=True)
     checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []
-    write_atomically(folder / files.CARD, write_card(trained, folder, checked))
+    write_file(folder / files.CARD, write_card(trained, folder, checked))
     return checked
 
 

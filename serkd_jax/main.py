@@ -42,7 +42,7 @@ def _run_experiment() -> None:
 
 def _describe_run(config: ConfigDict) -> str:
     """Devices, type of the computation, versions, and where compiled programs are kept."""
-    from serkd_jax.programs import choose_dtype
+    from serkd_jax.config import choose_dtype
 
     devices = jax.devices()
     names = ("serkd-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from serkd_jax.deploy.model import Model, Window, load_model
 from serkd_jax.errors import UserError
-from serkd_jax.predict import Model, Window, add_model_options, load_model
+from serkd_jax.predict import add_model_options
 
 # Every five minutes, Gradio deletes what was uploaded more than 55 minutes before.
 CLEANING = (300, 3300)

@@ -1,7 +1,7 @@
 """The models, optimisers and compiled steps of a config, which all folds share."""
 
 from collections.abc import Callable
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -11,111 +11,17 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from serkd_jax.config import choose_dtype, student_sizes
 from serkd_jax.data.examples import Examples, predict_rows
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
-from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import curriculum, distill, student, teacher
 from serkd_jax.stages.common import make_adamw, make_optimizer
 from serkd_jax.stages.standardization import Statistics
-
-CHOICES = {
-    "examples": ("auto", "device", "records"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "selection_metric": ("ua", "wa", "wf1", "last"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "optimizer.decayed": ("kernels", "all"),
-    "teacher.input": ("waveform", "features"),
-    "student.readout": ("variates", "tokens", "flatten"),
-    "student.norm": ("pre", "post"),
-    "distill.direction": ("teacher_student", "student_teacher"),
-    "meta.order": ("second_order", "second_order_forward", "first_order", "none"),
-    "curriculum.task_by": ("difficulty", "class"),
-    "curriculum.sampling": ("policy", "uniform"),
-}
-STAGES = ("teacher", "student", "distill", "curriculum")
-STARTS_FROM = {"distill": ("teacher",), "curriculum": ("teacher", "distill")}
-
-
-def chosen_stages(config: ConfigDict) -> list[str]:
-    """The names in ``config.stages``, separated by commas."""
-    return [name.strip() for name in config.stages.split(",")]
-
-
-def check_config(config: ConfigDict) -> None:
-    """Refuses, before anything is computed, what no stage could run.
-
-    Raises:
-        UserError: names the key and what it may be.
-    """
-    for key, choices in CHOICES.items():
-        value = reduce(getattr, key.split("."), config)
-        if value not in choices:
-            raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
-    if config.teacher.input == "waveform" and not config.teacher.model:
-        raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
-    if config.teacher.input == "waveform" and config.teacher.frontend.name:
-        raise UserError(
-            "teacher.input=waveform reads no features: leave teacher.frontend.name empty, or set "
-            "teacher.input=features"
-        )
-    if config.teacher.standardize and not config.teacher.patch_frames:
-        raise UserError(
-            "teacher.standardize changes what the encoder's layers read: set it to False, or "
-            "teacher.patch_frames for layers that read patches of features"
-        )
-    if config.teacher.time_pooling > 1 and not config.teacher.patch_frames:
-        raise UserError("teacher.time_pooling needs teacher.patch_frames: set that to 1")
-    if config.student.readout == "variates" and not config.student.inverted:
-        raise UserError(
-            "student.readout=variates needs tokens that are variates: use readout=tokens (or "
-            "flatten) where student.inverted is False"
-        )
-    if not config.student.projection_dims:
-        raise UserError("student.projection_dims is empty: the contrastive branch needs a width")
-    if config.steps_per_dispatch < 1:
-        raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
-    if config.meta.quiz_batch_size < 0:
-        raise UserError(f"meta.quiz_batch_size is {config.meta.quiz_batch_size}: use 0 or more")
-    if config.contrastive.queue_size < config.batch_size:
-        raise UserError(
-            f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "
-            f"batch_size {config.batch_size}"
-        )
-    for model in ("student", "teacher"):
-        if config[model].time_pooling > config.max_frames:
-            raise UserError(
-                f"{model}.time_pooling {config[model].time_pooling} is more than max_frames "
-                f"{config.max_frames}: nothing would be left"
-            )
-        width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
-        if width % heads:
-            raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
-    chosen = chosen_stages(config)
-    for stage in chosen:
-        if stage not in STAGES:
-            raise UserError(f"stages has {stage!r}: use {', '.join(STAGES)}")
-        for start in STARTS_FROM.get(stage, ()):
-            if start not in chosen:
-                raise UserError(f"stages has {stage} but not {start}, which it starts from")
-        if config[stage].epochs < 1:
-            raise UserError(f"{stage}.epochs must be at least 1")
-
-
-def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
-    """The type of the models' computation; for ``auto`` float32 on a CPU, else bfloat16."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if device.platform == "cpu" else "bfloat16"
-
-
-def student_sizes(config: ConfigDict) -> dict[str, Any]:
-    """The attributes of :class:`Student` in the config's ``student`` part."""
-    return {k: v for k, v in config.items() if k not in ("learning_rate", "epochs", "standardize")}
 
 
 class Programs:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from serkd_jax.data.examples import read_ahead
 from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
-from serkd_jax.results.report import write_atomically
+from serkd_jax.files import write_file
 
 History = dict[str, list[float]]  # a metric's values in the steps of the epoch so far
 
@@ -276,4 +276,4 @@ def _truncate_log(log: Path, done: int) -> None:
             break
         if row["step"] <= done:
             kept.append(line + "\n")
-    write_atomically(log, "".join(kept))
+    write_file(log, "".join(kept))

@@ -18,10 +18,10 @@ from benchmarks import accelerator, cost, inference, torch_steps
 from benchmarks.common import make_batch, make_examples, make_steps, student_operations
 from configs import common
 from exported_models import write_model
+from serkd_jax.config import STAGES
 from serkd_jax.deploy.backends import load_classifier
 from serkd_jax.models.students.inverted import Student
 from serkd_jax.models.teacher import Teacher
-from serkd_jax.programs import STAGES
 from serkd_jax.stages.standardization import Statistics
 from torch_oracle import torch_names
 

@@ -13,6 +13,7 @@ import soundfile
 import torch
 import transformers
 
+from serkd_jax.config import STAGES
 from serkd_jax.deploy.folder import FRONTEND
 from serkd_jax.deploy.trained import load_test_inputs, load_trained
 from serkd_jax.encoders import ENCODERS
@@ -20,7 +21,6 @@ from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
 from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.predict import load_model
-from serkd_jax.programs import STAGES
 from serkd_jax.results.report import ROWS
 from tiny_config import get_config
 from tiny_encoders import torch_states

@@ -12,9 +12,9 @@ import pytest
 
 from finished_runs import final_arrays
 from serkd_jax import experiment
+from serkd_jax.config import STAGES
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
-from serkd_jax.programs import STAGES
 from serkd_jax.results.report import ROWS
 from tiny_config import get_config
 

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 
 from layouts import tone, write_wav
 from serkd_jax import experiment
+from serkd_jax.config import STAGES
 from serkd_jax.data.splits import PARTS, make_folds
 from serkd_jax.experiment import prepare_experiment
-from serkd_jax.programs import STAGES, Programs
+from serkd_jax.programs import Programs
 from serkd_jax.results.report import ROWS
 from tiny_config import get_config
 

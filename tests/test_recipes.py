@@ -16,8 +16,8 @@ import soundfile
 from transformers import HubertConfig
 
 from layouts import ROOT, make_iemocap, make_meld, tone
+from serkd_jax.config import STAGES
 from serkd_jax.models.students.inverted import Student
-from serkd_jax.programs import STAGES
 
 SMALL = {
     "num_devices": 1,

@@ -16,7 +16,7 @@ import pytest
 import quick_xla
 from finished_runs import final_arrays
 from serkd_jax import training
-from serkd_jax.programs import STAGES
+from serkd_jax.config import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 6

@@ -160,7 +160,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Iemocap(AudioRecords):
-    """`tfds build iemocap --imports=serkd_jax.data.audio_records --manual_dir=IEMOCAP_full_release`."""
+    """`tfds build iemocap --imports=serkd_jax.data.audio_records --manual_dir=IEMOCAP`."""
 
     CORPUS = corpora.IEMOCAP
 

@@ -68,7 +68,7 @@ class Examples:
         return read_ahead(read, range(0, len(self.columns["length"]), size))
 
     def take(self, rows: Any) -> tuple[Any, Any]:
-        """What a program of :mod:`serkd_jax.distributed.parallel` needs for the tree of (..., B) ``rows``.
+        """What a program of `serkd_jax.distributed.parallel` needs for a tree of (..., B) ``rows``.
 
         Returns:
             Columns, and the rows' places in them: the whole corpus, or what this process's share
@@ -115,7 +115,7 @@ def predict_rows(
     rows: np.ndarray,
     batch_size: int,
 ) -> Any:
-    """Runs a program of :func:`serkd_jax.distributed.parallel.compile_predict` over any number of rows.
+    """Runs a program of `parallel.compile_predict` over any number of rows.
 
     Returns:
         A tree of (len(rows), ...) NumPy arrays. The last batch is filled up with copies of the

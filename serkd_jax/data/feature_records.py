@@ -32,6 +32,7 @@ from serkd_jax.data.reader import RecordsError
 from serkd_jax.data.sources import Clip, Source
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import Frontend
+from serkd_jax.files import read_json, write_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr", "av")
 PACKAGES += ("tensorflow-datasets",)
@@ -79,7 +80,7 @@ class _Shard:
 
     def report(self) -> dict:
         """{"num_examples", "num_samples", "num_cut", "skipped"}."""
-        return json.loads(self._report_path.read_text())
+        return read_json(self._report_path, f"delete {self.path}, which it describes")
 
     def write(self, records: Iterable[bytes], report: dict) -> None:
         """Writes both; the shard is whole once it has its name, and has its report then."""
@@ -88,8 +89,7 @@ class _Shard:
             with tf.io.TFRecordWriter(str(partial)) as writer:
                 for record in records:
                     writer.write(record)
-            self._report_path.write_text(json.dumps(report))
-            _sync(self._report_path)
+            write_file(self._report_path, json.dumps(report), by_each=True)
             _sync(partial)
             partial.rename(self.path)
         except (OSError, tf.errors.OpError) as error:

@@ -7,7 +7,6 @@ and described: a folder without the prefix is whole. So it is with records, by T
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from serkd_jax.data.reader import RecordsError, describe
 from serkd_jax.data.sources import RecordsSource, Source
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import Frontend
+from serkd_jax.files import read_json, write_json
 
 SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
 SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
@@ -163,11 +163,9 @@ def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
                     f"{folder} cannot be made ({error.strerror}): name another folder"
                 ) from error
             if not path.exists():
-                partial = path.with_suffix(".tmp")
-                partial.write_text(json.dumps(settings))
-                partial.rename(path)
+                write_json(path, settings)
         parallel.wait_for_file(path, f"features claimed: {folder.name}", "the features' folder")
-        _check_settings(work, json.loads(path.read_text()), settings)
+        _check_settings(work, read_json(path, f"delete {work}"), settings)
         yield
 
 

@@ -1,9 +1,9 @@
 """Audio and feature records, read: TFRecord files, and TFDS's description of them.
 
 Without TensorFlow, which takes seconds and hundreds of megabytes to import: only what writes
-records (`serkd_jax.data.audio_records`, `serkd_jax.data.feature_records`) needs it. A TFRecord file is a
-sequence of 8 bytes of length, 4 of their checksum, a serialised `tf.train.Example` of that length
-and 4 of its checksum. `tests/test_reader.py` compares all of it with TensorFlow and TFDS.
+records (`audio_records`, `feature_records`) needs it. A TFRecord file is a sequence of 8 bytes of
+length, 4 of their checksum, a serialised `tf.train.Example` of that length and 4 of its checksum.
+`tests/test_reader.py` compares all of it with TensorFlow and TFDS.
 """
 
 import contextlib

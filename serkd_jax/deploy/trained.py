@@ -1,11 +1,9 @@
 """A trained student out of a finished workdir, and its held-out utterances."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,11 +14,13 @@ from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
 from serkd_jax.encoders.frontends import Frontend, Pretrained, make_frontend
 from serkd_jax.errors import UserError
+from serkd_jax.files import read_arrays, read_json
 from serkd_jax.results.report import STAGE_OF_ROW
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
 PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe
+UNFINISHED = "name the workdir of a finished run; if this is one, start the run again, it mends it"
 STUDENT_ROWS = ("updated_student", "distilled_student", "student")
 
 
@@ -56,7 +56,7 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         UserError: the run is not finished, is of another version, has no such fold or row, or its
             front-end is not that of today.
     """
-    results = _read_json(workdir / "results.json")
+    results = read_json(workdir / "results.json", UNFINISHED)
     if fold not in results["folds"]:
         raise UserError(f"{workdir} has no fold {fold}: use one of {', '.join(results['folds'])}")
     if row not in results["folds"][fold]:
@@ -67,9 +67,12 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
     params = state["params"]["student"] if row == "distilled_student" else state["params"]
     params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
-    if frontend.fingerprint != _read_json(workdir / "run.json")["the front-end"]:
+    if frontend.fingerprint != read_json(workdir / "run.json", UNFINISHED)["the front-end"]:
         raise UserError(f"the front-end is not what {workdir} was trained on: its weights changed")
-    predictions = {name: _read_arrays(workdir, name) for name in results["folds"]}
+    predictions = {
+        name: read_arrays(workdir / f"fold_{name}" / "predictions.npz", UNFINISHED)
+        for name in results["folds"]
+    }
     return Trained(
         workdir,
         fold,
@@ -146,7 +149,7 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
     cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")
     wanted = {"frontend": trained.frontend.fingerprint, "max_frames": config.max_frames}
     for path in sorted(cache.glob("features/*/metadata.json")):
-        made = _read_json(path)
+        made = read_json(path, UNFINISHED)
         if any(made.get(key) != value for key, value in wanted.items()):
             continue
         found = {
@@ -160,21 +163,3 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
         f"{cache} does not hold the features of the test utterances: name the run's --cache_dir, "
         "or export with --nocheck"
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: name the workdir of a finished run") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): start the run again, it mends it") from error
-
-
-def _read_arrays(workdir: Path, fold: str) -> dict[str, np.ndarray]:
-    path = workdir / f"fold_{fold}" / "predictions.npz"
-    try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}): run the experiment again") from error

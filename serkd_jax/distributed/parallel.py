@@ -154,9 +154,9 @@ def compile_steps(
         pick: (state, a step's rows) -> those that make up its batch.
 
     Returns:
-        A function of (state, data, rows, count, rng), with data and rows from
-        :func:`serkd_jax.data.examples.Examples.take`, that takes the first ``count`` of the S steps that
-        rows have. It returns the state and the metrics, each (S,). The state's buffers are donated.
+        A function of (state, data, rows, count, rng), with data and rows from `Examples.take`,
+        that takes the first ``count`` of the S steps that rows have. It returns the state and the
+        metrics, each (S,). The state's buffers are donated.
     """
 
     def make_run(axis: str | None) -> Callable:

@@ -1,13 +1,11 @@
 """results.json, results.md and the table on the terminal."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from serkd_jax.distributed import parallel
+from serkd_jax.files import write_file, write_json
 from serkd_jax.results.metrics import classification_metrics
 
 STAGE_OF_ROW = {
@@ -65,8 +63,8 @@ def write_results(
         "params": params,
     }
     report = _markdown(results)
-    write_atomically(workdir / "results.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(workdir / "results.md", f"{report}\n## Data\n\n{data}\n")
+    write_json(workdir / "results.json", results)
+    write_file(workdir / "results.md", f"{report}\n## Data\n\n{data}\n")
     return report
 
 
@@ -96,17 +94,3 @@ def _markdown(results: dict[str, Any]) -> str:
     for name, counts in zip(names, overall[last]["confusion"], strict=True):
         lines.append(f"| {name} |" + "".join(f" {count} |" for count in counts))
     return "\n".join(lines) + "\n"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all; of several processes, the first does."""
-    if not parallel.is_first_process():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

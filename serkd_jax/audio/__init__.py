@@ -1,0 +1,1 @@
+"""Waveforms: decoding, checks and log-mel frames; NumPy, neither JAX nor TensorFlow."""

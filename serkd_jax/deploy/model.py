@@ -1,0 +1,233 @@
+"""An exported model as a function of recordings; NumPy and what runs the chosen format, no more."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from serkd_jax.audio.logmel import num_samples
+from serkd_jax.audio.waveform import (
+    SAMPLE_RATE,
+    SILENCE_PEAK,
+    AudioError,
+    check_audio,
+    to_float,
+    to_int16,
+)
+from serkd_jax.deploy.backends import load_classifier, load_frontend
+from serkd_jax.deploy.folder import find_folder, read_config
+from serkd_jax.errors import UserError
+
+
+class Window(NamedTuple):
+    """A part of a recording."""
+
+    start: float  # seconds
+    end: float
+    label: str
+    probabilities: dict[str, float]
+
+
+class Prediction(NamedTuple):
+    """What a recording sounds like; its probabilities are the mean of its windows'."""
+
+    source: str
+    label: str
+    probabilities: dict[str, float]
+    windows: list[Window]  # silent ones left out
+
+
+class Failure(NamedTuple):
+    """A recording that could not be used."""
+
+    source: str
+    error: str
+
+
+@dataclass
+class _Clip:
+    """A recording on its way through the model."""
+
+    source: str
+    waveform: np.ndarray
+    starts: list[int]  # samples, of the windows that are not silent
+    probabilities: list[np.ndarray] = field(default_factory=list)
+
+
+class Model:
+    """An exported model, from `load_model`.
+
+    Attributes:
+        labels: the classes.
+        window_seconds: the longest part of a recording that the model sees at once.
+    """
+
+    def __init__(self, folder: Path, form: str, threads: int = 0, max_seconds: float = 3600):
+        config = read_config(folder)
+        self.labels = list(config.labels)
+        self._window = num_samples(config.max_frames)
+        self.window_seconds = self._window / SAMPLE_RATE
+        self._featurize = load_frontend(folder, config)
+        self._classify = load_classifier(folder, config, form, threads)
+        self._max_samples = round(max_seconds * SAMPLE_RATE)
+
+    def __call__(
+        self,
+        audio: str | Path | np.ndarray,
+        rate: int = SAMPLE_RATE,
+        hop_seconds: float | None = None,
+    ) -> Prediction:
+        """Classifies one recording.
+
+        Args:
+            audio: a file, or samples (n,) or (n, channels): floats of full scale 1, or integers.
+            rate: of the samples, Hz; files say theirs.
+            hop_seconds: from one window to the next; None means that they do not overlap. The
+                last one ends with the recording.
+
+        Raises:
+            AudioError: it cannot be used; the message says why.
+        """
+        (result,) = self.predict([(audio, rate)], hop_seconds)
+        if isinstance(result, Failure):
+            raise AudioError(result.error)
+        return result
+
+    def predict(
+        self,
+        recordings: Iterable[str | Path | tuple[str | Path | np.ndarray, int]],
+        hop_seconds: float | None = None,
+        batch_size: int = 16,
+    ) -> Iterator[Prediction | Failure]:
+        """Classifies many, in their order; windows of several go through the model together.
+
+        Args:
+            recordings: files, or (file or samples, rate).
+            hop_seconds: see `__call__`.
+            batch_size: windows at once.
+        """
+        hop = self._window if hop_seconds is None else round(hop_seconds * SAMPLE_RATE)
+        if not 0 < hop <= self._window:
+            raise UserError(f"hop_seconds is {hop_seconds}: use up to {self.window_seconds:g}")
+        open_clips: deque[_Clip | Failure] = deque()
+        batch: list[tuple[_Clip, int]] = []
+        for recording in recordings:
+            clip = self._open(recording, hop)
+            open_clips.append(clip)
+            for start in clip.starts if isinstance(clip, _Clip) else ():
+                batch.append((clip, start))
+                if len(batch) == batch_size:
+                    self._run(batch)
+                    batch = []
+            yield from self._finished(open_clips)
+        if batch:
+            self._run(batch)
+        yield from self._finished(open_clips)
+
+    def _open(self, recording: object, hop: int) -> _Clip | Failure:
+        audio, rate = recording if isinstance(recording, tuple) else (recording, SAMPLE_RATE)
+        source = "samples" if isinstance(audio, np.ndarray) else str(audio)
+        try:
+            if isinstance(audio, np.ndarray):
+                waveform = to_waveform(audio, rate)
+            else:
+                from serkd_jax.audio.decoding import read_audio
+
+                waveform = read_audio(audio, self._max_samples + 1)
+            if len(waveform) > self._max_samples:
+                limit = self._max_samples / SAMPLE_RATE
+                raise AudioError(
+                    f"{source}: longer than {limit:g} s: raise max_seconds or split it"
+                )
+        except (AudioError, OSError) as error:
+            return Failure(source, str(error))
+        except MemoryError:
+            return Failure(source, f"{source}: does not fit into memory; split it")
+        waveform = to_float(to_int16(waveform))  # as in the records that it learned from
+        last = max(0, len(waveform) - self._window)
+        starts = [
+            start
+            for start in (*range(0, last, hop), last)
+            if np.abs(waveform[start : start + self._window]).max() >= SILENCE_PEAK
+        ]
+        return _Clip(source, waveform, starts)
+
+    def _run(self, batch: Sequence[tuple[_Clip, int]]) -> None:
+        windows = [clip.waveform[start : start + self._window] for clip, start in batch]
+        logits = self._classify(*self._featurize(windows))
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        for (clip, _), row in zip(batch, probabilities, strict=True):
+            clip.probabilities.append(row)
+
+    def _finished(self, clips: deque[_Clip | Failure]) -> Iterator[Prediction | Failure]:
+        """Takes those off whose windows are all done, up to the first that waits."""
+        while clips:
+            clip = clips[0]
+            if isinstance(clip, Failure):
+                yield clip
+            elif len(clip.probabilities) == len(clip.starts):
+                yield self._prediction(clip)
+            else:
+                return
+            clips.popleft()
+
+    def _prediction(self, clip: _Clip) -> Prediction:
+        windows = []
+        for start, row in zip(clip.starts, clip.probabilities, strict=True):
+            end = min(start + self._window, len(clip.waveform))
+            times = (round(sample / SAMPLE_RATE, 3) for sample in (start, end))
+            windows.append(Window(*times, *self._label(row)))
+        return Prediction(clip.source, *self._label(np.mean(clip.probabilities, axis=0)), windows)
+
+    def _label(self, probabilities: np.ndarray) -> tuple[str, dict[str, float]]:
+        named = dict(zip(self.labels, map(float, probabilities), strict=True))
+        return max(named, key=named.__getitem__), named
+
+
+def load_model(
+    model: str | Path,
+    format: str = "safetensors",
+    *,
+    revision: str | None = None,
+    threads: int = 0,
+    max_seconds: float = 3600,
+) -> Model:
+    """Loads an exported model.
+
+    Args:
+        model: a folder from ``serkd_jax.export``, or a name on the Hugging Face hub.
+        format: which of its files: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
+            onnx-int8, tflite or tflite-int8.
+        revision: branch, tag or commit on the hub.
+        threads: for ONNX and LiteRT; 0 lets them choose.
+        max_seconds: longer recordings are refused.
+
+    Raises:
+        UserError: the model is not there, is damaged, or what runs it is not installed.
+    """
+    return Model(find_folder(model, revision, format), format, threads, max_seconds)
+
+
+def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) or (n, channels), floats of full scale 1 or integers, as 16 kHz mono.
+
+    Raises:
+        AudioError: of another shape or type, or see `serkd_jax.audio.waveform.check_audio`.
+    """
+    if audio.ndim not in (1, 2) or audio.dtype.kind not in "fiu" or audio.size == 0:
+        raise AudioError(f"samples of shape {audio.shape} and type {audio.dtype} are no recording")
+    if not 1000 <= rate <= 1_000_000:
+        raise AudioError(f"samples: a rate of {rate} Hz is none of audio")
+    if audio.dtype.kind in "iu":  # unsigned samples swing around the middle, as in 8-bit WAV
+        full_scale = 2.0 ** (8 * audio.dtype.itemsize - 1)
+        audio = audio / full_scale - (audio.dtype.kind == "u")
+    mono = (audio if audio.ndim == 1 else audio.mean(axis=1)).astype(np.float32)
+    if rate != SAMPLE_RATE:
+        import soxr
+
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
+    return check_audio(mono, "samples")

@@ -1,0 +1,1 @@
+"""The students, a file each."""

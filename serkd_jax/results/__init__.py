@@ -1,0 +1,1 @@
+"""Scores of the test predictions, and the tables made of them."""
