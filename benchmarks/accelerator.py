@@ -46,12 +46,11 @@ from benchmarks.common import (
     student_operations,
 )
 from serkd_jax.audio.logmel import num_samples
-from serkd_jax.config import STAGES
 from serkd_jax.data.examples import Examples
 from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, make_folds
 from serkd_jax.distributed.parallel import replicate
-from serkd_jax.experiment import Experiment
+from serkd_jax.experiment import STAGES, Experiment
 from serkd_jax.models.transformer import attend
 from serkd_jax.programs import Programs
 
@@ -337,7 +336,7 @@ def run_fold(
     The teacher is a HuBERT-large of random weights that hears waveforms, as the paper's.
     """
     config = config.copy_and_resolve_references()
-    for stage in STAGES:
+    for stage in (kind.name for kind in STAGES):
         config[stage].epochs = _EPOCHS.value
     with tempfile.TemporaryDirectory() as folder:
         model = encoders.make_model("hubert-large", SIZE.value == "tiny")
@@ -359,7 +358,7 @@ def run_fold(
         start = time.monotonic()
         run.run_fold(folds[0])
         taken, stages = time.monotonic() - start, {}
-        for stage in STAGES:
+        for stage in (kind.name for kind in STAGES):
             log = (run.workdir / "fold_1" / stage / "metrics.jsonl").read_text().splitlines()
             first, *_, last = map(json.loads, log)
             step = 1 / last["steps_per_second"]

@@ -17,7 +17,10 @@ from ml_collections import ConfigDict
 from configs import common
 from serkd_jax.data.examples import Examples
 from serkd_jax.programs import Programs
+from serkd_jax.stages.curriculum import CurriculumStage
+from serkd_jax.stages.distill import DistillStage, DistillState
 from serkd_jax.stages.standardization import no_statistics
+from serkd_jax.stages.student import StudentStage
 
 CLASSES = 4  # of IEMOCAP
 # Forward passes of the student over a batch, where a backward pass counts twice: the momentum
@@ -92,10 +95,12 @@ def make_programs(
     return Programs(config, CLASSES, shape, variates, 1, [device or jax.devices()[0]])
 
 
-def new_classifier(programs: Programs) -> Any:
-    """Parameters of T'."""
+def init_distill(programs: Programs, variates: int) -> DistillState:
+    """State before distillation, with a new T'."""
     hidden = jnp.zeros((1, programs.teacher_hidden))
-    return programs.classifier.init(jax.random.key(0), hidden)["params"]
+    classifier = programs.classifier.init(jax.random.key(0), hidden)["params"]
+    statistics = no_statistics(variates)
+    return programs.stage(DistillStage).init(jax.random.key(1), statistics, classifier)
 
 
 def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.ndarray]:
@@ -128,16 +133,16 @@ def make_steps(
     device = examples.devices[0]
     plain, meta = (make_programs(config, each, variates, device) for each in ("none", order))
     statistics = no_statistics(variates)
-    student = plain.init_student(jax.random.key(1), statistics)
-    distilled = plain.init_distill(jax.random.key(1), new_classifier(plain), statistics)
-    updated = plain.init_curriculum(jax.random.key(2), distilled)
+    student = plain.stage(StudentStage).init(jax.random.key(1), statistics)
+    distilled = init_distill(plain, variates)
+    updated = plain.stage(CurriculumStage).init(jax.random.key(2), distilled)
     train, quiz = np.split(np.arange(len(examples.columns["index"])), 2)
     tasks = np.stack([train] * plain.policy.num_tasks)
     return plain, {
-        "student": (plain.student_steps, student, train),
-        "kd": (plain.distill_steps, distilled, {"train": train, "quiz": quiz}),
-        "meta": (meta.distill_steps, distilled, {"train": train, "quiz": quiz}),
-        "curriculum": (plain.curriculum_steps, updated, {"train": tasks, "quiz": quiz}),
+        "student": (plain.steps(StudentStage), student, train),
+        "kd": (plain.steps(DistillStage), distilled, {"train": train, "quiz": quiz}),
+        "meta": (meta.steps(DistillStage), distilled, {"train": train, "quiz": quiz}),
+        "curriculum": (plain.steps(CurriculumStage), updated, {"train": tasks, "quiz": quiz}),
     }
 
 

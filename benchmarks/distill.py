@@ -30,14 +30,14 @@ from benchmarks.common import (
     SECONDS,
     by_turns,
     describe,
+    init_distill,
     make_batch,
     make_config,
     make_examples,
     make_programs,
     markdown,
-    new_classifier,
 )
-from serkd_jax.stages.standardization import no_statistics
+from serkd_jax.stages.distill import DistillStage
 
 ORDERS = {
     "none": "plain KD",
@@ -67,7 +67,7 @@ def measure(config: ConfigDict, variates: int, seconds: float) -> dict[str, dict
     config.optimizer.clip_norm = 0.0
     programs = {order: make_programs(config, order, variates) for order in ORDERS}
     plain = programs["none"]
-    state = plain.init_distill(jax.random.key(1), new_classifier(plain), no_statistics(variates))
+    state = init_distill(plain, variates)
     train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
     examples = make_examples(train, quiz)
     one_step = np.arange(2 * config.batch_size).reshape(2, 1, -1)
@@ -76,7 +76,7 @@ def measure(config: ConfigDict, variates: int, seconds: float) -> dict[str, dict
     steps, compile_seconds, gradients = {}, {}, {}
     for order, program in programs.items():
         start = time.perf_counter()
-        steps[order] = program.distill_steps.lower(state, *rest).compile()
+        steps[order] = program.steps(DistillStage).lower(state, *rest).compile()
         compile_seconds[order] = time.perf_counter() - start
     for order, step in steps.items():  # also the warm-up; a step takes its state's buffers
         after, _ = step(jax.tree.map(jnp.copy, state), *rest)

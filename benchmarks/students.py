@@ -36,7 +36,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.models.students.inverted import Student
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.augmentation import example_keys
-from serkd_jax.stages.common import make_optimizer
+from serkd_jax.stages.base import make_optimizer
 from serkd_jax.stages.standardization import (
     Statistics,
     measure_statistics,

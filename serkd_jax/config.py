@@ -23,10 +23,6 @@ CHOICES = {
     "curriculum.task_by": ("difficulty", "class"),
     "curriculum.sampling": ("policy", "uniform"),
 }
-STAGES = ("teacher", "student", "distill", "curriculum")
-STARTS_FROM = {"distill": ("teacher",), "curriculum": ("teacher", "distill")}
-
-
 # Config keys that say where and how a run is done, not what it computes.
 PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
 PLACE_KEYS += ("protocol.file", "stages", "examples", "steps_per_dispatch", "remat")
@@ -86,15 +82,6 @@ def check_config(config: ConfigDict) -> None:
         width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
         if width % heads:
             raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
-    chosen = chosen_stages(config)
-    for stage in chosen:
-        if stage not in STAGES:
-            raise UserError(f"stages has {stage!r}: use {', '.join(STAGES)}")
-        for start in STARTS_FROM.get(stage, ()):
-            if start not in chosen:
-                raise UserError(f"stages has {stage} but not {start}, which it starts from")
-        if config[stage].epochs < 1:
-            raise UserError(f"{stage}.epochs must be at least 1")
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:

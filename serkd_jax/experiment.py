@@ -4,6 +4,7 @@ Every part that is done is reused. :meth:`Experiment.run_fold` is the paper's or
 """
 
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.audio.logmel import num_samples
-from serkd_jax.config import STAGES, check_config, chosen_stages, quiz_batch_size, settings_of
+from serkd_jax.config import check_config, chosen_stages, quiz_batch_size, settings_of
 from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds, speaker_note
@@ -27,16 +28,18 @@ from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
 from serkd_jax.results import report
 from serkd_jax.results.metrics import classification_metrics
-from serkd_jax.stages.common import make_schedule
-from serkd_jax.stages.curriculum import CurriculumState, assign_tasks
-from serkd_jax.stages.distill import DistillState
+from serkd_jax.stages.base import Stage
+from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
+from serkd_jax.stages.distill import DistillStage, DistillState
 from serkd_jax.stages.standardization import Statistics, measure_statistics, no_statistics
-from serkd_jax.stages.student import StudentState
-from serkd_jax.stages.teacher import TeacherState
-from serkd_jax.training import Stage, train
+from serkd_jax.stages.student import StudentStage, StudentState
+from serkd_jax.stages.teacher import TeacherStage, TeacherState
+from serkd_jax.training import Training, train
 
 RETRAIN = "delete it, and what is missing is computed again"
-STAGE_NUMBER = {name: i for i, name in enumerate(STAGES, start=1)}
+# In the order of training, and of the rows in the results.
+STAGES: tuple[type[Stage], ...] = (TeacherStage, StudentStage, DistillStage, CurriculumStage)
+ROWS = tuple(row for kind in STAGES for row in kind.rows)
 
 
 class Experiment:
@@ -72,32 +75,114 @@ class Experiment:
         self.data_report, self.profile = data_report, profile
         self.steps_per_epoch = programs.steps_per_epoch
 
-    @cached_property
-    def _statistics(self) -> dict[str, Statistics]:
-        """Of the student's features in each fold's training part, by the fold's name."""
-        width = self.programs.feature_shape[1]
-        return self._measure(self.features, width, self.config.student.standardize)
+    def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The chosen stages of a fold; returns test labels and predictions of all rows so far."""
+        saved = self._directory(fold, "predictions.npz")
+        logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
+        stages = chosen_stages(self.config)
+        if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
+            statistics = self.statistics[fold.name]
+            mean, spread = statistics.mean, statistics.spread
+            write_arrays(self._directory(fold, "statistics.npz"), mean=mean, spread=spread)
+            if "teacher" in stages:
+                teacher, teacher_out = self.train_teacher(fold)
+                hidden = teacher_out.hidden
+                logits["teacher"] = teacher_out.logits[test]
+            if "student" in stages:
+                student = self.train_student(fold)
+                logits["student"] = self._student_logits(fold, student.params, test)
+            if "distill" in stages:
+                distilled = self.distill(fold, teacher, hidden)
+                logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
+                params = distilled.params["student"]
+                logits["distilled_student"] = self._student_logits(fold, params, test)
+            if "curriculum" in stages:
+                updated = self.train_updated_student(fold, distilled, hidden)
+                logits["updated_student"] = self._student_logits(fold, updated.params, test)
+            logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
+            parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
+            write_arrays(saved, **logits)
+        return {row: (logits["label"], logits[row].argmax(-1)) for row in ROWS if row in logits}
 
-    @cached_property
-    def _teacher_statistics(self) -> dict[str, Statistics]:
-        """The same of the teacher's features; empty where it reads waveforms."""
-        config = self.config.teacher
-        if config.input == "waveform":
-            return {}
-        same = self.teacher_inputs is self.features
-        if same and config.standardize == self.config.student.standardize:
-            return self._statistics
-        return self._measure(self.teacher_inputs, self.programs.teacher_width, config.standardize)
+    def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
+        """Stage 1; the hidden vectors and logits of every utterance are computed once."""
+        programs, examples = self.programs, self.teacher_inputs
+        reads_waveforms = self.config.teacher.input == "waveform"
+        frozen = programs.embed_params if reads_waveforms else self._teacher_statistics[fold.name]
+        state = self._train(
+            fold,
+            TeacherStage,
+            frozen,
+            (frozen,),
+            examples=examples,
+            rows_of=lambda steps: self._stream(fold, TeacherStage, steps),
+            logits=lambda state, rows: programs.teacher_predict(state, examples, rows).logits,
+        )
+        saved = self._directory(fold, "teacher/outputs.npz")
+        arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
+        parallel.wait_for_processes(f"fold {fold.name} teacher")  # all know what is saved
+        if not arrays:
+            out = programs.teacher_predict(state, examples, np.arange(len(self.table)))
+            arrays = {"ids": self.table.ids, "hidden": out.hidden, "logits": out.logits}
+            write_arrays(saved, **arrays)
+        return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
-    def _measure(self, examples: Examples, width: int, wanted: bool) -> dict[str, Statistics]:
-        names = [fold.name for fold in self.folds]
-        if not wanted:
-            return dict.fromkeys(names, no_statistics(width))
-        members = np.zeros((len(names), len(self.table)), bool)
-        for fold, member in zip(self.folds, members, strict=True):
-            member[fold.train] = True
-        measured = parallel.of_first_process(measure_statistics(examples.chunks(), members))
-        return dict(zip(names, measured, strict=True))
+    def train_student(self, fold: Fold) -> StudentState:
+        """Stage 2."""
+        statistics = self.statistics[fold.name]
+        return self._train(
+            fold,
+            StudentStage,
+            statistics,
+            (statistics,),
+            examples=self.features,
+            rows_of=lambda steps: self._stream(fold, StudentStage, steps),
+        )
+
+    def distill(self, fold: Fold, teacher: TeacherState, hidden: np.ndarray) -> DistillState:
+        """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
+
+        def rows_of(steps: range) -> dict[str, np.ndarray]:
+            quiz = self._stream(fold, DistillStage, steps, "quiz", quiz_batch_size(self.config))
+            return {"train": self._stream(fold, DistillStage, steps), "quiz": quiz}
+
+        statistics = self.statistics[fold.name]
+        return self._train(
+            fold,
+            DistillStage,
+            statistics,
+            (statistics, teacher.params["classifier"]),
+            examples=self.features.with_columns(teacher_hidden=hidden),
+            rows_of=rows_of,
+        )
+
+    def train_updated_student(
+        self, fold: Fold, distilled: DistillState, hidden: np.ndarray
+    ) -> CurriculumState:
+        """Stage 4: S' on the tasks that the policy picks."""
+        rows_of_task = self._tasks(fold, distilled, hidden)
+        size, seed = self.config.batch_size, self._seed(fold, CurriculumStage, "train")
+
+        def rows_of(steps: range) -> dict[str, np.ndarray]:
+            """Batches of all tasks: which one a step takes, the policy says on the device."""
+            train = [
+                [
+                    sample_rows(rows, size, step, [*seed, task])
+                    for task, rows in enumerate(rows_of_task)
+                ]
+                for step in steps
+            ]
+            quiz = self._stream(fold, CurriculumStage, steps, "reward")
+            return {"train": np.array(train), "quiz": quiz}
+
+        return self._train(
+            fold,
+            CurriculumStage,
+            CurriculumStage.frozen(distilled),
+            (distilled,),
+            examples=self.features.with_columns(teacher_hidden=hidden),
+            rows_of=rows_of,
+        )
 
     def run(self) -> str:
         """Does what is left to do of the chosen stages; returns the scores as Markdown."""
@@ -112,121 +197,30 @@ class Experiment:
             self.data_report,
         )
 
-    def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The chosen stages of a fold; returns test labels and predictions of all rows so far."""
-        saved = self._directory(fold, "predictions.npz")
-        stages = chosen_stages(self.config)
-        logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
-        if any(stage in stages and row not in logits for row, stage in report.STAGE_OF_ROW.items()):
-            if "teacher" in stages:
-                teacher, teacher_out = self.train_teacher(fold)
-                hidden = teacher_out.hidden
-                logits["teacher"] = teacher_out.logits[test]
-            if "student" in stages:
-                student = self.train_student(fold)
-                logits["student"] = self._student_logits(student, student.params, test)
-            if "distill" in stages:
-                distilled = self.distill(fold, teacher, hidden)
-                logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
-                params = distilled.params["student"]
-                logits["distilled_student"] = self._student_logits(distilled, params, test)
-            if "curriculum" in stages:
-                updated = self.train_updated_student(fold, distilled, hidden)
-                logits["updated_student"] = self._student_logits(updated, updated.params, test)
-            logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
-            parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
-            write_arrays(saved, **logits)
-        return {
-            row: (logits["label"], logits[row].argmax(-1)) for row in report.ROWS if row in logits
-        }
+    @cached_property
+    def statistics(self) -> dict[str, Statistics]:
+        """Of the student's features in each fold's training part, by the fold's name."""
+        width = self.programs.feature_shape[1]
+        return self._measure(self.features, width, self.config.student.standardize)
 
-    def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
-        """Stage 1; the hidden vectors and logits of every utterance are computed once."""
-        programs, examples = self.programs, self.teacher_inputs
-        statistics = self._teacher_statistics.get(fold.name)
-        stage = self._stage(
-            fold,
-            "teacher",
-            init=lambda: programs.init_teacher(statistics),
-            steps=programs.teacher_steps,
-            examples=examples,
-            rows_of=lambda steps: self._stream(fold, "teacher", steps),
-            logits=lambda state, rows: programs.teacher_predict(state, examples, rows).logits,
-        )
-        state = train(stage, self._directory(fold, "teacher"))
-        saved = self._directory(fold, "teacher/outputs.npz")
-        arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
-        parallel.wait_for_processes(f"fold {fold.name} teacher")  # all know what is saved
-        if not arrays:
-            out = programs.teacher_predict(state, examples, np.arange(len(self.table)))
-            arrays = {"ids": self.table.ids, "hidden": out.hidden, "logits": out.logits}
-            write_arrays(saved, **arrays)
-        return state, TeacherOutput(arrays["hidden"], arrays["logits"])
+    @cached_property
+    def _teacher_statistics(self) -> dict[str, Statistics]:
+        """The same of the teacher's features."""
+        config = self.config.teacher
+        same = self.teacher_inputs is self.features
+        if same and config.standardize == self.config.student.standardize:
+            return self.statistics
+        return self._measure(self.teacher_inputs, self.programs.teacher_width, config.standardize)
 
-    def train_student(self, fold: Fold) -> StudentState:
-        """Stage 2."""
-        rng, statistics = self._rng(fold, "student"), self._statistics[fold.name]
-        stage = self._stage(
-            fold,
-            "student",
-            init=lambda: self.programs.init_student(rng, statistics),
-            steps=self.programs.student_steps,
-            examples=self.features,
-            rows_of=lambda steps: self._stream(fold, "student", steps),
-            logits=lambda state, rows: self._student_logits(state, state.params, rows),
-        )
-        return train(stage, self._directory(fold, "student"))
-
-    def distill(self, fold: Fold, teacher: TeacherState, hidden: np.ndarray) -> DistillState:
-        """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
-
-        def rows_of(steps: range) -> dict[str, np.ndarray]:
-            quiz = self._stream(fold, "distill", steps, "quiz", quiz_batch_size(self.config))
-            return {"train": self._stream(fold, "distill", steps), "quiz": quiz}
-
-        rng, classifier = self._rng(fold, "distill"), teacher.params["classifier"]
-        statistics = self._statistics[fold.name]
-        stage = self._stage(
-            fold,
-            "distill",
-            init=lambda: self.programs.init_distill(rng, classifier, statistics),
-            steps=self.programs.distill_steps,
-            examples=self.features.with_columns(teacher_hidden=hidden),
-            rows_of=rows_of,
-            logits=lambda state, rows: self._student_logits(state, state.params["student"], rows),
-        )
-        return train(stage, self._directory(fold, "distill"))
-
-    def train_updated_student(
-        self, fold: Fold, distilled: DistillState, hidden: np.ndarray
-    ) -> CurriculumState:
-        """Stage 4: S' on the tasks that the policy picks."""
-        rows_of_task = self._tasks(fold, distilled, hidden)
-        size, seed = self.config.batch_size, self._seed(fold, "curriculum", "train")
-
-        def rows_of(steps: range) -> dict[str, np.ndarray]:
-            """Batches of all tasks: which one a step takes, the policy says on the device."""
-            train = [
-                [
-                    sample_rows(rows, size, step, [*seed, task])
-                    for task, rows in enumerate(rows_of_task)
-                ]
-                for step in steps
-            ]
-            quiz = self._stream(fold, "curriculum", steps, "reward")
-            return {"train": np.array(train), "quiz": quiz}
-
-        rng = self._rng(fold, "curriculum")
-        stage = self._stage(
-            fold,
-            "curriculum",
-            init=lambda: self.programs.init_curriculum(rng, distilled),
-            steps=self.programs.curriculum_steps,
-            examples=self.features.with_columns(teacher_hidden=hidden),
-            rows_of=rows_of,
-            logits=lambda state, rows: self._student_logits(state, state.params, rows),
-        )
-        return train(stage, self._directory(fold, "curriculum"))
+    def _measure(self, examples: Examples, width: int, wanted: bool) -> dict[str, Statistics]:
+        names = [fold.name for fold in self.folds]
+        if not wanted:
+            return dict.fromkeys(names, no_statistics(width))
+        members = np.zeros((len(names), len(self.table)), bool)
+        for fold, member in zip(self.folds, members, strict=True):
+            member[fold.train] = True
+        measured = parallel.of_first_process(measure_statistics(examples.chunks(), members))
+        return dict(zip(names, measured, strict=True))
 
     def _tasks(self, fold: Fold, distilled: DistillState, hidden: np.ndarray) -> list[np.ndarray]:
         """The training rows of every curriculum task, ranked by the meta-teacher."""
@@ -243,22 +237,37 @@ class Experiment:
             )
         return rows_of_task
 
-    def _stage(
+    def _train(
         self,
         fold: Fold,
-        name: str,
+        kind: type[Stage],
+        frozen: Any,
+        start: tuple,
         *,
-        init: Callable[[], Any],
-        steps: Callable,
         examples: Examples,
         rows_of: Callable[[range], Any],
-        logits: Callable[[Any, np.ndarray], np.ndarray],
-    ) -> Stage:
-        """A stage on the ``rows_of`` its steps, validated by the ``logits`` of (state, rows)."""
+        logits: Callable[[Any, np.ndarray], np.ndarray] | None = None,
+    ) -> Any:
+        """Trains a stage that starts from what its ``init`` takes beside a key.
+
+        Args:
+            fold: whose parts it sees.
+            kind: of the stage.
+            frozen: what no step changes.
+            start: what ``init`` takes.
+            examples: what it trains on.
+            rows_of: steps -> the rows that they train on.
+            logits: (state, rows) -> logits to validate by; by default those of its student.
+        """
+        stage, rng = self.programs.stage(kind), self._rng(fold, kind)
         labels = self.table.labels[fold.validation]
 
         def validate(state: Any) -> dict[str, float]:
-            predicted = logits(state, fold.validation)
+            if logits:
+                predicted = logits(state, fold.validation)
+            else:
+                params = stage.student_params(state.params)
+                predicted = self._student_logits(fold, params, fold.validation)
             num_classes = len(self.table.class_names)
             scores = classification_metrics(labels, predicted.argmax(-1), num_classes)
             loss = float(losses.cross_entropy(predicted, labels))
@@ -272,44 +281,42 @@ class Experiment:
                 jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), rows)
             )
 
-        return Stage(
-            title=f"fold {fold.name}/{self.folds[-1].name} {name}",
-            epochs=self.config[name].epochs,
+        training = Training(
+            title=f"fold {fold.name}/{self.folds[-1].name} {kind.name}",
+            epochs=self.config[kind.name].epochs,
             steps_per_epoch=self.steps_per_epoch,
             steps_per_dispatch=count,
             devices=self.programs.devices,
-            init=init,
-            steps=steps,
+            init=lambda: stage.init(jax.random.fold_in(rng, 1), *start),
+            frozen=frozen,
+            steps=self.programs.steps(kind),
             take=take,
             validate=validate,
             selection_metric=self.config.selection_metric,
-            rng=jax.random.fold_in(self._rng(fold, name), 2),
-            learning_rate=make_schedule(
-                self.config.optimizer,
-                self.config[name].learning_rate,
-                self.config[name].epochs * self.steps_per_epoch,
-            ),
+            rng=jax.random.fold_in(rng, 2),
+            learning_rate=self.programs.learning_rate(kind.name),
             profile=self.profile and fold is self.folds[0],
         )
+        return train(training, self._directory(fold, kind.name))
 
-    def _student_logits(self, state: Any, params: Any, rows: np.ndarray) -> np.ndarray:
-        """(n, C) logits of the utterances ``rows`` of a student, the ``params`` in a state."""
-        variables = params, state.statistics
+    def _student_logits(self, fold: Fold, params: Any, rows: np.ndarray) -> np.ndarray:
+        """(n, C) logits of the utterances ``rows`` by a student of a fold."""
+        variables = params, self.statistics[fold.name]
         return self.programs.student_predict(variables, self.features, rows).logits
 
     def _stream(
-        self, fold: Fold, stage: str, steps: range, part: str = "train", size: int = 0
+        self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0
     ) -> np.ndarray:
         """Row numbers (steps, B) of a stage's batches from a part of the fold."""
-        seed = self._seed(fold, stage, part)
+        seed = self._seed(fold, kind, part)
         return stream_rows(getattr(fold, part), size or self.config.batch_size, steps, seed)
 
-    def _seed(self, fold: Fold, stage: str, part: str) -> list[int]:
-        return [self.config.seed, int(fold.name), STAGE_NUMBER[stage], int(part != "train")]
+    def _seed(self, fold: Fold, kind: type[Stage], part: str) -> list[int]:
+        return [self.config.seed, int(fold.name), _number(kind.name), _number(part)]
 
-    def _rng(self, fold: Fold, stage: str) -> jax.Array:
+    def _rng(self, fold: Fold, kind: type[Stage]) -> jax.Array:
         rng = jax.random.fold_in(jax.random.key(self.config.seed), int(fold.name))
-        return jax.random.fold_in(rng, STAGE_NUMBER[stage])
+        return jax.random.fold_in(rng, _number(kind.name))
 
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name
@@ -329,6 +336,7 @@ def prepare_experiment(
         UserError: bad data or configuration, or a workdir that holds another run.
     """
     check_config(config)
+    check_stages(config)
     workdir, max_frames = Path(workdir), config.max_frames
     sizes = {"batch_size": config.batch_size, "meta.quiz_batch_size": quiz_batch_size(config)}
     devices = parallel.choose_devices(config.num_devices, sizes)
@@ -386,6 +394,28 @@ def prepare_experiment(
     notes = [counted, *_notes(config, table, folds, programs, (frontend, teacher_frontend))]
     data = table, folds, features, teacher_inputs
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
+
+
+def check_stages(config: ConfigDict) -> None:
+    """Refuses ``config.stages`` that are not there, or lack what they start from.
+
+    Raises:
+        UserError: names the key and what it may be.
+    """
+    chosen, kinds = chosen_stages(config), {kind.name: kind for kind in STAGES}
+    for name in chosen:
+        if name not in kinds:
+            raise UserError(f"stages has {name!r}: use {', '.join(kinds)}")
+        for start in kinds[name].starts_from:
+            if start not in chosen:
+                raise UserError(f"stages has {name} but not {start}, which it starts from")
+        if config[name].epochs < 1:
+            raise UserError(f"{name}.epochs must be at least 1")
+
+
+def _number(name: str) -> int:
+    """Of a random stream that is known by its name."""
+    return zlib.crc32(name.encode())
 
 
 def _make_folds(table: reader.Table, config: ConfigDict) -> list[Fold]:

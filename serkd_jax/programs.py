@@ -1,4 +1,6 @@
-"""The models, optimisers and compiled steps of a config, which all folds share."""
+"""The models and compiled stages of a config, which all folds share."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -19,9 +21,9 @@ from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
-from serkd_jax.stages import curriculum, distill, student, teacher
-from serkd_jax.stages.common import make_adamw, make_optimizer
-from serkd_jax.stages.standardization import Statistics
+from serkd_jax.stages import student
+from serkd_jax.stages.base import Stage, make_optimizer, make_schedule
+from serkd_jax.stages.teacher import TeacherStage
 
 
 class Programs:
@@ -50,6 +52,44 @@ class Programs:
         self.config, self.num_classes = config, num_classes
         self.feature_shape, self.teacher_width = feature_shape, teacher_width
         self.steps_per_epoch, self.devices, self.resident = steps_per_epoch, devices, resident
+        self._stages: dict[type[Stage], Stage] = {}
+        self._steps: dict[type[Stage], Callable] = {}
+
+    # Stages ------------------------------------------------------------------------------------
+
+    def stage(self, kind: type[Stage]) -> Any:
+        """The stage of this kind, with its parts."""
+        if kind not in self._stages:
+            self._stages[kind] = kind.make(self)
+        return self._stages[kind]
+
+    def steps(self, kind: type[Stage]) -> Callable:
+        """Its compiled steps, see `parallel.compile_steps`."""
+        if kind not in self._steps:
+            stage = self.stage(kind)
+            self._steps[kind] = parallel.compile_steps(
+                lambda axis: partial(stage.step, axis=axis),
+                self.devices,
+                shared_data=self.resident,
+                pick=stage.pick,
+            )
+        return self._steps[kind]
+
+    def total_steps(self, stage: str) -> int:
+        """Of all epochs of the stage of this name."""
+        return self.config[stage].epochs * self.steps_per_epoch
+
+    def make_optimizer(
+        self, stage: str, learning_rate: float | None = None
+    ) -> optax.GradientTransformation:
+        """AdamW over a stage's steps, at its learning rate or another one."""
+        rate = self.config[stage].learning_rate if learning_rate is None else learning_rate
+        return make_optimizer(self.config.optimizer, rate, self.total_steps(stage))
+
+    def learning_rate(self, stage: str) -> optax.Schedule:
+        """Steps taken -> the rate of a stage's next step."""
+        rate, total = self.config[stage].learning_rate, self.total_steps(stage)
+        return make_schedule(self.config.optimizer, rate, total)
 
     # Teacher (Section 3.1) ---------------------------------------------------------------------
 
@@ -65,7 +105,7 @@ class Programs:
         return self.checkpoint.sha256 if self.checkpoint else ""
 
     @cached_property
-    def teacher_model(self) -> Teacher:
+    def teacher(self) -> Teacher:
         """The trained part of the teacher."""
         config = self.config.teacher
         make_layers = self.checkpoint.kind.layers if self.checkpoint else Wav2Vec2Layers
@@ -106,13 +146,23 @@ class Programs:
         return self.checkpoint.kind.embed(self.checkpoint.config, self.dtype)
 
     @property
+    def embed_params(self) -> Any:
+        """Of the frozen front."""
+        return self.checkpoint.params["embed"]
+
+    @property
+    def normalizes_waveforms(self) -> bool:
+        """Whether the checkpoint's preprocessor standardises each waveform."""
+        return self._reads_waveforms and self.checkpoint.do_normalize
+
+    @property
     def teacher_hidden(self) -> int:
         """H, the width of h(., T)."""
         return self.config.teacher.projector or self._encoder_width
 
     @property
     def _encoder_width(self) -> int:
-        return self.teacher_model.encoder.config.hidden_size
+        return self.teacher.encoder.config.hidden_size
 
     @property
     def _reads_waveforms(self) -> bool:
@@ -126,49 +176,26 @@ class Programs:
 
         def init(rng: jax.Array) -> Any:
             mask = jnp.ones(shape[:2], bool)
-            return self.teacher_model.init(rng, jnp.zeros(shape), mask)["params"]
+            return self.teacher.init(rng, jnp.zeros(shape), mask)["params"]
 
         return jax.jit(init)
 
-    def init_teacher(self, statistics: Statistics | None) -> teacher.TeacherState:
-        """State before fine-tuning: pretrained layers where a checkpoint is named.
-
-        Args:
-            statistics: what stored features are standardised by; None for waveforms.
-        """
-        params = self._new_teacher_params(jax.random.fold_in(jax.random.key(self.config.seed), 0))
+    def new_teacher_params(self, rng: jax.Array) -> Any:
+        """Parameters before fine-tuning, with pretrained layers where a checkpoint is named."""
+        params = self._new_teacher_params(rng)
         if self.checkpoint:
-            params = {**params, "encoder": self.checkpoint.params["encoder"]}
-        frozen = self.checkpoint.params["embed"] if self._reads_waveforms else statistics
-        return teacher.init_state(params, self.teacher_optimizer, frozen)
-
-    @cached_property
-    def _to_frames(self) -> Callable:
-        normalize = self._reads_waveforms and self.checkpoint.do_normalize
-        return teacher.make_frames(self.embed, normalize)
-
-    @cached_property
-    def teacher_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the teacher."""
-        return self._optimizer(self.config.teacher.learning_rate, self.config.teacher.epochs)
-
-    @cached_property
-    def teacher_steps(self) -> Callable:
-        """Eq. 1."""
-        optimizer, config = self.teacher_optimizer, self.config.teacher
-        return self._compile(
-            teacher.make_step, self.teacher_model, self._to_frames, optimizer, config
-        )
+            return {**params, "encoder": self.checkpoint.params["encoder"]}
+        return params
 
     @cached_property
     def teacher_predict(self) -> Callable:
         """(state, examples, rows) -> hidden vectors and logits."""
-        return self._compile_predict(teacher.make_predict(self.teacher_model, self._to_frames))
+        return self._compile_predict(self.stage(TeacherStage).predict)
 
     # Student (Section 3.2.1) -------------------------------------------------------------------
 
     @cached_property
-    def student_model(self) -> Student:
+    def student(self) -> Student:
         """S, and S' of the curriculum."""
         sizes = student_sizes(self.config.student)
         return Student(self.num_classes, **sizes, dtype=self.dtype, remat=self.config.remat)
@@ -177,8 +204,8 @@ class Programs:
     def student_hidden(self) -> int:
         """The width of h(., S)."""
         inputs = jnp.zeros((1, *self.feature_shape)), jnp.ones(1, jnp.int32)
-        model = self.student_model
-        return jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)[0].hidden.shape[1]
+        init = self.student.init_with_output
+        return jax.eval_shape(init, jax.random.key(0), *inputs)[0].hidden.shape[1]
 
     @cached_property
     def new_student_params(self) -> Callable[[jax.Array], Any]:
@@ -186,37 +213,16 @@ class Programs:
         shape = (1, *self.feature_shape)
 
         def init(rng: jax.Array) -> Any:
-            return self.student_model.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))["params"]
+            return self.student.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))["params"]
 
         return jax.jit(init)
-
-    def init_student(self, rng: jax.Array, statistics: Statistics) -> student.StudentState:
-        """State before the undistilled student's training on features of these statistics."""
-        return student.init_state(
-            self.new_student_params(rng),
-            self.student_optimizer,
-            self.config.contrastive,
-            self.config.student.projection_dims[-1],
-            statistics,
-        )
-
-    @cached_property
-    def student_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the undistilled student."""
-        return self._optimizer(self.config.student.learning_rate, self.config.student.epochs)
-
-    @cached_property
-    def student_steps(self) -> Callable:
-        """Eqs. 2-3."""
-        optimizer, config = self.student_optimizer, self.config.contrastive
-        return self._compile(student.make_step, self.student_model, optimizer, config)
 
     @cached_property
     def student_predict(self) -> Callable:
         """((parameters, statistics), examples, rows) -> the student's outputs."""
-        return self._compile_predict(student.make_predict(self.student_model))
+        return self._compile_predict(partial(student.predict, self.student))
 
-    # Distillation and meta-teacher (Sections 3.2.2 and 3.3) ------------------------------------
+    # What distillation and the curriculum add (Sections 3.2.2 to 3.4) --------------------------
 
     @cached_property
     def adapter(self) -> Adapter | None:
@@ -234,50 +240,6 @@ class Programs:
         """(T' parameters, (n, H) hidden vectors) -> (n, C) logits."""
         return jax.jit(lambda params, hidden: self.classifier.apply({"params": params}, hidden))
 
-    def init_distill(
-        self, rng: jax.Array, teacher_classifier: Any, statistics: Statistics
-    ) -> distill.DistillState:
-        """State before distillation: a new student, and T' cloned from the teacher."""
-        student_rng, adapter_rng = jax.random.split(rng)
-        params = {"student": self.new_student_params(student_rng), "adapter": {}}
-        if self.adapter:
-            hidden = jnp.zeros((1, self.student_hidden))
-            params["adapter"] = self.adapter.init(adapter_rng, hidden)["params"]
-        return distill.init_state(
-            params,
-            teacher_classifier,
-            self.distill_optimizer,
-            self.meta_optimizer,
-            self.config.contrastive,
-            self.config.student.projection_dims[-1],
-            statistics,
-        )
-
-    @cached_property
-    def distill_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the distilled student."""
-        return self._optimizer(self.config.distill.learning_rate, self.config.distill.epochs)
-
-    @cached_property
-    def meta_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the meta-teacher, which learns as long as the distilled student."""
-        return self._optimizer(self.config.meta.learning_rate, self.config.distill.epochs)
-
-    @cached_property
-    def distill_steps(self) -> Callable:
-        """Eqs. 4-9."""
-        return self._compile(
-            distill.make_step,
-            self.student_model,
-            self.adapter,
-            self.classifier,
-            self.distill_optimizer,
-            self.meta_optimizer,
-            self.config,
-        )
-
-    # Curriculum (Section 3.4) ------------------------------------------------------------------
-
     @cached_property
     def policy(self) -> Policy:
         """Picks the next task."""
@@ -285,45 +247,7 @@ class Programs:
         num_tasks = self.num_classes if config.task_by == "class" else config.num_tasks
         return Policy(num_tasks, config.policy_width, config.easy_bias)
 
-    def init_curriculum(
-        self, rng: jax.Array, distilled: distill.DistillState
-    ) -> curriculum.CurriculumState:
-        """State before the curriculum: S' cloned from the distilled student."""
-        return curriculum.init_state(
-            distilled,
-            self.curriculum_optimizer,
-            self.policy,
-            self.policy_optimizer,
-            self.config.curriculum,
-            self.student_hidden,
-            rng,
-        )
-
-    @cached_property
-    def curriculum_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the updated student."""
-        return self._optimizer(self.config.curriculum.learning_rate, self.config.curriculum.epochs)
-
-    @cached_property
-    def policy_optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the policy, at a constant rate: it takes one step an episode."""
-        return make_adamw(self.config.optimizer, self.config.curriculum.policy_learning_rate)
-
-    @cached_property
-    def curriculum_steps(self) -> Callable:
-        """Eqs. 10-13."""
-        return self._compile(
-            curriculum.make_step,
-            self.student_model,
-            self.adapter,
-            self.classifier,
-            self.policy,
-            self.curriculum_optimizer,
-            self.policy_optimizer,
-            self.config,
-            self.config.curriculum.epochs * self.steps_per_epoch,
-            pick=curriculum.pick_task,
-        )
+    # -------------------------------------------------------------------------------------------
 
     def count_parameters(self) -> dict[str, int]:
         """Of teacher and student, as in Table 7.
@@ -343,21 +267,11 @@ class Programs:
         counts = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in sizes.items()}
         return counts | {"teacher": counts["teacher"] + published}
 
-    # What they share ---------------------------------------------------------------------------
-
     @property
     def dtype(self) -> str | None:
         """Of the models' computation; parameters and losses are float32. None is float32, too."""
         name = choose_dtype(self.config, self.devices[0])
         return None if name == "float32" else name
-
-    def _optimizer(self, learning_rate: float, epochs: int) -> optax.GradientTransformation:
-        total_steps = epochs * self.steps_per_epoch
-        return make_optimizer(self.config.optimizer, learning_rate, total_steps)
-
-    def _compile(self, make_step: Callable, *parts: Any, **options: Any) -> Callable:
-        step = partial(make_step, *parts)
-        return parallel.compile_steps(step, self.devices, shared_data=self.resident, **options)
 
     def _compile_predict(self, predict: Callable) -> Callable:
         """The program; returns a function of (params, examples, rows)."""

@@ -26,8 +26,8 @@ History = dict[str, list[float]]  # a metric's values in the steps of the epoch 
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of one fold.
+class Training:
+    """What the loop needs to know of one stage of one fold.
 
     Attributes:
         title: for the progress bar.
@@ -37,6 +37,7 @@ class Stage:
             is heeded.
         devices: where the steps run.
         init: makes the state before the first step.
+        frozen: the state's part that no step changes; checkpoints do not have it.
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
             :func:`serkd_jax.distributed.parallel.compile_steps`.
         take: steps -> (data, rows) of ``steps_per_dispatch`` steps, from the first of these.
@@ -54,6 +55,7 @@ class Stage:
     steps_per_dispatch: int
     devices: list[jax.Device]
     init: Callable[[], Any]
+    frozen: Any
     steps: Callable[..., tuple[Any, dict[str, jax.Array]]]
     take: Callable[[range], tuple[Any, Any]]
     validate: Callable[[Any], dict[str, float]]
@@ -63,38 +65,40 @@ class Stage:
     profile: bool = False
 
 
-def train(stage: Stage, directory: Path) -> Any:
+def train(run: Training, directory: Path) -> Any:
     """Trains what is left of a stage and returns the state of its selected epoch.
 
     Writes ``checkpoints/`` (the latest epoch and the best one, by their last step),
     ``metrics.jsonl`` (a line an epoch) and TensorBoard events to ``directory``; with ``profile``
-    also a trace of the second dispatch, or of the only one, for TensorBoard's profiler (or
-    Perfetto) to show. Stopped at any
-    moment and called again, it goes on from the last step that was saved, and ends with the same
-    numbers.
+    also a trace of the second dispatch, or of the only one, for TensorBoard's profiler or Perfetto.
+    Stopped at any moment and called again, it goes on from the last step that was saved, and ends
+    with the same numbers.
 
     Raises:
         UserError: a loss is not finite, or a checkpoint cannot be read.
         Preempted: the process was told to end; the last step is saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(stage.init))
+    shapes = jax.eval_shape(run.init).replace(frozen=None)
+    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
         done = checkpoints.latest_step() or 0
-        if done < stage.epochs * stage.steps_per_epoch:
+        if done < run.epochs * run.steps_per_epoch:
             if done:
-                state, history = _restore(checkpoints, stage.title, done, template)
+                state, history = _restore(checkpoints, run.title, done, template)
+                state = state.replace(frozen=run.frozen)
             else:
-                state, history = stage.init(), {}
+                state, history = run.init(), {}
             # A copy: the steps donate their state, and what made this one may be used again.
-            state = parallel.replicate(jax.tree.map(jnp.array, state), stage.devices)
-            _train_epochs(stage, state, done, history, checkpoints, directory)
+            state = parallel.replicate(jax.tree.map(jnp.array, state), run.devices)
+            _train_epochs(run, state, done, history, checkpoints, directory)
         checkpoints.wait_until_finished()
-        return _restore(checkpoints, stage.title, checkpoints.best_step(), template)[0]
+        best, _ = _restore(checkpoints, run.title, checkpoints.best_step(), template)
+        return best.replace(frozen=run.frozen)
 
 
 def _train_epochs(
-    stage: Stage,
+    run: Training,
     state: Any,
     done: int,
     history: History,
@@ -103,53 +107,53 @@ def _train_epochs(
 ) -> None:
     """Takes the steps after ``done``; ``history`` is that of the epoch that ``done`` is in."""
     start, begun = time.monotonic(), done
-    planned = list(_dispatches(stage, done))
-    traced = planned[:2][-1] if stage.profile and parallel.is_first_process() else None
-    with _Logs(stage, directory, done) as logs:
-        dispatches = read_ahead(lambda steps: (steps, *stage.take(steps)), iter(planned))
+    planned = list(_dispatches(run, done))
+    traced = planned[:2][-1] if run.profile and parallel.is_first_process() else None
+    with _Logs(run, directory, done) as logs:
+        dispatches = read_ahead(lambda steps: (steps, *run.take(steps)), iter(planned))
         for steps, data, rows in dispatches:
             count = len(steps)
             # The first dispatch would show the compiler.
             with jax.profiler.trace(directory) if steps == traced else nullcontext():
-                state, metrics = stage.steps(state, data, rows, np.int32(count), stage.rng)
+                state, metrics = run.steps(state, data, rows, np.int32(count), run.rng)
                 metrics = jax.device_get(metrics)
             for name, values in metrics.items():
                 history[name] = history.get(name, []) + values[:count].tolist()
             logs.advance(steps, history)
-            epoch, into_epoch = divmod(steps.stop, stage.steps_per_epoch)
+            epoch, into_epoch = divmod(steps.stop, run.steps_per_epoch)
             if not into_epoch:
                 speed = (steps.stop - begun) / (time.monotonic() - start)
                 row = {f"train/{name}": float(np.mean(values)) for name, values in history.items()}
-                row["train/learning_rate"] = float(stage.learning_rate(steps.stop - 1))
-                row |= {f"validation/{k}": v for k, v in stage.validate(state).items()}
-                _check_finite(stage, epoch, row)
+                row["train/learning_rate"] = float(run.learning_rate(steps.stop - 1))
+                row |= {f"validation/{k}": v for k, v in run.validate(state).items()}
+                _check_finite(run, epoch, row)
                 row |= {"steps_per_second": speed, "seconds": time.monotonic() - start}
                 logs.write(epoch, steps.stop, row)
-                by_last = stage.selection_metric == "last"
-                score = epoch if by_last else row[f"validation/{stage.selection_metric}"]
+                by_last = run.selection_metric == "last"
+                score = epoch if by_last else row[f"validation/{run.selection_metric}"]
                 history, start, begun = {}, time.monotonic(), steps.stop
                 _save(checkpoints, steps.stop, state, history, {"score": float(score)})
             if preemption.noticed():
                 if into_epoch:
                     _save(checkpoints, steps.stop, state, history, None)
                 checkpoints.wait_until_finished()
-                raise preemption.Preempted(f"{stage.title}: step {steps.stop} is saved")
+                raise preemption.Preempted(f"{run.title}: step {steps.stop} is saved")
 
 
-def _dispatches(stage: Stage, done: int) -> Iterator[range]:
+def _dispatches(run: Training, done: int) -> Iterator[range]:
     """The steps after ``done`` in parts that are dispatched at once and end with the epochs."""
-    for epoch in range(done // stage.steps_per_epoch, stage.epochs):
-        end = (epoch + 1) * stage.steps_per_epoch
+    for epoch in range(done // run.steps_per_epoch, run.epochs):
+        end = (epoch + 1) * run.steps_per_epoch
         while done < end:
-            yield range(done, min(done + stage.steps_per_dispatch, end))
-            done = min(done + stage.steps_per_dispatch, end)
+            yield range(done, min(done + run.steps_per_dispatch, end))
+            done = min(done + run.steps_per_dispatch, end)
 
 
-def _check_finite(stage: Stage, epoch: int, row: dict[str, float]) -> None:
+def _check_finite(run: Training, epoch: int, row: dict[str, float]) -> None:
     bad = [name for name, value in row.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"{stage.title}: {', '.join(bad)} is not finite in epoch {epoch}; the checkpoint of "
+            f"{run.title}: {', '.join(bad)} is not finite in epoch {epoch}; the checkpoint of "
             f"epoch {epoch - 1} is kept. Lower the stage's learning rate, or set "
             "optimizer.clip_norm, and start in a new workdir"
         )
@@ -158,12 +162,12 @@ def _check_finite(stage: Stage, epoch: int, row: dict[str, float]) -> None:
 class _Logs:
     """Progress bar, metrics.jsonl and TensorBoard events, of the first process."""
 
-    def __init__(self, stage: Stage, directory: Path, done: int):
+    def __init__(self, run: Training, directory: Path, done: int):
         self._first = parallel.is_first_process()
         self._bar = tqdm(
-            total=stage.epochs * stage.steps_per_epoch,
+            total=run.epochs * run.steps_per_epoch,
             initial=done,
-            desc=stage.title,
+            desc=run.title,
             unit="step",
             dynamic_ncols=True,
             disable=not self._first,
@@ -226,20 +230,21 @@ def _save(
 ) -> None:
     """Saves NumPy arrays, which any number of devices and processes can take up again."""
     history = dict(history)  # it is written while the next steps add to the other
+    arrays = jax.device_get(state.replace(frozen=None))
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(jax.device_get(state)), history=ocp.args.JsonSave(history)
+        state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(history)
     )
     checkpoints.save(step, args=items, metrics=metrics)
 
 
 def load_selected(directory: Path) -> dict[str, Any]:
-    """The state of a finished stage's selected epoch, as nested dicts of NumPy arrays.
+    """The trained part of a finished stage's selected epoch, as nested dicts of NumPy arrays.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} has no checkpoints: train the stage, or name another workdir")
+        raise UserError(f"{directory} has no checkpoints: train the run, or name another workdir")
     with _checkpoint_manager(directory) as checkpoints:
         if (step := checkpoints.best_step()) is None:
             raise UserError(f"{directory}/checkpoints holds no whole epoch: let the run finish")

@@ -12,10 +12,8 @@ import pytest
 
 from finished_runs import final_arrays
 from serkd_jax import experiment
-from serkd_jax.config import STAGES
 from serkd_jax.errors import UserError
-from serkd_jax.experiment import prepare_experiment
-from serkd_jax.results.report import ROWS
+from serkd_jax.experiment import ROWS, STAGES, prepare_experiment
 from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +49,7 @@ def test_every_fold_gives_the_five_rows_over_its_test_utterances(finished):
 
 def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished):
     workdir, _ = finished
-    for stage in STAGES:
+    for stage in (kind.name for kind in STAGES):
         folder = workdir / "fold_1" / stage
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2]
@@ -183,7 +181,7 @@ def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, me
 
 @pytest.mark.parametrize("examples", ["device", "records"])
 def test_features_are_standardised_by_each_folds_training_part(finished, tmp_path, examples):
-    """As read from the records here; every stage keeps what it was given."""
+    """As read from the records here; they are kept beside the checkpoints, which are without."""
     config = get_config()
     config.cache_dir = str(finished[0] / "data")
     config.examples = examples
@@ -191,7 +189,7 @@ def test_features_are_standardised_by_each_folds_training_part(finished, tmp_pat
     config.teacher.frontend.num_mels = 5
     prepared = prepare_experiment(config, tmp_path)
     for seen, measured in (
-        (prepared.features, prepared._statistics),
+        (prepared.features, prepared.statistics),
         (prepared.teacher_inputs, prepared._teacher_statistics),
     ):
         _, inputs, lengths = map(np.concatenate, zip(*seen.chunks(), strict=True))
@@ -202,13 +200,12 @@ def test_features_are_standardised_by_each_folds_training_part(finished, tmp_pat
             np.testing.assert_allclose(statistics.mean, frames.mean(0), rtol=1e-6, atol=1e-6)
             np.testing.assert_allclose(statistics.spread, frames.std(0), rtol=1e-5)
     assert prepared._teacher_statistics["1"].mean.shape == (5,)
-    arrays = final_arrays(finished[0])
     for fold in prepared.folds:
-        for stage in ("student", "distill", "curriculum"):
-            for name in ("mean", "spread"):
-                kept = arrays[f"fold_{fold.name}/{stage}['statistics']['{name}']"]
-                measured = getattr(prepared._statistics[fold.name], name)
-                np.testing.assert_array_equal(kept, measured)
+        kept = np.load(finished[0] / f"fold_{fold.name}" / "statistics.npz")
+        for name in ("mean", "spread"):
+            measured = getattr(prepared.statistics[fold.name], name)
+            np.testing.assert_array_equal(kept[name], measured)
+    assert not [name for name in final_arrays(finished[0]) if "frozen" in name]
 
 
 def test_a_recipe_that_does_not_standardise_reads_features_as_they_are(finished, tmp_path):
@@ -216,7 +213,7 @@ def test_a_recipe_that_does_not_standardise_reads_features_as_they_are(finished,
     config.cache_dir = str(finished[0] / "data")
     config.student.standardize = config.teacher.standardize = False
     prepared = prepare_experiment(config, tmp_path)
-    for measured in (prepared._statistics, prepared._teacher_statistics):
+    for measured in (prepared.statistics, prepared._teacher_statistics):
         for fold in prepared.folds:
             np.testing.assert_array_equal(measured[fold.name].mean, np.zeros(8))
             np.testing.assert_array_equal(measured[fold.name].spread, np.ones(8))

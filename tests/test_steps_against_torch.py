@@ -280,8 +280,8 @@ def test_the_meta_gradient_by_forward_mode_equals_the_nested_one(as_in_the_paper
 def curriculum_gradient(nets, config, before, batch):
     """The loss of Eq. 10 and its gradient; T' of Eq. 12 held or not."""
     train = as_torch(batch["train"])
-    params, adapter = oracle.tensors(before.params), oracle.tensors(before.adapter_params)
-    meta, keys = oracle.tensors(before.meta_params), dictionary(nets, before, train)
+    params, adapter = oracle.tensors(before.params), oracle.tensors(before.frozen.adapter_params)
+    meta, keys = oracle.tensors(before.frozen.meta_params), dictionary(nets, before, train)
     output, loss = oracle.student_objective(nets.student, params, train, keys, config.contrastive)
     adapted = functional_call(nets.adapter, adapter, output[0])
     teacher_logits = functional_call(nets.meta, meta, adapted)
@@ -308,7 +308,9 @@ def test_the_updated_student_takes_a_step_on_equation_10_and_earns_equation_13(m
     rows, inputs = torch.arange(B), (quiz["features"], quiz["length"])
     _, logits, _ = functional_call(nets.student, oracle.tensors(after.params), inputs)
     student = logits.softmax(1)[rows, quiz["label"]]
-    logits = functional_call(nets.meta, oracle.tensors(before.meta_params), quiz["teacher_hidden"])
+    logits = functional_call(
+        nets.meta, oracle.tensors(before.frozen.meta_params), quiz["teacher_hidden"]
+    )
     teacher = logits.softmax(1)[rows, quiz["label"]]
     reward = (student > teacher).double().mean().item()
     assert 0 < reward < 1

@@ -13,8 +13,11 @@ from serkd_jax.encoders.wav2vec2 import Wav2Vec2Embed, Wav2Vec2Layers, conv_fram
 from serkd_jax.models.policy import Policy
 from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
-from serkd_jax.stages import curriculum, distill, student, teacher
+from serkd_jax.stages.curriculum import CurriculumStage
+from serkd_jax.stages.distill import DistillStage
 from serkd_jax.stages.standardization import Statistics
+from serkd_jax.stages.student import StudentStage
+from serkd_jax.stages.teacher import TeacherStage
 
 # As in the paper, the mean over D of each of N variates has the teacher's width H.
 B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3
@@ -106,11 +109,15 @@ def make_pair(seed):
     return {"train": make_batch(seed), "quiz": make_batch(seed + 100)}
 
 
+def stepper(stage):
+    """The device axis -> the step of a stage."""
+    return lambda axis=None: partial(stage.step, axis=axis)
+
+
 def teacher_stage(config=CONFIG, model=TEACHER, optimizer=OPTIMIZER):
     params = model.init(RNG, jnp.zeros((1, T, N)), jnp.ones((1, T), bool))["params"]
-    to_frames = teacher.make_frames(None, False)
-    make_step = partial(teacher.make_step, model, to_frames, optimizer, config.teacher)
-    return make_step, lambda: teacher.init_state(params, optimizer, STATISTICS), make_batch
+    stage = TeacherStage(model, lambda _: params, None, False, optimizer, config.teacher)
+    return stepper(stage), lambda: stage.init(RNG, STATISTICS), make_batch
 
 
 def waveform_teacher_stage():
@@ -119,9 +126,7 @@ def waveform_teacher_stage():
     frozen = embed.init(RNG, jnp.zeros((1, samples)))["params"]
     frames = conv_frames(HUBERT, samples)
     params = model.init(RNG, jnp.zeros((1, frames, H)), jnp.ones((1, frames), bool))["params"]
-    make_step = partial(
-        teacher.make_step, model, teacher.make_frames(embed, True), OPTIMIZER, CONFIG.teacher
-    )
+    stage = TeacherStage(model, lambda _: params, embed, True, OPTIMIZER, CONFIG.teacher)
 
     def batch(seed):
         rng = np.random.default_rng(seed)
@@ -130,7 +135,7 @@ def waveform_teacher_stage():
             "length": rng.integers(1000, samples, B).astype(np.int32)
         }
 
-    return make_step, lambda: teacher.init_state(params, OPTIMIZER, frozen), batch
+    return stepper(stage), lambda: stage.init(RNG, frozen), batch
 
 
 def student_params(model):
@@ -145,46 +150,31 @@ def make_adapter(model):
 
 
 def student_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
-    def init():
-        return student.init_state(
-            student_params(model), optimizer, config.contrastive, P, STATISTICS
-        )
-
-    return partial(student.make_step, model, optimizer, config.contrastive), init, make_batch
+    stage = StudentStage(model, lambda _: student_params(model), optimizer, config.contrastive)
+    return stepper(stage), lambda: stage.init(RNG, STATISTICS), make_batch
 
 
 def distill_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER, meta_optimizer=META_OPTIMIZER):
     adapter, width = make_adapter(model)
+    stage = DistillStage(
+        model, lambda _: student_params(model), adapter, width, CLASSIFIER, optimizer,
+        meta_optimizer, config,
+    )  # fmt: skip
 
     def init():
-        params = {"student": student_params(model), "adapter": {}}
-        if adapter:
-            params["adapter"] = adapter.init(RNG, jnp.zeros((1, width)))["params"]
         meta = CLASSIFIER.init(RNG, jnp.zeros((1, H)))["params"]
-        return distill.init_state(
-            params, meta, optimizer, meta_optimizer, config.contrastive, P, STATISTICS
-        )
+        return stage.init(RNG, STATISTICS, meta)
 
-    make_step = partial(
-        distill.make_step, model, adapter, CLASSIFIER, optimizer, meta_optimizer, config
-    )
-    return make_step, init, make_pair
+    return stepper(stage), init, make_pair
 
 
 def curriculum_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
     adapter, width = make_adapter(model)
-    make_step = partial(
-        curriculum.make_step, model, adapter, CLASSIFIER, POLICY, optimizer, POLICY_OPTIMIZER,
-        config, 50,
-    )  # fmt: skip
+    stage = CurriculumStage(
+        model, adapter, width, CLASSIFIER, POLICY, optimizer, POLICY_OPTIMIZER, config, 50
+    )
     _, init_distill, _ = distill_stage(config, model)
-
-    def init():
-        return curriculum.init_state(
-            init_distill(), optimizer, POLICY, POLICY_OPTIMIZER, config.curriculum, width, RNG
-        )
-
-    return make_step, init, make_pair
+    return stepper(stage), lambda: stage.init(RNG, init_distill()), make_pair
 
 
 def to_float64(tree):

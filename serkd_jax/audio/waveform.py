@@ -5,6 +5,7 @@ import numpy as np
 from serkd_jax.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz
+FULL_SCALE = 32_768  # of 16-bit samples
 MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that an encoder or a log-mel frame can see
 SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
 LOUDEST_PEAK = 10  # decoders overshoot full scale a little; more is another scale
@@ -43,9 +44,9 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
     """Float audio of full scale 1 as int16, clipped; exact for 16-bit sources at 16 kHz."""
-    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+    return np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def to_float(audio: np.ndarray) -> np.ndarray:
     """The inverse of `to_int16`: int16 (num_samples,) as float32 of full scale 1."""
-    return audio.astype(np.float32) / 32768
+    return audio.astype(np.float32) / FULL_SCALE

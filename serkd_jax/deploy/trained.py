@@ -14,14 +14,15 @@ from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
 from serkd_jax.encoders.frontends import Frontend, Pretrained, make_frontend
 from serkd_jax.errors import UserError
+from serkd_jax.experiment import STAGES
 from serkd_jax.files import read_arrays, read_json
-from serkd_jax.results.report import STAGE_OF_ROW
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
 PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe
 UNFINISHED = "name the workdir of a finished run; if this is one, start the run again, it mends it"
-STUDENT_ROWS = ("updated_student", "distilled_student", "student")
+STAGE_OF_ROW = {kind.student_row: kind for kind in reversed(STAGES) if kind.student_row}
+STUDENT_ROWS = tuple(STAGE_OF_ROW)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         raise UserError(f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}")
     if not results["config"]["student"].keys() >= set(STUDENT_KEYS):
         raise UserError(f"{workdir} is of another version: export it with that, or train again")
-    state = load_selected(workdir / f"fold_{fold}" / STAGE_OF_ROW[row])
-    params = state["params"]["student"] if row == "distilled_student" else state["params"]
+    stage = STAGE_OF_ROW[row]
+    params = stage.student_params(load_selected(workdir / f"fold_{fold}" / stage.name)["params"])
+    statistics = read_arrays(workdir / f"fold_{fold}" / "statistics.npz", UNFINISHED)
     params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
     if frontend.fingerprint != read_json(workdir / "run.json", UNFINISHED)["the front-end"]:
@@ -80,7 +82,7 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         results,
         predictions,
         model_config(results, fold, row, frontend),
-        Variables(params, Statistics(**state["statistics"])),
+        Variables(params, Statistics(**statistics)),
         frontend,
     )
 

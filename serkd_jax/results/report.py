@@ -8,15 +8,6 @@ import numpy as np
 from serkd_jax.files import write_file, write_json
 from serkd_jax.results.metrics import classification_metrics
 
-STAGE_OF_ROW = {
-    "teacher": "teacher",
-    "student": "student",
-    "meta_teacher": "distill",
-    "distilled_student": "distill",
-    "updated_student": "curriculum",
-}
-ROWS = tuple(STAGE_OF_ROW)
-
 
 def write_results(
     workdir: Path,
@@ -50,8 +41,8 @@ def write_results(
         fold: {row: score(*predictions) for row, predictions in rows.items()}
         for fold, rows in fold_predictions.items()
     }
-    overall = {}
-    for row in (row for row in ROWS if all(row in rows for rows in folds.values())):
+    overall, (first, *_) = {}, folds.values()
+    for row in (row for row in first if all(row in rows for rows in folds.values())):
         labels, predictions = zip(*(rows[row] for rows in fold_predictions.values()), strict=True)
         overall[row] = score(np.concatenate(labels), np.concatenate(predictions))
     results = {

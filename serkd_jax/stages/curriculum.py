@@ -5,9 +5,12 @@ next batch; the updated student S' trains on it; the policy learns by REINFORCE 
 beats the frozen meta-teacher T' on a quiz batch, of clips that neither was fitted to.
 """
 
-from collections.abc import Callable
-from typing import Any, TypedDict
+from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +22,17 @@ from serkd_jax import losses
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.students.inverted import Adapter, Student, adapt
+from serkd_jax.models.students.inverted import Adapter, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
-from serkd_jax.stages.common import Batch
+from serkd_jax.stages.base import Batch, QuizBatch, Stage, make_adamw
 from serkd_jax.stages.contrastive import Queue, enqueue, momentum_update
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.standardization import Statistics, standardize
 from serkd_jax.stages.student import encode_keys, student_objective
+
+if TYPE_CHECKING:
+    from serkd_jax.programs import Programs
 
 
 class Episode(struct.PyTreeNode):
@@ -43,6 +49,20 @@ class Episode(struct.PyTreeNode):
     rewards: jax.Array
 
 
+class Frozen(struct.PyTreeNode):
+    """What the curriculum takes from distillation and leaves as it is.
+
+    Attributes:
+        statistics: what the student's features are standardised by.
+        adapter_params: of the distilled student's adapter; empty where it has none.
+        meta_params: of T'.
+    """
+
+    statistics: Statistics
+    adapter_params: Any
+    meta_params: Any
+
+
 class CurriculumState(struct.PyTreeNode):
     """Everything that the curriculum needs to go on.
 
@@ -52,9 +72,6 @@ class CurriculumState(struct.PyTreeNode):
         opt_state: of its optimiser.
         momentum_params: of the momentum encoder of S'.
         queue: labelled keys of earlier batches.
-        statistics: what the student's features are standardised by.
-        adapter_params: of the distilled student's adapter, frozen; empty where it has none.
-        meta_params: of T', frozen.
         policy_params: of :class:`Policy`.
         policy_opt_state: of its optimiser.
         episode: the policy's present episode.
@@ -63,6 +80,7 @@ class CurriculumState(struct.PyTreeNode):
         task: () int32, the task of the next batch.
         task_accuracy: (K,) running accuracy of S' on each task's batches.
         task_reward: (K,) running reward after each task's batches.
+        frozen: what no step changes.
     """
 
     step: jax.Array
@@ -70,9 +88,6 @@ class CurriculumState(struct.PyTreeNode):
     opt_state: Any
     momentum_params: Any
     queue: Queue
-    statistics: Statistics
-    adapter_params: Any
-    meta_params: Any
     policy_params: Any
     policy_opt_state: Any
     episode: Episode
@@ -81,18 +96,7 @@ class CurriculumState(struct.PyTreeNode):
     task: jax.Array
     task_accuracy: jax.Array
     task_reward: jax.Array
-
-
-class CurriculumBatch(TypedDict):
-    """A batch of the state's task, and a quiz batch."""
-
-    train: Batch
-    quiz: Batch
-
-
-def pick_task(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Of a step's rows, ``train`` (K, B) and ``quiz`` (B,), those of the state's task."""
-    return {**rows, "train": rows["train"][state.task]}
+    frozen: Frozen
 
 
 def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) -> np.ndarray:
@@ -121,102 +125,146 @@ def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) ->
     raise UserError(f"curriculum.task_by must be difficulty or class: {config.task_by!r}")
 
 
-def init_state(
-    distilled: DistillState,
-    optimizer: optax.GradientTransformation,
-    policy: Policy,
-    policy_optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    hidden_width: int,
-    rng: jax.Array,
-) -> CurriculumState:
-    """State before the first step: S' is a clone of the distilled student, T' is frozen.
+@dataclass(frozen=True)
+class CurriculumStage(Stage):
+    """S' trains on Eq. 10, earns Eq. 13, and the policy chooses and learns.
 
-    Args:
-        distilled: the state that distillation ended with.
-        optimizer: of S'.
-        policy: picks tasks.
-        policy_optimizer: of the policy.
-        config: the config's ``curriculum`` part.
-        hidden_width: of h(., S').
-        rng: key of the policy's initial parameters and of the first task.
-    """
-    params = distilled.params["student"]
-    num_tasks = policy.num_tasks
-    observation = jnp.zeros(hidden_width + 2 * num_tasks + 1)
-    init_rng, task_rng = jax.random.split(rng)
-    policy_params = policy.init(init_rng, observation)["params"]
-    return CurriculumState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        momentum_params=distilled.momentum_params,
-        queue=distilled.queue,
-        statistics=distilled.statistics,
-        adapter_params=distilled.params["adapter"],
-        meta_params=distilled.meta_params,
-        policy_params=policy_params,
-        policy_opt_state=policy_optimizer.init(policy_params),
-        episode=Episode(
-            jnp.zeros((config.episode_steps, observation.size)),
-            jnp.zeros(config.episode_steps, jnp.int32),
-            jnp.zeros(config.episode_steps),
-        ),
-        baseline=jnp.zeros(config.episode_steps),
-        observation=observation,
-        task=_sample_task(policy, policy_params, observation, config, task_rng),
-        task_accuracy=jnp.zeros(num_tasks),
-        task_reward=jnp.zeros(num_tasks),
-    )
-
-
-def make_step(
-    student: Student,
-    adapter: Adapter | None,
-    classifier: Classifier,
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    policy_optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    total_steps: int,
-    axis: str | None = None,
-) -> Callable[
-    [CurriculumState, CurriculumBatch, jax.Array], tuple[CurriculumState, dict[str, jax.Array]]
-]:
-    """Makes the pure step: train S', observe, reward, and let the policy choose and learn.
-
-    Args:
+    Attributes:
         student: S'.
         adapter: maps F(., S') to the teacher's width; None where it has that.
+        hidden_width: of F(., S').
         classifier: T'.
         policy: picks tasks.
         optimizer: of S'.
         policy_optimizer: of the policy.
         config: the whole config; ``contrastive`` and ``curriculum`` are read.
         total_steps: steps of the stage, for the progress that the policy sees.
-        axis: name of the device axis under pmap.
     """
-    curriculum = config.curriculum
 
-    def train_student(
-        state: CurriculumState, batch: Batch, rng: jax.Array
+    name = "curriculum"
+    starts_from = ("teacher", "distill")
+    rows = ("updated_student",)
+    student_row = "updated_student"
+
+    student: nn.Module
+    adapter: Adapter | None
+    hidden_width: int
+    classifier: Classifier
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    policy_optimizer: optax.GradientTransformation
+    config: ConfigDict
+    total_steps: int
+
+    @classmethod
+    def make(cls, programs: Programs) -> CurriculumStage:
+        """From the models of a config; the policy's rate is constant: it steps once an episode."""
+        config = programs.config
+        return cls(
+            programs.student,
+            programs.adapter,
+            programs.student_hidden,
+            programs.classifier,
+            programs.policy,
+            programs.make_optimizer("curriculum"),
+            make_adamw(config.optimizer, config.curriculum.policy_learning_rate),
+            config,
+            programs.total_steps("curriculum"),
+        )
+
+    @staticmethod
+    def pick(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Of a step's rows, ``train`` (K, B) and ``quiz`` (B,), those of the state's task."""
+        return {**rows, "train": rows["train"][state.task]}
+
+    @staticmethod
+    def frozen(distilled: DistillState) -> Frozen:
+        """What it leaves as distillation ended with it."""
+        return Frozen(distilled.frozen, distilled.params["adapter"], distilled.meta_params)
+
+    def init(self, rng: jax.Array, distilled: DistillState) -> CurriculumState:
+        """State before the first step: S' is a clone of the distilled student, T' is frozen.
+
+        Args:
+            rng: key of the policy's initial parameters and of the first task.
+            distilled: the state that distillation ended with.
+        """
+        params, config = distilled.params["student"], self.config.curriculum
+        num_tasks = self.policy.num_tasks
+        observation = jnp.zeros(self.hidden_width + 2 * num_tasks + 1)
+        init_rng, task_rng = jax.random.split(rng)
+        policy_params = self.policy.init(init_rng, observation)["params"]
+        return CurriculumState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            momentum_params=distilled.momentum_params,
+            queue=distilled.queue,
+            policy_params=policy_params,
+            policy_opt_state=self.policy_optimizer.init(policy_params),
+            episode=Episode(
+                jnp.zeros((config.episode_steps, observation.size)),
+                jnp.zeros(config.episode_steps, jnp.int32),
+                jnp.zeros(config.episode_steps),
+            ),
+            baseline=jnp.zeros(config.episode_steps),
+            observation=observation,
+            task=self._sample_task(policy_params, observation, task_rng),
+            task_accuracy=jnp.zeros(num_tasks),
+            task_reward=jnp.zeros(num_tasks),
+            frozen=self.frozen(distilled),
+        )
+
+    def step(
+        self, state: CurriculumState, batch: QuizBatch, rng: jax.Array, axis: str | None = None
+    ) -> tuple[CurriculumState, dict[str, jax.Array]]:
+        """Trains S', observes, rewards, and lets the policy choose and learn."""
+        config = self.config.curriculum
+        train_rng, task_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        task, slot = state.task, state.step % config.episode_steps
+        state, embedding, metrics = self._train_student(state, batch["train"], train_rng, axis)
+        reward = self._reward(state, batch["quiz"], axis)
+        rate, accuracy = config.running_rate, metrics["accuracy"]
+        state = state.replace(
+            task_accuracy=_follow(state.task_accuracy, task, accuracy, rate),
+            task_reward=_follow(state.task_reward, task, reward, rate),
+            episode=Episode(
+                state.episode.observations.at[slot].set(state.observation),
+                state.episode.actions.at[slot].set(task),
+                state.episode.rewards.at[slot].set(reward),
+            ),
+        )
+        if config.sampling == "policy":
+            episode_ended = slot == config.episode_steps - 1
+            state = jax.lax.cond(episode_ended, self._update_policy, lambda s: s, state)
+        progress = state.step / self.total_steps
+        observation = jnp.concatenate(
+            [embedding, state.task_accuracy, state.task_reward, progress[None]]
+        )
+        next_task = self._sample_task(state.policy_params, observation, task_rng)
+        state = state.replace(observation=observation, task=next_task)
+        return state, {**metrics, "reward": reward, "task": task.astype(jnp.float32)}
+
+    def _train_student(
+        self, state: CurriculumState, batch: Batch, rng: jax.Array, axis: str | None
     ) -> tuple[CurriculumState, jax.Array, dict[str, jax.Array]]:
         """One step of S' on Eq. 10; also the mean of F(., S') over the batch."""
+        frozen, contrastive = state.frozen, self.config.contrastive
         dropout_rng, mask_rng = jax.random.split(rng)
-        features = standardize(batch["inputs"], batch["length"], state.statistics)
+        features = standardize(batch["inputs"], batch["length"], frozen.statistics)
         keys, key_labels = encode_keys(
-            student, state.momentum_params, features, batch, mask_rng, config.contrastive, axis
+            self.student, state.momentum_params, features, batch, mask_rng, contrastive, axis
         )
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def objective(params: Any) -> tuple[jax.Array, tuple]:
-            out = student.apply({"params": params}, features, batch["length"], dropout_keys)
+            out = self.student.apply({"params": params}, features, batch["length"], dropout_keys)
             loss, metrics = student_objective(
-                out, batch["label"], keys, key_labels, state.queue, config.contrastive
+                out, batch["label"], keys, key_labels, state.queue, contrastive
             )
-            adapted = adapt(adapter, state.adapter_params, out.hidden)
-            teacher_logits = classifier.apply({"params": state.meta_params}, adapted)
-            if curriculum.hold_teacher:
+            adapted = adapt(self.adapter, frozen.adapter_params, out.hidden)
+            teacher_logits = self.classifier.apply({"params": frozen.meta_params}, adapted)
+            if self.config.curriculum.hold_teacher:
                 teacher_logits = jax.lax.stop_gradient(teacher_logits)
             consistency = losses.mean_consistency(teacher_logits, out.logits, batch["label"])
             loss = losses.updated_student_loss(loss, consistency)
@@ -226,87 +274,55 @@ def make_step(
         grads, aux = jax.grad(objective, has_aux=True)(state.params)
         grads, (embedding, metrics) = parallel.device_mean((grads, aux), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            momentum_params=momentum_update(
-                state.momentum_params, params, config.contrastive.momentum
-            ),
+            momentum_params=momentum_update(state.momentum_params, params, contrastive.momentum),
             queue=enqueue(state.queue, keys, key_labels),
         )
         return state, embedding, metrics
 
-    def quiz_reward(state: CurriculumState, quiz: Batch) -> jax.Array:
+    def _reward(self, state: CurriculumState, quiz: Batch, axis: str | None) -> jax.Array:
         """Eq. 13 on the quiz batch, both models frozen."""
-        features = standardize(quiz["inputs"], quiz["length"], state.statistics)
-        student_logits = student.apply({"params": state.params}, features, quiz["length"]).logits
-        teacher_logits = classifier.apply({"params": state.meta_params}, quiz["teacher_hidden"])
-        reward = losses.reward(student_logits, teacher_logits, quiz["label"])
-        return parallel.device_mean(reward, axis)
+        features = standardize(quiz["inputs"], quiz["length"], state.frozen.statistics)
+        logits = self.student.apply({"params": state.params}, features, quiz["length"]).logits
+        teacher_logits = self.classifier.apply(
+            {"params": state.frozen.meta_params}, quiz["teacher_hidden"]
+        )
+        return parallel.device_mean(losses.reward(logits, teacher_logits, quiz["label"]), axis)
 
-    def update_policy(state: CurriculumState) -> CurriculumState:
+    def _update_policy(self, state: CurriculumState) -> CurriculumState:
         """REINFORCE on the finished episode."""
-        returns = losses.discounted_returns(state.episode.rewards, curriculum.discount)
+        config = self.config.curriculum
+        returns = losses.discounted_returns(state.episode.rewards, config.discount)
         # There is nothing to hold the first episode against: it only sets the baseline.
-        first = state.step <= curriculum.episode_steps
+        first = state.step <= config.episode_steps
         baseline = jnp.where(first, returns, state.baseline)
         advantages = returns - baseline
 
         def objective(policy_params: Any) -> jax.Array:
-            logits = policy.apply({"params": policy_params}, state.episode.observations)
+            logits = self.policy.apply({"params": policy_params}, state.episode.observations)
             return losses.reinforce(logits, state.episode.actions, advantages)
 
         grads = jax.grad(objective)(state.policy_params)
-        updates, opt_state = policy_optimizer.update(
+        updates, opt_state = self.policy_optimizer.update(
             grads, state.policy_opt_state, state.policy_params
         )
         return state.replace(
             policy_params=optax.apply_updates(state.policy_params, updates),
             policy_opt_state=opt_state,
-            baseline=baseline + curriculum.running_rate * advantages,
+            baseline=baseline + config.running_rate * advantages,
         )
 
-    def step(state: CurriculumState, batch: CurriculumBatch, rng: jax.Array) -> tuple:
-        train_rng, task_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        task, slot = state.task, state.step % curriculum.episode_steps
-        state, embedding, metrics = train_student(state, batch["train"], train_rng)
-        reward = quiz_reward(state, batch["quiz"])
-        state = state.replace(
-            task_accuracy=_follow(
-                state.task_accuracy, task, metrics["accuracy"], curriculum.running_rate
-            ),
-            task_reward=_follow(state.task_reward, task, reward, curriculum.running_rate),
-            episode=Episode(
-                state.episode.observations.at[slot].set(state.observation),
-                state.episode.actions.at[slot].set(task),
-                state.episode.rewards.at[slot].set(reward),
-            ),
-        )
-        if curriculum.sampling == "policy":
-            episode_ended = slot == curriculum.episode_steps - 1
-            state = jax.lax.cond(episode_ended, update_policy, lambda s: s, state)
-        progress = state.step / total_steps
-        observation = jnp.concatenate(
-            [embedding, state.task_accuracy, state.task_reward, progress[None]]
-        )
-        next_task = _sample_task(policy, state.policy_params, observation, curriculum, task_rng)
-        state = state.replace(observation=observation, task=next_task)
-        return state, {**metrics, "reward": reward, "task": task.astype(jnp.float32)}
-
-    return step
-
-
-def _sample_task(
-    policy: Policy, policy_params: Any, observation: jax.Array, config: ConfigDict, rng: jax.Array
-) -> jax.Array:
-    """The next task, () int32: of the policy, or for the ablation any with equal probability."""
-    logits = policy.apply({"params": policy_params}, observation)
-    if config.sampling == "uniform":
-        logits = jnp.zeros_like(logits)
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+    def _sample_task(self, policy_params: Any, observation: jax.Array, rng: jax.Array) -> jax.Array:
+        """The next task, () int32: of the policy, or for the ablation any, all equally likely."""
+        logits = self.policy.apply({"params": policy_params}, observation)
+        if self.config.curriculum.sampling == "uniform":
+            logits = jnp.zeros_like(logits)
+        return jax.random.categorical(rng, logits).astype(jnp.int32)
 
 
 def _follow(running: jax.Array, task: jax.Array, value: jax.Array, rate: float) -> jax.Array:

@@ -4,10 +4,14 @@ The teacher's encoder is frozen, so its hidden vectors h(., T) come with the bat
 of the meta-teacher T' is its classifier, which reads h(., T) or the student's adapted h(., S).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypedDict
+from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,13 +21,18 @@ from ml_collections import ConfigDict
 from serkd_jax import losses
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
-from serkd_jax.models.students.inverted import Adapter, Student, StudentOutput, adapt
+from serkd_jax.models.students.inverted import Adapter, StudentOutput, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
-from serkd_jax.stages.common import Batch
+from serkd_jax.stages.base import Batch, QuizBatch, Stage
 from serkd_jax.stages.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.stages.standardization import Statistics, standardize
 from serkd_jax.stages.student import encode_keys, student_objective
+
+if TYPE_CHECKING:
+    from serkd_jax.programs import Programs
+
+Params = dict[str, Any]  # {"student": ..., "adapter": ...}
 
 
 class DistillState(struct.PyTreeNode):
@@ -38,56 +47,17 @@ class DistillState(struct.PyTreeNode):
         meta_opt_state: of its optimiser.
         momentum_params: of the student's momentum encoder.
         queue: labelled keys of earlier batches.
-        statistics: what the student's features are standardised by.
+        frozen: what the student's features are standardised by.
     """
 
     step: jax.Array
-    params: dict[str, Any]
+    params: Params
     opt_state: Any
     meta_params: Any
     meta_opt_state: Any
     momentum_params: Any
     queue: Queue
-    statistics: Statistics
-
-
-class DistillBatch(TypedDict):
-    """A training batch and the quiz batch of the same step."""
-
-    train: Batch
-    quiz: Batch
-
-
-def init_state(
-    params: dict[str, Any],
-    meta_params: Any,
-    optimizer: optax.GradientTransformation,
-    meta_optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    projection_dim: int,
-    statistics: Statistics,
-) -> DistillState:
-    """State before the first step.
-
-    Args:
-        params: ``{"student": ..., "adapter": ...}``.
-        meta_params: the fine-tuned teacher's classifier, of which T' is a clone.
-        optimizer: of ``params``.
-        meta_optimizer: of ``meta_params``.
-        config: the config's ``contrastive`` part.
-        projection_dim: width of the contrastive embedding.
-        statistics: what the student's features are standardised by.
-    """
-    return DistillState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        meta_params=jax.tree.map(jnp.copy, meta_params),
-        meta_opt_state=meta_optimizer.init(meta_params),
-        momentum_params=jax.tree.map(jnp.copy, params["student"]),
-        queue=empty_queue(config.queue_size, projection_dim),
-        statistics=statistics,
-    )
+    frozen: Statistics
 
 
 def meta_value_and_grad(
@@ -140,84 +110,96 @@ def meta_value_and_grad(
     return parallel.device_mean(result, axis)
 
 
-def make_step(
-    student: Student,
-    adapter: Adapter | None,
-    classifier: Classifier,
-    optimizer: optax.GradientTransformation,
-    meta_optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    axis: str | None = None,
-) -> Callable[[DistillState, DistillBatch, jax.Array], tuple[DistillState, dict[str, jax.Array]]]:
-    """Makes the pure training step.
+@dataclass(frozen=True)
+class DistillStage(Stage):
+    """A new student learns from the teacher, and the meta-teacher from the student's quiz.
 
     Each step (a) takes a pilot step of the student against the present T', (b) updates T' by the
     gradient of Eq. 9 on the quiz batch through that pilot step, and (c) takes the student's real
     step against the new T'. With ``meta.order='none'`` the third is the only one.
 
-    Args:
+    Attributes:
         student: S.
+        new_params: key -> its parameters before the first step.
         adapter: maps h(., S) to the teacher's width; None where it has that.
+        hidden_width: of h(., S).
         classifier: T'.
         optimizer: of the student and the adapter.
         meta_optimizer: of T'.
         config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
-        axis: name of the device axis under pmap.
     """
 
-    def classify(meta_params: Any, hidden: jax.Array) -> jax.Array:
-        return classifier.apply({"params": meta_params}, hidden)
+    name = "distill"
+    starts_from = ("teacher",)
+    rows = ("meta_teacher", "distilled_student")
+    student_row = "distilled_student"
 
-    def soft_loss(logits: jax.Array, meta_params: Any, train: Batch) -> jax.Array:
-        """L^soft of the student's logits, the only term of Eq. 4 that reads θ_T'."""
-        if not config.distill.soft:
-            return jnp.zeros(())
-        return losses.soft_label_divergence(
-            logits,
-            classify(meta_params, train["teacher_hidden"]),
-            config.distill.temperature,
-            config.distill.direction,
+    student: nn.Module
+    new_params: Callable[[jax.Array], Any]
+    adapter: Adapter | None
+    hidden_width: int
+    classifier: Classifier
+    optimizer: optax.GradientTransformation
+    meta_optimizer: optax.GradientTransformation
+    config: ConfigDict
+
+    @classmethod
+    def make(cls, programs: Programs) -> DistillStage:
+        """From the models of a config; T' learns as long as the student does."""
+        return cls(
+            programs.student,
+            programs.new_student_params,
+            programs.adapter,
+            programs.student_hidden,
+            programs.classifier,
+            programs.make_optimizer("distill"),
+            programs.make_optimizer("distill", programs.config.meta.learning_rate),
+            programs.config,
         )
 
-    def quiz_loss(
-        quiz: Batch, features: jax.Array, meta_params: Any, params: dict[str, Any]
-    ) -> jax.Array:
-        """Eq. 9."""
-        hidden = student.apply({"params": params["student"]}, features, quiz["length"]).hidden
-        return losses.collaborative_loss(
-            classify(meta_params, quiz["teacher_hidden"]),
-            classify(meta_params, adapt(adapter, params["adapter"], hidden)),
-            quiz["label"],
+    @staticmethod
+    def student_params(params: Params) -> Any:
+        """Without the adapter's."""
+        return params["student"]
+
+    def init(self, rng: jax.Array, statistics: Statistics, teacher_classifier: Any) -> DistillState:
+        """State before the first step: a new student, and T' cloned from the teacher.
+
+        Args:
+            rng: a key.
+            statistics: what the student's features are standardised by.
+            teacher_classifier: parameters of the fine-tuned teacher's classifier.
+        """
+        student_rng, adapter_rng = jax.random.split(rng)
+        params = {"student": self.new_params(student_rng), "adapter": {}}
+        if self.adapter:
+            hidden = jnp.zeros((1, self.hidden_width))
+            params["adapter"] = self.adapter.init(adapter_rng, hidden)["params"]
+        contrastive, width = self.config.contrastive, self.student.projection_dims[-1]
+        return DistillState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            meta_params=jax.tree.map(jnp.copy, teacher_classifier),
+            meta_opt_state=self.meta_optimizer.init(teacher_classifier),
+            momentum_params=jax.tree.map(jnp.copy, params["student"]),
+            queue=empty_queue(contrastive.queue_size, width),
+            frozen=statistics,
         )
 
-    def step(state: DistillState, batch: DistillBatch, rng: jax.Array) -> tuple:
-        train, quiz = batch["train"], batch["quiz"]
+    def step(
+        self, state: DistillState, batch: QuizBatch, rng: jax.Array, axis: str | None = None
+    ) -> tuple[DistillState, dict[str, jax.Array]]:
+        """A step of T' on Eq. 9, and one of the student on Eq. 4."""
+        train, quiz, contrastive = batch["train"], batch["quiz"], self.config.contrastive
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        features = standardize(train["inputs"], train["length"], state.statistics)
-        keys, key_labels = encode_keys(
-            student, state.momentum_params, features, train, mask_rng, config.contrastive, axis
-        )
+        features = standardize(train["inputs"], train["length"], state.frozen)
         dropout_keys = example_keys(dropout_rng, train["index"])
-
-        def run_student(params: dict[str, Any]) -> tuple[StudentOutput, jax.Array]:
-            """The student's outputs on the training batch, and its hidden vectors adapted."""
-            inputs = features, train["length"], dropout_keys
-            out = student.apply({"params": params["student"]}, *inputs)
-            return out, adapt(adapter, params["adapter"], out.hidden)
-
-        def objective(outputs: tuple[StudentOutput, jax.Array], meta_params: Any) -> tuple:
-            """Eq. 4 of the student's outputs, and its parts by name."""
-            out, hidden = outputs
-            student_loss, metrics = student_objective(
-                out, train["label"], keys, key_labels, state.queue, config.contrastive
-            )
-            soft = soft_loss(out.logits, meta_params, train)
-            patient = losses.patient_distillation(train["teacher_hidden"], hidden)
-            loss = losses.distillation_loss(
-                student_loss, soft, patient, config.distill.alpha, config.distill.beta
-            )
-            return loss, {"loss": loss, "soft": soft, "patient": patient, **metrics}
-
+        keys, key_labels = encode_keys(
+            self.student, state.momentum_params, features, train, mask_rng, contrastive, axis
+        )
+        run_student = partial(self._run_student, train, features, dropout_keys)
+        objective = partial(self._objective, train, keys, key_labels, state.queue)
         # The pilot step and the real one go back through one forward pass: they differ in θ_T',
         # which the student's outputs do not depend on.
         outputs, pull_back = jax.vjp(run_student, state.params)
@@ -227,35 +209,36 @@ def make_step(
             of_outputs, metrics = jax.grad(objective, has_aux=True)(outputs, meta_params)
             return parallel.device_mean((pull_back(of_outputs)[0], metrics), axis)
 
-        def slope_along(direction: dict[str, Any], meta_params: Any) -> jax.Array:
+        def slope_along(direction: Params, meta_params: Any) -> jax.Array:
             """Of Eq. 4 at θ_S."""
 
-            def loss(params: dict[str, Any]) -> jax.Array:
+            def loss(params: Params) -> jax.Array:
                 return objective(run_student(params), meta_params)[0]
 
             return jax.jvp(loss, (state.params,), (direction,))[1]
 
-        meta_params, meta_opt_state = state.meta_params, state.meta_opt_state
-        meta_metrics = {}
-        if config.meta.order != "none":
-            quiz_features = standardize(quiz["inputs"], quiz["length"], state.statistics)
+        meta_params, meta_opt_state, meta_metrics = state.meta_params, state.meta_opt_state, {}
+        if self.config.meta.order != "none":
+            quiz_features = standardize(quiz["inputs"], quiz["length"], state.frozen)
             meta_loss, meta_grads = meta_value_and_grad(
-                config.meta,
+                self.config.meta,
                 state.params,
                 state.meta_params,
                 gradient=lambda meta_params: gradient(meta_params)[0],
                 slope_along=slope_along,
-                quiz_loss=partial(quiz_loss, quiz, quiz_features),
+                quiz_loss=partial(self._quiz_loss, quiz, quiz_features),
                 axis=axis,
             )
-            updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
+            updates, meta_opt_state = self.meta_optimizer.update(
+                meta_grads, meta_opt_state, meta_params
+            )
             meta_params = optax.apply_updates(meta_params, updates)
             meta_metrics["meta_loss"] = meta_loss
             meta_metrics["meta_gradient_norm"] = optax.global_norm(meta_grads)
 
         grads, metrics = gradient(meta_params)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(
             step=state.step + 1,
@@ -264,10 +247,56 @@ def make_step(
             meta_params=meta_params,
             meta_opt_state=meta_opt_state,
             momentum_params=momentum_update(
-                state.momentum_params, params["student"], config.contrastive.momentum
+                state.momentum_params, params["student"], contrastive.momentum
             ),
             queue=enqueue(state.queue, keys, key_labels),
         )
         return state, {**metrics, **meta_metrics}
 
-    return step
+    def _run_student(
+        self, batch: Batch, features: jax.Array, dropout_keys: jax.Array, params: Params
+    ) -> tuple[StudentOutput, jax.Array]:
+        """The student's outputs on the training batch, and its hidden vectors adapted."""
+        out = self.student.apply(
+            {"params": params["student"]}, features, batch["length"], dropout_keys
+        )
+        return out, adapt(self.adapter, params["adapter"], out.hidden)
+
+    def _objective(
+        self,
+        batch: Batch,
+        keys: jax.Array,
+        key_labels: jax.Array,
+        queue: Queue,
+        outputs: tuple[StudentOutput, jax.Array],
+        meta_params: Any,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Eq. 4 of the student's outputs, and its parts by name."""
+        (out, hidden), config = outputs, self.config.distill
+        student_loss, metrics = student_objective(
+            out, batch["label"], keys, key_labels, queue, self.config.contrastive
+        )
+        soft = jnp.zeros(())
+        if config.soft:  # the only term that reads θ_T'
+            teacher_logits = self._classify(meta_params, batch["teacher_hidden"])
+            soft = losses.soft_label_divergence(
+                out.logits, teacher_logits, config.temperature, config.direction
+            )
+        patient = losses.patient_distillation(batch["teacher_hidden"], hidden)
+        loss = losses.distillation_loss(student_loss, soft, patient, config.alpha, config.beta)
+        return loss, {"loss": loss, "soft": soft, "patient": patient, **metrics}
+
+    def _quiz_loss(
+        self, quiz: Batch, features: jax.Array, meta_params: Any, params: Params
+    ) -> jax.Array:
+        """Eq. 9."""
+        out = self.student.apply({"params": params["student"]}, features, quiz["length"])
+        hidden = adapt(self.adapter, params["adapter"], out.hidden)
+        return losses.collaborative_loss(
+            self._classify(meta_params, quiz["teacher_hidden"]),
+            self._classify(meta_params, hidden),
+            quiz["label"],
+        )
+
+    def _classify(self, meta_params: Any, hidden: jax.Array) -> jax.Array:
+        return self.classifier.apply({"params": meta_params}, hidden)

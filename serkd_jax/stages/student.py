@@ -1,8 +1,12 @@
 """Stage 2: the undistilled student with its contrastive branch (Section 3.2.1, Eqs. 2-3)."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,11 +15,14 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.distributed import parallel
-from serkd_jax.models.students.inverted import Student, StudentOutput
+from serkd_jax.models.students.inverted import StudentOutput
 from serkd_jax.stages.augmentation import example_keys, spec_augment
-from serkd_jax.stages.common import Batch, accuracy
+from serkd_jax.stages.base import Batch, Stage, accuracy
 from serkd_jax.stages.contrastive import Queue, empty_queue, enqueue, momentum_update
 from serkd_jax.stages.standardization import Statistics, standardize
+
+if TYPE_CHECKING:
+    from serkd_jax.programs import Programs
 
 
 class StudentState(struct.PyTreeNode):
@@ -23,11 +30,11 @@ class StudentState(struct.PyTreeNode):
 
     Attributes:
         step: () int32, steps taken; also the position in the data.
-        params: of :class:`Student`.
+        params: of the student.
         opt_state: of the optimiser.
         momentum_params: of the momentum encoder, a copy of ``params`` that follows them.
         queue: labelled keys of earlier batches.
-        statistics: what the features are standardised by.
+        frozen: what the features are standardised by.
     """
 
     step: jax.Array
@@ -35,29 +42,85 @@ class StudentState(struct.PyTreeNode):
     opt_state: Any
     momentum_params: Any
     queue: Queue
-    statistics: Statistics
+    frozen: Statistics
 
 
-def init_state(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    projection_dim: int,
-    statistics: Statistics,
-) -> StudentState:
-    """State before the first step; ``config`` is the config's ``contrastive`` part."""
-    return StudentState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        momentum_params=jax.tree.map(jnp.copy, params),
-        queue=empty_queue(config.queue_size, projection_dim),
-        statistics=statistics,
-    )
+@dataclass(frozen=True)
+class StudentStage(Stage):
+    """Cross-entropy and supervised contrastive loss of the student, Eqs. 2-3.
+
+    Attributes:
+        student: S.
+        new_params: key -> its parameters before the first step.
+        optimizer: of S.
+        config: the config's ``contrastive`` part.
+    """
+
+    name = "student"
+    rows = ("student",)
+    student_row = "student"
+
+    student: nn.Module
+    new_params: Callable[[jax.Array], Any]
+    optimizer: optax.GradientTransformation
+    config: ConfigDict
+
+    @classmethod
+    def make(cls, programs: Programs) -> StudentStage:
+        """From the models of a config."""
+        return cls(
+            programs.student,
+            programs.new_student_params,
+            programs.make_optimizer("student"),
+            programs.config.contrastive,
+        )
+
+    def init(self, rng: jax.Array, statistics: Statistics) -> StudentState:
+        """State before the first step, on features of these statistics."""
+        params = self.new_params(rng)
+        return StudentState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            momentum_params=jax.tree.map(jnp.copy, params),
+            queue=empty_queue(self.config.queue_size, self.student.projection_dims[-1]),
+            frozen=statistics,
+        )
+
+    def step(
+        self, state: StudentState, batch: Batch, rng: jax.Array, axis: str | None = None
+    ) -> tuple[StudentState, dict[str, jax.Array]]:
+        """A step on Eq. 2."""
+        dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        features = standardize(batch["inputs"], batch["length"], state.frozen)
+        keys, key_labels = encode_keys(
+            self.student, state.momentum_params, features, batch, mask_rng, self.config, axis
+        )
+        dropout_keys = example_keys(dropout_rng, batch["index"])
+
+        def objective(params: Any) -> tuple[jax.Array, dict]:
+            out = self.student.apply({"params": params}, features, batch["length"], dropout_keys)
+            return student_objective(
+                out, batch["label"], keys, key_labels, state.queue, self.config
+            )
+
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            momentum_params=momentum_update(state.momentum_params, params, self.config.momentum),
+            queue=enqueue(state.queue, keys, key_labels),
+        )
+        return state, metrics
 
 
 def encode_keys(
-    student: Student,
+    student: nn.Module,
     momentum_params: Any,
     features: jax.Array,
     batch: Batch,
@@ -106,49 +169,8 @@ def student_objective(
     }
 
 
-def make_step(
-    student: Student,
-    optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    axis: str | None = None,
-) -> Callable[[StudentState, Batch, jax.Array], tuple[StudentState, dict[str, jax.Array]]]:
-    """Makes the pure training step; ``config`` is the config's ``contrastive`` part."""
-
-    def step(state: StudentState, batch: Batch, rng: jax.Array) -> tuple:
-        dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        features = standardize(batch["inputs"], batch["length"], state.statistics)
-        keys, key_labels = encode_keys(
-            student, state.momentum_params, features, batch, mask_rng, config, axis
-        )
-        dropout_keys = example_keys(dropout_rng, batch["index"])
-
-        def loss_fn(params: Any) -> tuple[jax.Array, dict]:
-            out = student.apply({"params": params}, features, batch["length"], dropout_keys)
-            return student_objective(out, batch["label"], keys, key_labels, state.queue, config)
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
-        metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            momentum_params=momentum_update(state.momentum_params, params, config.momentum),
-            queue=enqueue(state.queue, keys, key_labels),
-        )
-        return state, metrics
-
-    return step
-
-
-def make_predict(student: Student) -> Callable[[tuple[Any, Statistics], Batch], StudentOutput]:
-    """Makes the deterministic forward pass of ((student parameters, statistics), batch)."""
-
-    def predict(variables: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
-        params, statistics = variables
-        features = standardize(batch["inputs"], batch["length"], statistics)
-        return student.apply({"params": params}, features, batch["length"])
-
-    return predict
+def predict(student: nn.Module, variables: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
+    """The forward pass of (parameters, statistics) on a batch, without dropout."""
+    params, statistics = variables
+    features = standardize(batch["inputs"], batch["length"], statistics)
+    return student.apply({"params": params}, features, batch["length"])

@@ -1,7 +1,10 @@
 """Stage 1: fine-tuning the teacher (Section 3.1, Eq. 1)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -11,12 +14,16 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from serkd_jax import losses
+from serkd_jax.audio.waveform import FULL_SCALE
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.base import normalize_waveform
 from serkd_jax.models.teacher import Teacher, TeacherOutput
 from serkd_jax.stages.augmentation import example_keys, spec_augment
-from serkd_jax.stages.common import Batch, accuracy
-from serkd_jax.stages.standardization import Statistics, standardize
+from serkd_jax.stages.base import Batch, Stage, accuracy
+from serkd_jax.stages.standardization import standardize
+
+if TYPE_CHECKING:
+    from serkd_jax.programs import Programs
 
 
 class TeacherState(struct.PyTreeNode):
@@ -35,79 +42,85 @@ class TeacherState(struct.PyTreeNode):
     frozen: Any
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Any) -> TeacherState:
-    """State before the first step."""
-    return TeacherState(jnp.int32(0), params, optimizer.init(params), frozen)
+@dataclass(frozen=True)
+class TeacherStage(Stage):
+    """Cross-entropy of the teacher, Eq. 1.
 
-
-def make_frames(embed: nn.Module | None, normalize: bool) -> Callable:
-    """Makes the map from stored inputs to the frames that the trained layers read.
-
-    Args:
+    Attributes:
+        teacher: T.
+        new_params: key -> its parameters before the first step, pretrained layers included.
         embed: the frozen front of an encoder, for waveforms; None for stored features.
         normalize: whether each waveform is standardised, as the checkpoint's preprocessor says.
-
-    Returns:
-        A function of (what is frozen, inputs, length) that gives (B, T, N) float32 frames and
-        their (B, T) mask.
+        optimizer: of T.
+        config: the config's ``teacher`` part.
     """
 
-    def from_features(statistics: Statistics, inputs: jax.Array, length: jax.Array) -> tuple:
-        mask = jnp.arange(inputs.shape[1]) < length[:, None]
-        return standardize(inputs, length, statistics), mask
+    name = "teacher"
+    rows = ("teacher",)
 
-    def from_waveform(frozen: Any, inputs: jax.Array, length: jax.Array) -> tuple:
-        waveform = inputs.astype(jnp.float32) / 32768.0
-        if normalize:
-            waveform = normalize_waveform(waveform, length)
-        return embed.apply({"params": frozen}, waveform, length)
+    teacher: Teacher
+    new_params: Callable[[jax.Array], Any]
+    embed: nn.Module | None
+    normalize: bool
+    optimizer: optax.GradientTransformation
+    config: ConfigDict
 
-    return from_features if embed is None else from_waveform
+    @classmethod
+    def make(cls, programs: Programs) -> TeacherStage:
+        """From the models of a config."""
+        return cls(
+            programs.teacher,
+            programs.new_teacher_params,
+            programs.embed,
+            programs.normalizes_waveforms,
+            programs.make_optimizer("teacher"),
+            programs.config.teacher,
+        )
 
+    def init(self, rng: jax.Array, frozen: Any) -> TeacherState:
+        """State before the first step."""
+        params = self.new_params(rng)
+        return TeacherState(jnp.int32(0), params, self.optimizer.init(params), frozen)
 
-def make_step(
-    teacher: Teacher,
-    to_frames: Callable,
-    optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    axis: str | None = None,
-) -> Callable[[TeacherState, Batch, jax.Array], tuple[TeacherState, dict[str, jax.Array]]]:
-    """Makes the pure training step; ``config`` is the config's ``teacher`` part."""
-
-    def step(state: TeacherState, batch: Batch, rng: jax.Array) -> tuple:
+    def step(
+        self, state: TeacherState, batch: Batch, rng: jax.Array, axis: str | None = None
+    ) -> tuple[TeacherState, dict[str, jax.Array]]:
+        """A step on Eq. 1."""
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        frames, mask = to_frames(state.frozen, batch["inputs"], batch["length"])
+        frames, mask = self._frames(state.frozen, batch)
         frames = spec_augment(
             example_keys(mask_rng, batch["index"]),
             frames,
             mask.sum(1),
-            config.max_frequency_mask,
-            config.max_time_mask,
+            self.config.max_frequency_mask,
+            self.config.max_time_mask,
         )
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
-        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = teacher.apply({"params": params}, frames, mask, dropout_keys).logits
+        def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+            logits = self.teacher.apply({"params": params}, frames, mask, dropout_keys).logits
             return losses.cross_entropy(logits, batch["label"]), logits
 
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         metrics = {"loss": loss, "accuracy": accuracy(logits, batch["label"])}
         grads, metrics = parallel.device_mean((grads, metrics), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return step
+    def predict(self, state: TeacherState, batch: Batch) -> TeacherOutput:
+        """The forward pass of a batch's ``inputs`` and ``length``, without dropout."""
+        frames, mask = self._frames(state.frozen, batch)
+        return self.teacher.apply({"params": state.params}, frames, mask)
 
-
-def make_predict(
-    teacher: Teacher, to_frames: Callable
-) -> Callable[[TeacherState, Batch], TeacherOutput]:
-    """Makes the deterministic forward pass of a batch's ``inputs`` and ``length``."""
-
-    def predict(state: TeacherState, batch: Batch) -> TeacherOutput:
-        frames, mask = to_frames(state.frozen, batch["inputs"], batch["length"])
-        return teacher.apply({"params": state.params}, frames, mask)
-
-    return predict
+    def _frames(self, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(B, T, N) float32 frames that the trained layers read, and their (B, T) mask."""
+        inputs, length = batch["inputs"], batch["length"]
+        if self.embed is None:
+            mask = jnp.arange(inputs.shape[1]) < length[:, None]
+            return standardize(inputs, length, frozen), mask
+        waveform = inputs.astype(jnp.float32) / FULL_SCALE
+        if self.normalize:
+            waveform = normalize_waveform(waveform, length)
+        return self.embed.apply({"params": frozen}, waveform, length)

@@ -1,6 +1,9 @@
-"""What every stage's step shares: the batch and the optimiser."""
+"""What a stage of training is; and what the stages share: batches and the optimiser."""
 
-from typing import Any, TypedDict
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,58 @@ import optax
 from ml_collections import ConfigDict
 
 from serkd_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from serkd_jax.programs import Programs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training: its parts, and what is said of it, once.
+
+    A stage has an ``init`` of its own that makes its state, a `flax.struct.PyTreeNode` with
+    ``step``, the steps taken, and ``frozen``, what no step changes and no checkpoint keeps.
+
+    Attributes:
+        name: of its part of the config, its folder, and its random stream.
+        starts_from: the stages whose results it begins with.
+        rows: of the results that it gives.
+        student_row: which of them is its student's; empty if it trains none.
+    """
+
+    name: ClassVar[str]
+    starts_from: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[tuple[str, ...]]
+    student_row: ClassVar[str] = ""
+
+    @classmethod
+    def make(cls, programs: Programs) -> Stage:
+        """The stage with the models and optimisers of a config."""
+        raise NotImplementedError
+
+    def step(
+        self, state: Any, batch: Any, rng: jax.Array, axis: str | None = None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """A training step, pure: the next state and metrics, ``loss`` among them.
+
+        Args:
+            state: the present one.
+            batch: of the batch's share that this device has.
+            rng: the stage's key; the step folds in the step number.
+            axis: name of the device axis under pmap.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def pick(state: Any, rows: Any) -> Any:
+        """Of the rows that a step is given, those that make up its batch: all."""
+        del state
+        return rows
+
+    @staticmethod
+    def student_params(params: Any) -> Any:
+        """The student's part of a state's ``params``: all."""
+        return params
 
 
 class Batch(TypedDict):
@@ -26,6 +81,13 @@ class Batch(TypedDict):
     label: jax.Array
     index: jax.Array
     teacher_hidden: jax.Array
+
+
+class QuizBatch(TypedDict):
+    """A training batch and the quiz batch of the same step."""
+
+    train: Batch
+    quiz: Batch
 
 
 def make_optimizer(
