@@ -262,5 +262,6 @@ def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
     presets = {"": lambda c: c, "logmel": logmel, "whisper": whisper}
     presets["logmel-from-whisper"] = logmel_from_whisper
     if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {sorted(presets)}")
+        known = ", ".join(f":{name}" for name in presets if name)
+        raise ValueError(f"the recipe has no preset {preset!r}: use {known} or none")
     return presets[preset](config)

@@ -23,6 +23,23 @@ CHOICES = {
     "curriculum.task_by": ("difficulty", "class"),
     "curriculum.sampling": ("policy", "uniform"),
 }
+# The least and the greatest value of numbers, by the last part of their keys; None is no bound.
+RANGES: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(("seed", "num_devices", "patch_frames", "projector", "beta"), (0, None)),
+    **dict.fromkeys(("max_frequency_mask", "max_time_mask", "clip_norm"), (0, None)),
+    **dict.fromkeys(("learning_rate", "pilot_learning_rate", "policy_learning_rate"), (0, None)),
+    **dict.fromkeys(("weight_decay", "quiz_batch_size"), (0, None)),
+    **dict.fromkeys(
+        ("batch_size", "max_frames", "steps_per_dispatch", "groups_per_fold"), (1, None)
+    ),
+    **dict.fromkeys(("width", "mlp_dim", "num_heads", "num_layers", "time_pooling"), (1, None)),
+    **dict.fromkeys(("num_tasks", "episode_steps", "policy_width", "queue_size"), (1, None)),
+    **dict.fromkeys(("num_folds", "num_speakers"), (2, None)),
+    **dict.fromkeys(("weight", "momentum", "alpha", "discount", "running_rate", "warmup"), (0, 1)),
+    **dict.fromkeys(("dropout", "validation", "quiz"), (0, 0.99)),
+    "temperature": (1e-3, None),
+}
+
 # Config keys that say where and how a run is done, not what it computes.
 PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
 PLACE_KEYS += ("protocol.file", "stages", "examples", "steps_per_dispatch", "remat")
@@ -43,6 +60,11 @@ def check_config(config: ConfigDict) -> None:
         value = reduce(getattr, key.split("."), config)
         if value not in choices:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
+    for key, value in _flatten(config.to_dict()).items():
+        least, greatest = RANGES.get(key.rpartition(".")[2], (None, None))
+        if least is not None and not (least <= value and (greatest is None or value <= greatest)):
+            allowed = f"at least {least}" if greatest is None else f"{least} to {greatest}"
+            raise UserError(f"{key} is {value}: use {allowed}")
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
     if config.teacher.input == "waveform" and config.teacher.frontend.name:
@@ -64,10 +86,6 @@ def check_config(config: ConfigDict) -> None:
         )
     if not config.student.projection_dims:
         raise UserError("student.projection_dims is empty: the contrastive branch needs a width")
-    if config.steps_per_dispatch < 1:
-        raise UserError(f"steps_per_dispatch is {config.steps_per_dispatch}: use at least 1")
-    if config.meta.quiz_batch_size < 0:
-        raise UserError(f"meta.quiz_batch_size is {config.meta.quiz_batch_size}: use 0 or more")
     if config.contrastive.queue_size < config.batch_size:
         raise UserError(
             f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "

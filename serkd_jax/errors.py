@@ -1,4 +1,8 @@
-"""The error that a user can mend."""
+"""Errors that the user can act on, and mistakes on the command line."""
+
+import re
+import sys
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -6,3 +10,32 @@ class UserError(ValueError):
 
     ``serkd_jax.main`` prints it without a stack trace.
     """
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """For `absl.app.run`: a mistake on the command line ends the program with one line.
+
+    Args:
+        argv: the command line.
+
+    Returns:
+        Those of its words that are no flags.
+    """
+    from absl import flags
+
+    try:
+        words = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config.to_dict  # the file of a recipe is missed no earlier
+        return words
+    except (flags.Error, OSError) as error:
+        *_, told = (line.strip() for line in str(error).splitlines() if line.strip())
+        told = told.removeprefix("ValueError: ")
+    except AttributeError as error:  # a key that the recipe does not have
+        key, *meant = re.findall(r"\w*\w", str(error).replace("\\n", " "))
+        wrong = [word.split("=")[0] for word in argv if f".{key}" in word]
+        told = f"{' '.join(wrong)}: the recipe has no such key"
+        if "mean" in meant:
+            told += f". Did you mean {meant[meant.index('mean') + 1]}?"
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(1)

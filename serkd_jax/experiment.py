@@ -19,9 +19,10 @@ from serkd_jax.audio.logmel import num_samples
 from serkd_jax.config import check_config, chosen_stages, quiz_batch_size, settings_of
 from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
+from serkd_jax.data.sources import Frontend
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds, speaker_note
 from serkd_jax.distributed import parallel
-from serkd_jax.encoders.frontends import Frontend, make_frontend
+from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.teacher import TeacherOutput
@@ -31,9 +32,9 @@ from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
 from serkd_jax.stages.distill import DistillStage, DistillState
+from serkd_jax.stages.finetune import TeacherStage, TeacherState
 from serkd_jax.stages.standardization import Statistics, measure_statistics, no_statistics
 from serkd_jax.stages.student import StudentStage, StudentState
-from serkd_jax.stages.teacher import TeacherStage, TeacherState
 from serkd_jax.training import Training, train
 
 RETRAIN = "delete it, and what is missing is computed again"

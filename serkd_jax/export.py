@@ -20,7 +20,7 @@ from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
 from serkd_jax.encoders.checkpoint import save_encoder
 from serkd_jax.encoders.frontends import Pretrained
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, parse_flags
 from serkd_jax.files import write_file
 from serkd_jax.results.metrics import classification_metrics
 
@@ -121,4 +121,4 @@ def _check(
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

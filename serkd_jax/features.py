@@ -1,4 +1,4 @@
-"""Features of any audio: ``python -m serkd_jax.features --model=M --input=IN --output=DIR``.
+"""Features of any audio: ``python -m serkd_jax.features --model=M --input=IN --out=DIR``.
 
 M is a HuBERT, wav2vec 2.0, WavLM or Whisper; its config.json says which. IN is a folder or a
 manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has ``id``
@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 
 from serkd_jax.distributed import parallel, processes
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, parse_flags
 
 _MODEL = flags.DEFINE_string("model", None, "An encoder: a folder or a name on the hub.")
 _REVISION = flags.DEFINE_string("revision", None, "Of the name on the hub.")
@@ -22,7 +22,7 @@ _INPUT = flags.DEFINE_string(
     "input", None, "A folder of audio files, or a .csv or .jsonl manifest."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the manifest's paths begin.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+_OUT = flags.DEFINE_string("out", None, "The folder to make.")
 _LAYER = flags.DEFINE_string(
     "layer", "-1", "-1: last hidden state, final norm included; k: layer k; 8,9: their mean."
 )
@@ -50,7 +50,7 @@ def _extract() -> None:
     from serkd_jax.data.sources import AudioFiles
     from serkd_jax.encoders.frontends import Pretrained, default_batching
 
-    output = Path(_OUTPUT.value)
+    output = Path(_OUT.value)
     if not 0.025 <= _MAX_SECONDS.value <= 3600:
         raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
     max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
@@ -94,5 +94,5 @@ def _summary(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["model", "input", "output"])
-    app.run(main)
+    flags.mark_flags_as_required(["model", "input", "out"])
+    app.run(main, flags_parser=parse_flags)

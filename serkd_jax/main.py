@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from serkd_jax.distributed import parallel, processes
+from serkd_jax.errors import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment's recipe.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")
@@ -56,4 +57,4 @@ def _describe_run(config: ConfigDict) -> str:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

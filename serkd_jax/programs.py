@@ -23,7 +23,7 @@ from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import student
 from serkd_jax.stages.base import Stage, make_optimizer, make_schedule
-from serkd_jax.stages.teacher import TeacherStage
+from serkd_jax.stages.finetune import TeacherStage
 
 
 class Programs:

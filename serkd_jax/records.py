@@ -1,6 +1,6 @@
 """Audio records of a corpus, and how it compares with what was published.
 
-    python -m serkd_jax.records --corpus=iemocap --data_dir=IEMOCAP_full_release --output=DIR
+    python -m serkd_jax.records --corpus=iemocap --data_dir=IEMOCAP_full_release --cache_dir=DIR
 
 DIR gets the records as TFRecords that `tfds.builder_from_directory` opens; with
 ``--config.cache_dir=DIR`` a run of `serkd_jax.main` finds them there. The table on the terminal has
@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, parse_flags
 
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld, emodb, manifest or synthetic.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "The corpus as its authors ship it.")
@@ -21,7 +21,9 @@ _LABEL_MAP = flags.DEFINE_string("label_map", "", "JSON of the manifest's labels
 _SPEAKER_PATTERN = flags.DEFINE_string(
     "speaker_pattern", "", "Regular expression that finds the speaker in the manifest's ids."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where the records go.")
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", None, "Where the records go; --config.cache_dir of a run."
+)
 _STRICT = flags.DEFINE_bool("strict", False, "Fail if the counts are not the published ones.")
 _BEAM = flags.DEFINE_string(
     "beam_pipeline_options",
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
             label_map=_LABEL_MAP.value,
             speaker_pattern=_SPEAKER_PATTERN.value,
         )
-        folder = prepare_records(corpus, _OUTPUT.value, _BEAM.value)
+        folder = prepare_records(corpus, _CACHE_DIR.value, _BEAM.value)
         table = load_table(folder)
         report = check_counts(table, corpus, _STRICT.value)
     except (UserError, OSError) as error:
@@ -60,5 +62,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["corpus", "output"])
-    app.run(main)
+    flags.mark_flags_as_required(["corpus", "cache_dir"])
+    app.run(main, flags_parser=parse_flags)

@@ -244,7 +244,7 @@ def load_selected(directory: Path) -> dict[str, Any]:
         UserError: there is none, or it cannot be read.
     """
     if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} has no checkpoints: train the run, or name another workdir")
+        raise UserError(f"{directory} has no checkpoints: train the stage, or name another workdir")
     with _checkpoint_manager(directory) as checkpoints:
         if (step := checkpoints.best_step()) is None:
             raise UserError(f"{directory}/checkpoints holds no whole epoch: let the run finish")

@@ -194,7 +194,7 @@ def run_command(*flags):
 def test_the_command_with_strict_passes_the_whole_of_emodb(tmp_path):
     data_dir = SHARED / "emodb"
     done = run_command(
-        "--corpus=emodb", "--strict", f"--data_dir={data_dir}", f"--output={tmp_path}"
+        "--corpus=emodb", "--strict", f"--data_dir={data_dir}", f"--cache_dir={tmp_path}"
     )
     assert done.returncode == 0, done.stderr
     assert cells(done.stdout)["all"][-1] == "535 / 535"
@@ -203,7 +203,7 @@ def test_the_command_with_strict_passes_the_whole_of_emodb(tmp_path):
 
 def test_the_command_with_strict_fails_on_a_part_of_the_corpus(iemocap, tmp_path):
     done = run_command(
-        "--corpus=iemocap", "--strict", f"--data_dir={iemocap}", f"--output={tmp_path}"
+        "--corpus=iemocap", "--strict", f"--data_dir={iemocap}", f"--cache_dir={tmp_path}"
     )
     assert done.returncode == 1
     assert "error: strict: this copy of iemocap has not the counts of Table 1" in done.stderr
@@ -213,7 +213,7 @@ def test_the_command_with_strict_fails_on_a_part_of_the_corpus(iemocap, tmp_path
 
 
 def test_the_command_builds_a_part_of_the_corpus_and_names_what_it_left_out(meld, tmp_path):
-    done = run_command("--corpus=meld", f"--data_dir={meld}", f"--output={tmp_path}")
+    done = run_command("--corpus=meld", f"--data_dir={meld}", f"--cache_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert cells(done.stdout)["dev"][0] == "1 / 153 (-152)"
     assert "4 files or lines were skipped:" in done.stdout

@@ -451,7 +451,7 @@ def flags_for(hubert_folder, audio_folder, output):
     return {
         "model": hubert_folder,
         "input": audio_folder,
-        "output": str(output),
+        "out": str(output),
         "max_seconds": 600.03,
     }
 

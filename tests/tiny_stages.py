@@ -15,9 +15,9 @@ from serkd_jax.models.students.inverted import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages.curriculum import CurriculumStage
 from serkd_jax.stages.distill import DistillStage
+from serkd_jax.stages.finetune import TeacherStage
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.stages.student import StudentStage
-from serkd_jax.stages.teacher import TeacherStage
 
 # As in the paper, the mean over D of each of N variates has the teacher's width H.
 B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3

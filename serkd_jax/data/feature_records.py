@@ -29,9 +29,8 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.audio_records import SPLIT, label_feature, text_features, tf, tfds
 from serkd_jax.data.examples import read_ahead
 from serkd_jax.data.reader import RecordsError
-from serkd_jax.data.sources import Clip, Source
+from serkd_jax.data.sources import Clip, Frontend, Source
 from serkd_jax.distributed import parallel
-from serkd_jax.encoders.frontends import Frontend
 from serkd_jax.files import read_json, write_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "soundfile", "soxr", "av")

@@ -16,9 +16,8 @@ import numpy as np
 
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.reader import RecordsError, describe
-from serkd_jax.data.sources import RecordsSource, Source
+from serkd_jax.data.sources import Frontend, RecordsSource, Source
 from serkd_jax.distributed import parallel
-from serkd_jax.encoders.frontends import Frontend
 from serkd_jax.files import read_json, write_json
 
 SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder

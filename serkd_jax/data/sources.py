@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +41,32 @@ class Source(Protocol):
 
     def read(self, rows: range, max_samples: int) -> list[Clip]:
         """The utterances `rows`, each cut at `max_samples`. Called from one thread."""
+
+
+class Frontend(Protocol):
+    """What feature extraction needs of a front-end."""
+
+    name: str
+    width: int  # N, the number of feature variates
+    settings: dict[str, Any]  # for people, in JSON types
+    fingerprint: str  # changes with everything that the output depends on, rounding apart
+    num_devices: int  # how many it computes on
+    assumption: str  # about the model, where its files leave something open; else empty
+
+    def __call__(
+        self,
+        waveforms: Sequence[np.ndarray],
+        max_frames: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (i, features of waveform i), float16 (<= max_frames, width), in any order.
+
+        Args:
+            waveforms: float32 (num_samples,), 16 kHz; what is beyond max_frames is not looked at.
+            max_frames: at 50 frames a second.
+            groups: of the waveforms; features do not depend, to the last bit, on what is in other
+                groups, nor on how many devices of a kind there are. None means one group.
+        """
 
 
 class RecordsSource:

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from serkd_jax import __version__
 from serkd_jax.data.reader import read_examples
+from serkd_jax.data.sources import Frontend
 from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
-from serkd_jax.encoders.frontends import Frontend, Pretrained, make_frontend
+from serkd_jax.encoders.frontends import Pretrained, make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES
 from serkd_jax.files import read_arrays, read_json

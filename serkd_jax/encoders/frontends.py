@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,6 @@ from serkd_jax.distributed import parallel
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.errors import UserError
-
-
-class Frontend(Protocol):
-    """What feature extraction needs of a front-end."""
-
-    name: str
-    width: int  # N, the number of feature variates
-    settings: dict[str, Any]  # for people, in JSON types
-    fingerprint: str  # changes with everything that the output depends on, rounding apart
-    num_devices: int  # how many it computes on
-    assumption: str  # about the model, where its files leave something open; else empty
-
-    def __call__(
-        self,
-        waveforms: Sequence[np.ndarray],
-        max_frames: int,
-        groups: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (i, features of waveform i), float16 (<= max_frames, width), in any order.
-
-        Args:
-            waveforms: float32 (num_samples,), 16 kHz; what is beyond max_frames is not looked at.
-            max_frames: at 50 frames a second.
-            groups: of the waveforms; features do not depend, to the last bit, on what is in other
-                groups, nor on how many devices of a kind there are. None means one group.
-        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +53,7 @@ class LogMel:
         max_frames: int,
         groups: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """See `Frontend`; each waveform is computed by itself."""
+        """See `serkd_jax.data.sources.Frontend`; each waveform is computed by itself."""
         for i, waveform in enumerate(waveforms):
             yield i, logmel.log_mel(waveform[: num_samples(max_frames)], self.num_mels)
 
@@ -286,7 +260,7 @@ class Pretrained:
         max_frames: int,
         groups: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """See `Frontend`; batches are made within groups, and the devices share them out."""
+        """See `serkd_jax.data.sources.Frontend`; the devices share out the batches of a group."""
         most = self.checkpoint.kind.max_frames(self.checkpoint.config)
         if most is not None and max_frames > most:
             raise UserError(
@@ -346,7 +320,7 @@ def _unstack(
             yield int(clip), hidden[k, row, : num_frames[clip]].copy()  # lets the padding go
 
 
-def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> Frontend:
+def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> LogMel | Pretrained:
     """Makes the front-end of a config's ``frontend`` part: its ``name`` and that one's settings.
 
     Args:

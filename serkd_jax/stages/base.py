@@ -118,13 +118,11 @@ def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) ->
     """
     warmup_steps = round(config.warmup * total_steps)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
-    elif config.schedule == "constant":
-        after = optax.constant_schedule(learning_rate)
-    else:
-        raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
-    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
-    return optax.join_schedules([warmup, after], [warmup_steps])
+        end = max(total_steps, warmup_steps + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, end)
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+    raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
 
 
 def make_adamw(

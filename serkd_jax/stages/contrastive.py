@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from serkd_jax.errors import UserError
@@ -43,4 +44,4 @@ def enqueue(queue: Queue, keys: jax.Array, labels: jax.Array) -> Queue:
 
 def momentum_update(momentum_params: Any, params: Any, momentum: float) -> Any:
     """θ_k <- m θ_k + (1-m) θ_q for every parameter."""
-    return jax.tree.map(lambda k, q: momentum * k + (1.0 - momentum) * q, momentum_params, params)
+    return optax.incremental_update(params, momentum_params, 1.0 - momentum)
