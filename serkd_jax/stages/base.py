@@ -121,6 +121,8 @@ def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) ->
         end = max(total_steps, warmup_steps + 1)
         return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, end)
     if config.schedule == "constant":
+        if not warmup_steps:
+            return optax.constant_schedule(learning_rate)
         return optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
     raise UserError(f"optimizer.schedule must be constant or cosine: {config.schedule!r}")
 
