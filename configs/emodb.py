@@ -8,7 +8,7 @@
 ``:whisper`` takes features of Whisper-base, ``:logmel-from-whisper`` only for the teacher, and
 ``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
 
-The README has what to expect, measured on a copy whose recordings are all 2 s long. For longer ones
+docs/training.md has what to expect, measured on a copy whose recordings are all 2 s long. For longer ones
 raise ``--config.max_frames``.
 """
 

@@ -1,0 +1,116 @@
+"""The pictures of the README: ``python docs/pictures.py --emodb=W``, from the root.
+
+``pipeline.svg`` is a drawing; ``emodb.svg`` shows the folds in the workdir ``W`` of a finished run
+of ``configs/emodb.py:whisper`` beside the linear probe of the same folds. It needs matplotlib.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+HERE = Path(__file__).parent
+INK, PALE, BLUE, ORANGE = "#24292f", "#f6f8fa", "#0969da", "#bc4c00"
+# UA of each fold, in %: `python -m benchmarks.linear_probe`, see docs/encoders.md.
+PROBE = (91.3, 86.7, 81.4, 87.9, 90.0)
+
+BOXES = {  # name: (x, y, title, what it is)
+    "corpus": (0, 2, "corpus", "EMO-DB, IEMOCAP, MELD,\na manifest of your own"),
+    "records": (1, 2, "records", "16 kHz audio\nin TFRecords"),
+    "features": (2, 2, "features", "HuBERT, wav2vec 2.0,\nWavLM, Whisper, log-mel"),
+    "teacher": (0, 1, "teacher", "fine-tuned\nEq. 1"),
+    "student": (1, 1, "student", "contrastive branch\nEqs. 2, 3"),
+    "distill": (2, 1, "distilled student", "and meta-teacher\nEqs. 4 to 9"),
+    "curriculum": (3, 1, "updated student", "curriculum policy\nEqs. 10 to 13"),
+    "results": (2, 0, "results", "per fold and pooled,\nevery prediction kept"),
+    "export": (3, 0, "export", "safetensors, StableHLO,\nONNX, LiteRT"),
+}
+ARROWS = ("corpus records", "records features", "distill curriculum", "results export")
+WIDTH, HEIGHT, ACROSS, UP = 0.78, 0.62, 1.06, 1.08
+
+
+def draw_pipeline() -> None:
+    """What one command does."""
+    figure, axes = plt.subplots(figsize=(9.5, 4.4))
+
+    def frame(left: float, bottom: float, width: float, height: float, **how: str) -> None:
+        style = "round,pad=0.03"
+        axes.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=style, **how))
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], **how: str) -> None:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK} | how)
+
+    frame(
+        -0.1, UP - 0.18, 3 * ACROSS + WIDTH + 0.2, HEIGHT + 0.4, facecolor="white",
+        edgecolor=BLUE, linestyle="--",
+    )  # fmt: skip
+    axes.text(-0.06, UP + HEIGHT + 0.09, "for each test fold", color=BLUE, fontsize=10)
+    for x, y, title, text in BOXES.values():
+        left, bottom = x * ACROSS, y * UP
+        frame(left, bottom, WIDTH, HEIGHT, facecolor=PALE, edgecolor=INK)
+        axes.text(left + WIDTH / 2, bottom + 0.47, title, ha="center", weight="bold", fontsize=11)
+        axes.text(left + WIDTH / 2, bottom + 0.2, text, ha="center", va="center", fontsize=9)
+    for pair in ARROWS:
+        (x, y), (to_x, _) = (BOXES[name][:2] for name in pair.split())
+        middle = y * UP + HEIGHT / 2
+        arrow((x * ACROSS + WIDTH + 0.04, middle), (to_x * ACROSS - 0.04, middle))
+    middle = 2 * ACROSS + WIDTH / 2
+    arrow((middle, 2 * UP - 0.04), (middle, UP + HEIGHT + 0.25))
+    arrow((middle, UP - 0.2), (middle, HEIGHT + 0.04))
+    teaches = {"color": ORANGE, "connectionstyle": "arc3,rad=0.1"}
+    arrow((WIDTH * 0.7, UP - 0.04), (2 * ACROSS + 0.1, UP - 0.04), **teaches)
+    axes.text(ACROSS + WIDTH / 2, UP - 0.115, "teaches", color=ORANGE, fontsize=9, ha="center")
+    axes.set(xlim=(-0.2, 3 * ACROSS + WIDTH + 0.2), ylim=(-0.08, 2 * UP + HEIGHT + 0.08))
+    axes.axis("off")
+    save(figure, "pipeline.svg")
+
+
+def draw_results(workdir: Path) -> None:
+    """UA of every row, a dot for each fold and a diamond for all."""
+    results = json.loads((workdir / "results.json").read_text())
+    rows = {row.replace("_", " "): scores["ua"] for row, scores in results["overall"].items()}
+    folds = [
+        [100 * fold[row]["ua"] for fold in results["folds"].values()] for row in results["overall"]
+    ]
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    names = [*rows, "linear probe"]
+    means = [100 * ua for ua in rows.values()] + [88.0]
+    places = range(len(names))
+    for place, mean, dots in zip(places, means, [*folds, PROBE], strict=True):
+        color = BLUE if place < len(rows) else ORANGE
+        axes.plot(dots, [place] * len(dots), "o", color=color, markersize=5, alpha=0.45)
+        axes.plot([mean], [place], "D", color=color, markersize=8)
+        axes.text(95.2, place, f"{mean:.1f}", va="center", ha="right", weight="bold", color=color)
+    axes.grid(axis="x", color="#d0d7de")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set(
+        xlim=(78, 95.5),
+        xlabel="unweighted accuracy, %: of all clips (diamond), and of each fold (dots)",
+    )
+    axes.set_title("EMO-DB, 7 emotions, speakers apart; features of Whisper-base", fontsize=11)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    save(figure, "emodb.svg")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """On white, for dark pages, too; text stays text."""
+    figure.tight_layout()
+    figure.savefig(HERE / name, facecolor="white", metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--emodb", type=Path, help="workdir of configs/emodb.py:whisper")
+    given = parser.parse_args()
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "serkd", "font.family": "sans-serif"}
+    )
+    draw_pipeline()
+    if given.emodb:
+        draw_results(given.emodb)
