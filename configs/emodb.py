@@ -8,8 +8,8 @@
 ``:whisper`` takes features of Whisper-base, ``:logmel-from-whisper`` only for the teacher, and
 ``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
 
-docs/training.md has what to expect, measured on a copy whose recordings are all 2 s long. For longer ones
-raise ``--config.max_frames``.
+docs/training.md has what to expect, measured on a copy whose recordings are all 2 s long. For
+longer ones raise ``--config.max_frames``.
 """
 
 from ml_collections import ConfigDict
