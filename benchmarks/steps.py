@@ -85,10 +85,11 @@ def measure(
     """
     on_cpu = jax.default_backend() == "cpu"
     train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
-    ours = our_steps(config, variates, order, train, quiz)
+    count = 1 if on_cpu else 20
+    ours = our_steps(config, variates, order, train, quiz, count)
     has_peer = on_cpu or torch.cuda.is_available()
     theirs = their_steps(config, variates, train, quiz, on_cpu) if has_peer else {}
-    count, results = 1 if on_cpu else 20, {}
+    results = {}
     for name, passes in PASSES.items():
         steps = {"ours": ours[name]} | ({"torch": theirs[name]} if has_peer else {})
         cases = {who: partial(take, count) for who, take in steps.items()}
@@ -119,16 +120,15 @@ def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 def our_steps(
-    config: ConfigDict, variates: int, order: str, train: dict, quiz: dict
+    config: ConfigDict, variates: int, order: str, train: dict, quiz: dict, most: int
 ) -> dict[str, Callable]:
-    """Name -> a function that takes so many steps and waits for them."""
+    """Name -> a function that takes so many steps, of ``most``, and waits for them."""
     examples = make_examples(train, quiz)
     plain, cases = make_steps(config, variates, order, examples)
 
     def make(name: str) -> Callable[[int], None]:
         steps, state, rows = cases[name]
         held = replicate(jax.tree.map(jnp.array, state), jax.devices()[:1])
-        most = 20
         data, taken = examples.take(jax.tree.map(lambda x: np.stack([x] * most), rows))
 
         def take(count: int) -> None:

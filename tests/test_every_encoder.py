@@ -12,12 +12,11 @@ import soundfile
 import torch
 import transformers
 
-from serkd_jax.config import STAGES
 from serkd_jax.deploy.folder import FRONTEND
 from serkd_jax.deploy.trained import load_test_inputs, load_trained
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
-from serkd_jax.experiment import ROWS, prepare_experiment
+from serkd_jax.experiment import ROWS, STAGES, prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.predict import load_model
 from tiny_config import get_config
@@ -51,7 +50,7 @@ def tiny_run(manifest: Path, workdir: Path, **changes):
     config.corpus, config.manifest = "manifest", str(manifest)
     del config.synthetic
     config.batch_size = 8
-    for stage in STAGES:
+    for stage in (kind.name for kind in STAGES):
         config[stage].epochs = 1
     config.update_from_flattened_dict(changes)
     prepare_experiment(config, workdir).run()

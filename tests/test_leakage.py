@@ -76,6 +76,7 @@ def prepare(corpus, tmp_path_factory):
             manifest=str(corpus / f"{manifest}.csv"),
             cache_dir=str(corpus / "cache"),
             selection_metric="ua",
+            seed=1,  # one by which the rewards vary, so that the policy learns
         )
         config.protocol.update(split_by="split", groups_per_fold=1, validation=0.3)
         config.student.update(time_pooling=1, readout="tokens")  # which needs an adapter

@@ -16,7 +16,7 @@ import soundfile
 from transformers import HubertConfig
 
 from layouts import ROOT, make_iemocap, make_meld, tone
-from serkd_jax.config import STAGES
+from serkd_jax.experiment import STAGES
 from serkd_jax.models.students.inverted import Student
 
 SMALL = {
@@ -30,7 +30,7 @@ SMALL = {
     "contrastive.queue_size": 32,
     "curriculum.num_tasks": 2,
     "curriculum.episode_steps": 3,
-    **{f"{stage}.epochs": 1 for stage in STAGES},
+    **{f"{kind.name}.epochs": 1 for kind in STAGES},
 }
 
 

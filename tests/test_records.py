@@ -13,7 +13,7 @@ import soundfile
 import tensorflow_datasets as tfds
 
 from layouts import ROOT, manifest_of, write_wav
-from serkd_jax.data import records
+from serkd_jax.data import audio_records
 from serkd_jax.data.corpora import IEMOCAP, MELD, CorpusError, EmoDB, Synthetic
 from serkd_jax.data.prepare import prepare_records
 from serkd_jax.data.reader import (
@@ -37,24 +37,24 @@ class BuilderCase(tfds.testing.DatasetBuilderTestCase):
 
 class IemocapBuilderTest(BuilderCase):
     __test__ = True
-    DATASET_CLASS = records.Iemocap
+    DATASET_CLASS = audio_records.Iemocap
     SPLITS = {"utterances": 100}  # noqa: RUF012
 
 
 class EmodbBuilderTest(BuilderCase):
     __test__ = True
-    DATASET_CLASS = records.Emodb
+    DATASET_CLASS = audio_records.Emodb
     SPLITS = {"utterances": 7}  # noqa: RUF012
 
 
 class MeldBuilderTest(BuilderCase):
     __test__ = True
-    DATASET_CLASS = records.Meld
+    DATASET_CLASS = audio_records.Meld
     SPLITS = {"dev": 7, "test": 7, "train": 7}  # noqa: RUF012
 
 
 def test_every_real_corpus_has_what_a_tfds_catalogue_asks_for():
-    for builder in (records.Iemocap, records.Meld, records.Emodb):
+    for builder in (audio_records.Iemocap, audio_records.Meld, audio_records.Emodb):
         corpus = builder.CORPUS
         assert builder.name == corpus.name
         assert builder.MANUAL_DOWNLOAD_INSTRUCTIONS == corpus.HOW_TO_GET
@@ -87,7 +87,7 @@ def test_tfds_build_prepares_and_tfds_load_reads(meld, tmp_path):
 
 def test_without_the_corpus_tfds_says_how_to_get_it(tmp_path):
     with pytest.raises(AssertionError, match=r"sail\.usc\.edu/iemocap"):
-        records.Iemocap(data_dir=tmp_path).download_and_prepare()
+        audio_records.Iemocap(data_dir=tmp_path).download_and_prepare()
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_beam_writes_the_same_records(meld, tmp_path):
 @pytest.mark.parametrize("runner", [None, "DirectRunner"])
 def test_records_of_several_shards_are_in_the_order_of_the_ids(iemocap, tmp_path, runner):
     corpus = IEMOCAP(str(iemocap))
-    builder = records.AudioRecords(corpus, data_dir=tmp_path)
+    builder = audio_records.AudioRecords(corpus, data_dir=tmp_path)
     config = tfds.download.DownloadConfig(num_shards=4, beam_runner=runner)
     builder.download_and_prepare(download_config=config)
     assert builder.info.splits["utterances"].num_shards > 2
@@ -128,7 +128,7 @@ def test_a_failure_of_beam_is_told_in_one_line(meld, tmp_path):
 
 
 def test_a_killed_decoding_process_is_told_with_the_remedy(iemocap, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(audio_records, "PARALLEL_FROM", 1)
     monkeypatch.setattr(IEMOCAP, "read_record", kill_this_process)
     with pytest.raises(RecordsError, match="killed, probably for lack of memory"):
         prepare_records(IEMOCAP(str(iemocap)), tmp_path)
@@ -149,7 +149,7 @@ def test_many_recordings_are_decoded_by_processes_with_the_same_result(
     iemocap, tmp_path, monkeypatch
 ):
     alone = prepare_records(IEMOCAP(str(iemocap)), tmp_path / "alone")
-    monkeypatch.setattr(records, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(audio_records, "PARALLEL_FROM", 1)
     monkeypatch.setattr(IEMOCAP, "read_waveform", lambda *_: pytest.fail("decoded here"))
     shared = prepare_records(IEMOCAP(str(iemocap)), tmp_path / "shared")
     names = ("id", "label", "speaker", "valence", "audio")

@@ -16,7 +16,7 @@ import pytest
 import quick_xla
 from finished_runs import final_arrays
 from serkd_jax import training
-from serkd_jax.config import STAGES
+from serkd_jax.experiment import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 6
@@ -26,7 +26,7 @@ def start(workdir, cache, *flags):
     """The tiny experiment in a process of its own, on one device."""
     command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py"]
     command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
-    command += [f"--config.{stage}.epochs={EPOCHS}" for stage in STAGES]
+    command += [f"--config.{kind.name}.epochs={EPOCHS}" for kind in STAGES]
     command += ["--config.steps_per_dispatch=1", *flags]
     environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
     output = (Path(cache) / "output.log").open("a")
@@ -53,7 +53,7 @@ def end_in(stage_dir, process, epoch, how):
 def test_a_run_ended_in_every_stage_ends_bit_for_bit_as_one_left_alone(tmp_path):
     alone = start(tmp_path / "alone", tmp_path)
     assert alone.wait() == 0, (tmp_path / "output.log").read_text()[-3000:]
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(kind.name for kind in STAGES):
         stage_dir = tmp_path / "ended" / "fold_1" / stage
         epoch, how = random.randint(1, EPOCHS), [signal.SIGTERM, signal.SIGKILL][i % 2]
         print(f"{stage} gets {how.name} in epoch {epoch} of {EPOCHS}")
