@@ -17,6 +17,7 @@ import quick_xla
 from finished_runs import final_arrays
 from serkd_jax import training
 from serkd_jax.experiment import STAGES
+from serkd_jax.stages.finetune import TeacherState
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 6
@@ -77,7 +78,7 @@ def test_a_checkpoint_keeps_the_losses_of_its_step_whatever_comes_while_it_is_wr
     monkeypatch.setattr(json, "dumps", lambda *args, **kw: time.sleep(0.1) or dumps(*args, **kw))
     with training._checkpoint_manager(tmp_path) as checkpoints:
         history = {"loss": [2.0]}
-        training._save(checkpoints, 1, {"x": np.ones(2)}, history, None)
+        training._save(checkpoints, 1, TeacherState(1, {"x": np.ones(2)}, {}, None), history, None)
         history["loss"] = [2.0, 1.0]
         checkpoints.wait_until_finished()
         _, saved = training._restore(checkpoints, "stage", 1)
