@@ -29,7 +29,8 @@ BATCH = 16  # utterances that are checked at once
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished run.")
 _FOLD = flags.DEFINE_string("fold", "1", "Which fold's model.")
 _ROW = flags.DEFINE_enum("row", STUDENT_ROWS[0], STUDENT_ROWS, "Which of its students.")
-_OUT = flags.DEFINE_string("out", None, "The folder to make.")
+# Of `serkd_jax.features`, too; a process may import both.
+_OUT = flags.DEFINE_string("out", None, "The folder to make.", allow_override=True)
 _FORMAT = flags.DEFINE_list(
     "format", ["safetensors"], f"all, or some of {', '.join(files.FILES)}; always the first."
 )

@@ -22,7 +22,8 @@ _INPUT = flags.DEFINE_string(
     "input", None, "A folder of audio files, or a .csv or .jsonl manifest."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the manifest's paths begin.")
-_OUT = flags.DEFINE_string("out", None, "The folder to make.")
+# Of `serkd_jax.export`, too; a process may import both.
+_OUT = flags.DEFINE_string("out", None, "The folder to make.", allow_override=True)
 _LAYER = flags.DEFINE_string(
     "layer", "-1", "-1: last hidden state, final norm included; k: layer k; 8,9: their mean."
 )
