@@ -2,7 +2,7 @@
 
     python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
 
-Expect two to three minutes on two CPU cores, and a UA of 69 to 76 in every row (chance is 25).
+Expect two minutes on two CPU cores, and a UA of 67 to 75 in every row (chance is 25).
 """
 
 from ml_collections import ConfigDict
