@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.audio.logmel import num_samples
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.config import check_config, chosen_stages, quiz_batch_size, settings_of
 from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
@@ -469,7 +470,7 @@ def _notes(
     if cut:
         notes.append(
             f"{cut} utterances are longer than max_frames={config.max_frames} "
-            f"({limit / 16000:.1f} s) and were cut there."
+            f"({limit / SAMPLE_RATE:.1f} s) and were cut there."
         )
     if {"distill", "curriculum"} & {*chosen_stages(config)}:
         notes.append(_hidden_note(programs))

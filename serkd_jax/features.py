@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from serkd_jax.audio.logmel import FRAME_RATE
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError, parse_flags
 
@@ -87,7 +88,7 @@ def _summary(folder: Path) -> str:
     if assumption := metadata["frontend_settings"]["assumption"]:
         lines.append(f"assumed: {assumption}")
     if cut := metadata["num_cut"]:
-        lines.append(f"{cut} longer files were cut at {metadata['max_frames'] / 50:.0f} s")
+        lines.append(f"{cut} longer files were cut at {metadata['max_frames'] / FRAME_RATE:.0f} s")
     if skipped := metadata["skipped"]:
         lines.append(f"{len(skipped)} files were skipped; all are named in {folder}/metadata.json:")
         lines += [f"  {skip['reason']}" for skip in skipped[:5]]

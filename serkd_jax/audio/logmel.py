@@ -11,6 +11,7 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 
 WINDOW = 400  # samples, 25 ms
 HOP = 320  # samples, 20 ms
+FRAME_RATE = SAMPLE_RATE // HOP  # frames a second
 FFT_LENGTH = 512
 MIN_HZ = 20.0
 LOG_FLOOR = -8.0

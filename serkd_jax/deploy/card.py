@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
+from serkd_jax.audio.logmel import FRAME_RATE
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
 from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
@@ -62,7 +63,7 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
     about = _paragraph(
         f"The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)}, "
         f"{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at "
-        f"most {config.max_frames / 50:g} s, to {len(labels)} classes: {', '.join(labels)}."
+        f"most {config.max_frames / FRAME_RATE:g} s, to {len(labels)} classes: {', '.join(labels)}."
     )
     run = trained.results["config"]
     protocol = _paragraph(

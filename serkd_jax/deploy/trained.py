@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax import __version__
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.reader import read_examples
 from serkd_jax.data.sources import Frontend
 from serkd_jax.deploy.backends import Variables, pad_features
@@ -102,7 +103,7 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
         {
             "format": VERSION,
             "labels": results["classes"],
-            "sample_rate": 16_000,
+            "sample_rate": SAMPLE_RATE,
             "max_frames": config["max_frames"],
             "num_features": frontend.width,
             "frontend": settings,

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.encoders import ENCODERS, find_encoder, hub
 from serkd_jax.encoders.base import (
     Encoder,
@@ -204,7 +205,7 @@ def _reversed(path: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...]:
 
 def _param_shapes(kind: Encoder, config: PreTrainedConfig) -> dict[tuple[str, ...], tuple]:
     """Shape of each parameter, by its path; computes and allocates nothing."""
-    waveform = jax.ShapeDtypeStruct((1, 16_000), jnp.float32)
+    waveform = jax.ShapeDtypeStruct((1, SAMPLE_RATE), jnp.float32)
     init = EncoderModel(kind, config).init
     variables = jax.eval_shape(init, jax.random.key(0), waveform)
     return {k: v.shape for k, v in traverse_util.flatten_dict(variables["params"]).items()}

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from serkd_jax.audio import logmel
-from serkd_jax.audio.logmel import HOP, num_frames, num_samples
+from serkd_jax.audio.logmel import FRAME_RATE, HOP, num_frames, num_samples
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
@@ -264,8 +264,8 @@ class Pretrained:
         most = self.checkpoint.kind.max_frames(self.checkpoint.config)
         if most is not None and max_frames > most:
             raise UserError(
-                f"{self.model} takes at most {most} frames, {most / 50:g} s, not {max_frames}: "
-                "lower max_frames or max_seconds"
+                f"{self.model} takes at most {most} frames, {most / FRAME_RATE:g} s, not "
+                f"{max_frames}: lower max_frames or max_seconds"
             )
         waveforms = [waveform[: num_samples(max_frames)] for waveform in waveforms]
         frames = np.array([num_frames(len(waveform)) for waveform in waveforms])
