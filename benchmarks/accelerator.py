@@ -51,6 +51,7 @@ from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, make_folds
 from serkd_jax.distributed.parallel import replicate
 from serkd_jax.experiment import STAGES, Experiment
+from serkd_jax.files import write_file, write_json
 from serkd_jax.models.transformer import attend
 from serkd_jax.programs import Programs
 
@@ -72,7 +73,6 @@ class Report:
         self.folder, self.end = folder, time.monotonic() + 60 * minutes
         self.results: dict[str, Any] = {}
         self.texts: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
         """Seconds until it is to end."""
@@ -83,8 +83,8 @@ class Report:
         self.results[name] = result
         self.texts.append(f"## {title}\n\n{text}\n")
         print(self.texts[-1], flush=True)
-        (self.folder / "accelerator.json").write_text(json.dumps(self.results, indent=1) + "\n")
-        (self.folder / "accelerator.md").write_text("\n".join(self.texts))
+        write_json(self.folder / "accelerator.json", self.results)
+        write_file(self.folder / "accelerator.md", "\n".join(self.texts))
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table, of cells that are ready to print."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def cells(formats: Sequence[str], row: Mapping[str, object]) -> list[str]:
+    """The values of a row, each in its format."""
+    return [form.format(value) for form, value in zip(formats, row.values(), strict=True)]
 
 
 def by_turns(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:

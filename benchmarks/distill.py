@@ -29,6 +29,7 @@ from benchmarks.common import (
     JSON,
     SECONDS,
     by_turns,
+    cells,
     describe,
     init_distill,
     make_batch,
@@ -107,11 +108,7 @@ def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
     """A row of `HEADER` for each order."""
     columns = "{:.1f}", "{:.1f}", "{:.2f}", "{:.0f}", "{:.3g}", "{:.1f}", "{:.0e}"
     return [
-        [
-            f"{ORDERS[order]} (`{order}`)",
-            *(c.format(x) for c, x in zip(columns, row.values(), strict=True)),
-        ]
-        for order, row in results.items()
+        [f"{ORDERS[order]} (`{order}`)", *cells(columns, row)] for order, row in results.items()
     ]
 
 

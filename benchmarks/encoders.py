@@ -28,7 +28,7 @@ import torch
 import transformers
 from absl import app, flags, logging
 
-from benchmarks.common import JSON, SECONDS, SIZE, by_turns, describe_machine, markdown
+from benchmarks.common import JSON, SECONDS, SIZE, by_turns, cells, describe_machine, markdown
 from benchmarks.steps import matmul_peak
 from serkd_jax.audio.logmel import num_frames, num_samples
 from serkd_jax.encoders.frontends import (
@@ -170,7 +170,7 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A row of `HEADER` for each case."""
     columns = "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.0%}", "{:.0e}"
-    return [[c.format(x) for c, x in zip(columns, row.values(), strict=True)] for row in rows]
+    return [cells(columns, row) for row in rows]
 
 
 def make_model(name: str, tiny: bool) -> transformers.PreTrainedModel:

@@ -38,6 +38,7 @@ from benchmarks.common import (
     PASSES,
     SECONDS,
     by_turns,
+    cells,
     describe,
     make_batch,
     make_config,
@@ -113,10 +114,7 @@ def measure(
 def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
     """A row of `HEADER` for each step."""
     columns = "{:.3g}", "{:.3g}", "{:.2f}", "{:.2f}", "{:.0%}", "{:.0%}"
-    return [
-        [name, *(c.format(x) for c, x in zip(columns, row.values(), strict=True))]
-        for name, row in results.items()
-    ]
+    return [[name, *cells(columns, row)] for name, row in results.items()]
 
 
 def our_steps(

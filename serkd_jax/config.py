@@ -41,8 +41,9 @@ RANGES: dict[str, tuple[float, float | None]] = {
 }
 
 # Config keys that say where and how a run is done, not what it computes.
-PLACE_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "num_devices", "strict")
-PLACE_KEYS += ("protocol.file", "stages", "examples", "steps_per_dispatch", "remat")
+PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "protocol.file")
+PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
+PLACE_KEYS += ("steps_per_dispatch", "remat")
 
 
 def chosen_stages(config: ConfigDict) -> list[str]:

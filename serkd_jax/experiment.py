@@ -83,9 +83,9 @@ class Experiment:
         logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
         stages = chosen_stages(self.config)
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
-            statistics = self.statistics[fold.name]
-            mean, spread = statistics.mean, statistics.spread
-            write_arrays(self._directory(fold, "statistics.npz"), mean=mean, spread=spread)
+            if any(kind.student_row for kind in STAGES if kind.name in stages):
+                statistics = vars(self.statistics[fold.name])
+                write_arrays(self._directory(fold, "statistics.npz"), **statistics)
             if "teacher" in stages:
                 teacher, teacher_out = self.train_teacher(fold)
                 hidden = teacher_out.hidden

@@ -8,6 +8,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from serkd_jax.config import choose_dtype
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import parse_flags
 
@@ -25,9 +26,8 @@ def main(argv: list[str]) -> None:
 
 
 def _run_experiment() -> None:
-    from serkd_jax.experiment import (
-        prepare_experiment,
-    )  # slow to import, so after the flags are parsed
+    # Slow to import, so after the flags are parsed.
+    from serkd_jax.experiment import prepare_experiment
 
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,6 @@ def _run_experiment() -> None:
 
 def _describe_run(config: ConfigDict) -> str:
     """Devices, type of the computation, versions, and where compiled programs are kept."""
-    from serkd_jax.config import choose_dtype
-
     devices = jax.devices()
     names = ("serkd-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)

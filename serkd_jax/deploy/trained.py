@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import __version__
 from serkd_jax.audio.waveform import SAMPLE_RATE
+from serkd_jax.config import PATH_KEYS
 from serkd_jax.data.reader import read_examples
 from serkd_jax.data.sources import Frontend
 from serkd_jax.deploy.backends import Variables, pad_features
@@ -21,7 +22,6 @@ from serkd_jax.files import read_arrays, read_json
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
-PLACES = ("data_dir", "manifest", "label_map", "cache_dir", "file")  # of a recipe
 UNFINISHED = "name the workdir of a finished run; if this is one, start the run again, it mends it"
 STAGE_OF_ROW = {kind.student_row: kind for kind in reversed(STAGES) if kind.student_row}
 STUDENT_ROWS = tuple(STAGE_OF_ROW)
@@ -119,13 +119,13 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
     )
 
 
-def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Less what names files of the machine that it ran on."""
     kept = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            kept[key] = _without_places(value)
-        elif key not in PLACES and not (key == "model" and _is_folder(value)):
+            kept[key] = _without_places(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" not in PATH_KEYS and not (key == "model" and _is_folder(value)):
             kept[key] = value
     return kept
 

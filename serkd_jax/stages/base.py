@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(abc.ABC):
     """A stage of training: its parts, and what is said of it, once.
 
     A stage has an ``init`` of its own that makes its state, a `flax.struct.PyTreeNode` with
@@ -36,10 +37,11 @@ class Stage:
     student_row: ClassVar[str] = ""
 
     @classmethod
+    @abc.abstractmethod
     def make(cls, programs: Programs) -> Stage:
         """The stage with the models and optimisers of a config."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(
         self, state: Any, batch: Any, rng: jax.Array, axis: str | None = None
     ) -> tuple[Any, dict[str, jax.Array]]:
@@ -51,7 +53,6 @@ class Stage:
             rng: the stage's key; the step folds in the step number.
             axis: name of the device axis under pmap.
         """
-        raise NotImplementedError
 
     @staticmethod
     def pick(state: Any, rows: Any) -> Any:

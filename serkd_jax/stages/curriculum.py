@@ -26,10 +26,10 @@ from serkd_jax.models.students.inverted import Adapter, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch, QuizBatch, Stage, make_adamw
-from serkd_jax.stages.contrastive import Queue, enqueue, momentum_update
+from serkd_jax.stages.contrastive import Queue
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.standardization import Statistics, standardize
-from serkd_jax.stages.student import encode_keys, student_objective
+from serkd_jax.stages.student import descend, encode_keys, student_objective
 
 if TYPE_CHECKING:
     from serkd_jax.programs import Programs
@@ -274,15 +274,7 @@ class CurriculumStage(Stage):
         grads, aux = jax.grad(objective, has_aux=True)(state.params)
         grads, (embedding, metrics) = parallel.device_mean((grads, aux), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            momentum_params=momentum_update(state.momentum_params, params, contrastive.momentum),
-            queue=enqueue(state.queue, keys, key_labels),
-        )
+        state = descend(self, state, grads, keys, key_labels, contrastive.momentum)
         return state, embedding, metrics
 
     def _reward(self, state: CurriculumState, quiz: Batch, axis: str | None) -> jax.Array:

@@ -25,9 +25,9 @@ from serkd_jax.models.students.inverted import Adapter, StudentOutput, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch, QuizBatch, Stage
-from serkd_jax.stages.contrastive import Queue, empty_queue, enqueue, momentum_update
+from serkd_jax.stages.contrastive import Queue, empty_queue
 from serkd_jax.stages.standardization import Statistics, standardize
-from serkd_jax.stages.student import encode_keys, student_objective
+from serkd_jax.stages.student import descend, encode_keys, student_objective
 
 if TYPE_CHECKING:
     from serkd_jax.programs import Programs
@@ -238,19 +238,8 @@ class DistillStage(Stage):
 
         grads, metrics = gradient(meta_params)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            meta_params=meta_params,
-            meta_opt_state=meta_opt_state,
-            momentum_params=momentum_update(
-                state.momentum_params, params["student"], contrastive.momentum
-            ),
-            queue=enqueue(state.queue, keys, key_labels),
-        )
+        state = descend(self, state, grads, keys, key_labels, contrastive.momentum)
+        state = state.replace(meta_params=meta_params, meta_opt_state=meta_opt_state)
         return state, {**metrics, **meta_metrics}
 
     def _run_student(

@@ -107,16 +107,7 @@ class StudentStage(Stage):
         (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            momentum_params=momentum_update(state.momentum_params, params, self.config.momentum),
-            queue=enqueue(state.queue, keys, key_labels),
-        )
-        return state, metrics
+        return descend(self, state, grads, keys, key_labels, self.config.momentum), metrics
 
 
 def encode_keys(
@@ -167,6 +158,31 @@ def student_objective(
         "contrastive": contrastive,
         "accuracy": accuracy(out.logits, labels),
     }
+
+
+def descend(
+    stage: Any, state: Any, grads: Any, keys: jax.Array, key_labels: jax.Array, momentum: float
+) -> Any:
+    """The state after a step of its parameters; the momentum encoder and the queue follow.
+
+    Args:
+        stage: one that trains a student, with its ``optimizer``.
+        state: with ``params``, ``opt_state``, ``momentum_params`` and ``queue``.
+        grads: of ``params``, the mean over the devices.
+        keys: of the batch, of all devices.
+        key_labels: theirs.
+        momentum: of the momentum encoder.
+    """
+    updates, opt_state = stage.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    student_params = stage.student_params(params)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        momentum_params=momentum_update(state.momentum_params, student_params, momentum),
+        queue=enqueue(state.queue, keys, key_labels),
+    )
 
 
 def predict(student: nn.Module, variables: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
