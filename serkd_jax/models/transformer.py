@@ -22,16 +22,26 @@ MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every tok
 
 @jax.custom_jvp
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function, as in HuBERT and Whisper; not the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU with the error function, x Φ(x), as in HuBERT and Whisper; not the tanh approximation.
+
+    It is computed in float32 at least. JAX's own goes by erfc, which takes a GPU three times as long.
+    """
+    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (precise * _normal_cdf(precise)).astype(x.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 @exact_gelu.defjvp
 def _slope_of_gelu(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
     """Φ(x) + x φ(x): one array is kept for the gradient, where JAX keeps three."""
     (x,), (tangent,) = primals, tangents
-    slope = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5)) + x * jnp.exp(-0.5 * x * x) / (2 * jnp.pi) ** 0.5
-    return exact_gelu(x), tangent * slope
+    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    density = jnp.exp(-0.5 * precise * precise) / (2 * jnp.pi) ** 0.5
+    slope = _normal_cdf(precise) + precise * density
+    return exact_gelu(x), tangent * slope.astype(x.dtype)
 
 
 class Dropout(nn.Module):
