@@ -30,7 +30,6 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import (
     FILES,
-    STUDENT_KEYS,
     VERSION,
     ModelConfig,
     parse_config,
@@ -217,7 +216,9 @@ def model_config(
     student: Mapping[str, Any], frames: int, width: int, classes: int, frontend: dict
 ) -> ModelConfig:
     """As an export writes it."""
-    sizes = {key: student[key] for key in STUDENT_KEYS}
+    from serkd_jax.deploy.trained import deployed_student
+
+    sizes = deployed_student(student)
     return parse_config(
         {
             "format": VERSION,
@@ -249,7 +250,7 @@ def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> 
     mean, spread = rng.normal(0, 1, width), rng.uniform(0.5, 2, width)
     statistics = Statistics(mean.astype(np.float32), spread.astype(np.float32))
     for form in {"safetensors", *formats}:  # the first for torch
-        write_format(form, folder, config, Variables(params, statistics))
+        write_format(form, folder, config, Variables(params, statistics, {}))
     return folder
 
 

@@ -139,8 +139,8 @@ def our_steps(
     _, student, rows = cases["student"]
 
     def evaluate(count: int) -> None:
-        variables = student.params, student.frozen
-        plain.student_predict(variables, examples, np.tile(rows, count))
+        trained = {"params": student.params}, student.frozen
+        plain.student_predict(trained, examples, np.tile(rows, count))
 
     return {name: make(name) for name in cases} | {"evaluation": evaluate}
 

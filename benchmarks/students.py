@@ -33,7 +33,7 @@ from benchmarks import linear_probe
 from serkd_jax import losses
 from serkd_jax.data.examples import stream_rows
 from serkd_jax.errors import UserError
-from serkd_jax.models.students.inverted import Student
+from serkd_jax.models.students.inverted import InvertedStudent
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import make_optimizer
@@ -199,7 +199,9 @@ def study(corpus: Corpus, kind: dict[str, Any]) -> dict[str, list]:
     """UA of each part, of each run."""
     settings = ConfigDict(STUDENT | TRAINING)
     settings.update(kind)  # which refuses a value of another type
-    student = Student(int(corpus.labels.max()) + 1, **{key: settings[key] for key in STUDENT})
+    student = InvertedStudent(
+        int(corpus.labels.max()) + 1, **{key: settings[key] for key in STUDENT}
+    )
     train = make_training(student, corpus, settings)
     scores: dict[str, list] = {part: [] for part in PARTS}
     for seed, rows in enumerate(corpus.runs()):
@@ -221,7 +223,7 @@ def statistics_of(corpus: Corpus, rows: np.ndarray) -> Statistics:
     return measure_statistics([everything], member)[0]
 
 
-def make_training(student: Student, corpus: Corpus, settings: ConfigDict) -> Callable:
+def make_training(student: InvertedStudent, corpus: Corpus, settings: ConfigDict) -> Callable:
     """(key, (steps, B) rows, statistics) -> (n, C) logits of all utterances after training."""
     optimizer = make_optimizer(settings, settings.learning_rate, settings.steps)
     features, length, labels = map(jnp.asarray, (corpus.features, corpus.length, corpus.labels))

@@ -1,7 +1,13 @@
 """The paper's values (Section 4 and Table 3), on which every recipe builds."""
 
+from functools import partial
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from serkd_jax.config import STUDENT_SETTINGS
+from serkd_jax.models.students import STUDENTS, find_student
+from serkd_jax.models.students.base import sizes
 
 WHISPER = ("whisper", "openai/whisper-base", 3)
 
@@ -97,6 +103,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     # Section 3.2.1. The widths are ours: with them, Table 7's 11.92M and 11.87M.
     config.student = ConfigDict(
         {
+            "kind": "inverted",
             "inverted": True,
             "readout": "variates",  # h(., S): the mean over D of every token; or tokens, flatten
             "norm": "pre",  # ours; or post
@@ -257,11 +264,24 @@ def small(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def with_student(config: ConfigDict, kind: str) -> ConfigDict:
+    """Turns a recipe to a student of another kind, of the sizes that are its defaults."""
+    kept = {key: config.student[key] for key in STUDENT_SETTINGS}
+    defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
+    config.student = ConfigDict(defaults | kept | {"kind": kind})
+    return config
+
+
 def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
-    """Applies what follows the colon in ``--config=configs/X.py:preset``."""
-    presets = {"": lambda c: c, "logmel": logmel, "whisper": whisper}
-    presets["logmel-from-whisper"] = logmel_from_whisper
-    if preset not in presets:
-        known = ", ".join(f":{name}" for name in presets if name)
-        raise ValueError(f"the recipe has no preset {preset!r}: use {known} or none")
-    return presets[preset](config)
+    """Applies what follows the colon in ``--config=configs/X.py:preset``.
+
+    It is one of the presets, a kind of student, or both, as in ``:whisper,inverted``.
+    """
+    presets = {"logmel": logmel, "whisper": whisper, "logmel-from-whisper": logmel_from_whisper}
+    presets |= {kind: partial(with_student, kind=kind) for kind in STUDENTS}
+    for name in filter(None, preset.split(",")):
+        if name not in presets:
+            known = ", ".join(f":{name}" for name in presets)
+            raise ValueError(f"the recipe has no preset {name!r}: use {known} or none")
+        config = presets[name](config)
+    return config

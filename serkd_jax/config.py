@@ -8,6 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from serkd_jax.errors import UserError
+from serkd_jax.models.students import STUDENTS, find_student
+from serkd_jax.models.students.base import Student, check_sizes
 
 CHOICES = {
     "examples": ("auto", "device", "records"),
@@ -16,8 +18,7 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.decayed": ("kernels", "all"),
     "teacher.input": ("waveform", "features"),
-    "student.readout": ("variates", "tokens", "flatten"),
-    "student.norm": ("pre", "post"),
+    "student.kind": STUDENTS,
     "distill.direction": ("teacher_student", "student_teacher"),
     "meta.order": ("second_order", "second_order_forward", "first_order", "none"),
     "curriculum.task_by": ("difficulty", "class"),
@@ -40,6 +41,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "temperature": (1e-3, None),
 }
 
+# Of the config's student, all that is not a size of its kind.
+STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
 # Config keys that say where and how a run is done, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "protocol.file")
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
@@ -61,7 +64,10 @@ def check_config(config: ConfigDict) -> None:
         value = reduce(getattr, key.split("."), config)
         if value not in choices:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
+    sizes = {f"student.{key}" for key in config.student if key not in STUDENT_SETTINGS}
     for key, value in _flatten(config.to_dict()).items():
+        if key in sizes:  # which the student's kind checks
+            continue
         least, greatest = RANGES.get(key.rpartition(".")[2], (None, None))
         if least is not None and not (least <= value and (greatest is None or value <= greatest)):
             allowed = f"at least {least}" if greatest is None else f"{least} to {greatest}"
@@ -80,11 +86,6 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.teacher.time_pooling > 1 and not config.teacher.patch_frames:
         raise UserError("teacher.time_pooling needs teacher.patch_frames: set that to 1")
-    if config.student.readout == "variates" and not config.student.inverted:
-        raise UserError(
-            "student.readout=variates needs tokens that are variates: use readout=tokens (or "
-            "flatten) where student.inverted is False"
-        )
     if not config.student.projection_dims:
         raise UserError("student.projection_dims is empty: the contrastive branch needs a width")
     if config.contrastive.queue_size < config.batch_size:
@@ -92,15 +93,18 @@ def check_config(config: ConfigDict) -> None:
             f"contrastive.queue_size {config.contrastive.queue_size} must be at least the "
             f"batch_size {config.batch_size}"
         )
-    for model in ("student", "teacher"):
-        if config[model].time_pooling > config.max_frames:
-            raise UserError(
-                f"{model}.time_pooling {config[model].time_pooling} is more than max_frames "
-                f"{config.max_frames}: nothing would be left"
-            )
-        width, heads = config[model].get("width", 0), config[model].get("num_heads", 1)
-        if width % heads:
-            raise UserError(f"{model}.width {width} is not divisible by num_heads {heads}")
+    if config.teacher.time_pooling > config.max_frames:
+        raise UserError(
+            f"teacher.time_pooling {config.teacher.time_pooling} is more than max_frames "
+            f"{config.max_frames}: nothing would be left"
+        )
+    width, heads = config.teacher.get("width", 0), config.teacher.get("num_heads", 1)
+    if width % heads:
+        raise UserError(f"teacher.width {width} is not divisible by num_heads {heads}")
+    try:
+        make_student(config, num_classes=2).check(config.max_frames)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
@@ -110,9 +114,20 @@ def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
     return "float32" if device.platform == "cpu" else "bfloat16"
 
 
-def student_sizes(config: ConfigDict) -> dict[str, Any]:
-    """The attributes of :class:`Student` in the config's ``student`` part."""
-    return {k: v for k, v in config.items() if k not in ("learning_rate", "epochs", "standardize")}
+def make_student(config: ConfigDict, num_classes: int, **options: Any) -> Student:
+    """The student of a config, S.
+
+    Args:
+        config: the whole config.
+        num_classes: C.
+        **options: fields of `Student` that no recipe sets.
+
+    Raises:
+        ValueError: it has no such sizes.
+    """
+    values = {k: v for k, v in config.student.items() if k not in STUDENT_SETTINGS}
+    kind = find_student(config.student.kind)
+    return kind(num_classes, **check_sizes(kind, values), **options)
 
 
 def quiz_batch_size(config: ConfigDict) -> int:

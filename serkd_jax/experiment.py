@@ -92,15 +92,16 @@ class Experiment:
                 logits["teacher"] = teacher_out.logits[test]
             if "student" in stages:
                 student = self.train_student(fold)
-                logits["student"] = self._student_logits(fold, student.params, test)
+                logits["student"] = self._student_logits(fold, StudentStage, student, test)
             if "distill" in stages:
                 distilled = self.distill(fold, teacher, hidden)
                 logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
-                params = distilled.params["student"]
-                logits["distilled_student"] = self._student_logits(fold, params, test)
+                predicted = self._student_logits(fold, DistillStage, distilled, test)
+                logits["distilled_student"] = predicted
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
-                logits["updated_student"] = self._student_logits(fold, updated.params, test)
+                predicted = self._student_logits(fold, CurriculumStage, updated, test)
+                logits["updated_student"] = predicted
             logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
             parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
             write_arrays(saved, **logits)
@@ -268,8 +269,7 @@ class Experiment:
             if logits:
                 predicted = logits(state, fold.validation)
             else:
-                params = stage.student_params(state.params)
-                predicted = self._student_logits(fold, params, fold.validation)
+                predicted = self._student_logits(fold, kind, state, fold.validation)
             num_classes = len(self.table.class_names)
             scores = classification_metrics(labels, predicted.argmax(-1), num_classes)
             loss = float(losses.cross_entropy(predicted, labels))
@@ -301,10 +301,13 @@ class Experiment:
         )
         return train(training, self._directory(fold, kind.name))
 
-    def _student_logits(self, fold: Fold, params: Any, rows: np.ndarray) -> np.ndarray:
-        """(n, C) logits of the utterances ``rows`` by a student of a fold."""
-        variables = params, self.statistics[fold.name]
-        return self.programs.student_predict(variables, self.features, rows).logits
+    def _student_logits(
+        self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
+    ) -> np.ndarray:
+        """(n, C) logits of the utterances ``rows`` by the student in a stage's state."""
+        variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
+        trained = variables, self.statistics[fold.name]
+        return self.programs.student_predict(trained, self.features, rows).logits
 
     def _stream(
         self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0

@@ -13,13 +13,13 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from serkd_jax.config import choose_dtype, student_sizes
+from serkd_jax.config import choose_dtype, make_student
 from serkd_jax.data.examples import Examples, predict_rows
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.students.inverted import Adapter, Student
+from serkd_jax.models.students.base import Adapter, Student
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages import student
 from serkd_jax.stages.base import Stage, make_optimizer, make_schedule
@@ -197,8 +197,8 @@ class Programs:
     @cached_property
     def student(self) -> Student:
         """S, and S' of the curriculum."""
-        sizes = student_sizes(self.config.student)
-        return Student(self.num_classes, **sizes, dtype=self.dtype, remat=self.config.remat)
+        options = {"dtype": self.dtype, "remat": self.config.remat}
+        return make_student(self.config, self.num_classes, **options)
 
     @cached_property
     def student_hidden(self) -> int:
@@ -208,18 +208,18 @@ class Programs:
         return jax.eval_shape(init, jax.random.key(0), *inputs)[0].hidden.shape[1]
 
     @cached_property
-    def new_student_params(self) -> Callable[[jax.Array], Any]:
-        """Key -> new parameters of S."""
+    def new_student(self) -> Callable[[jax.Array], Any]:
+        """Key -> new variables of S."""
         shape = (1, *self.feature_shape)
 
         def init(rng: jax.Array) -> Any:
-            return self.student.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))["params"]
+            return self.student.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))
 
         return jax.jit(init)
 
     @cached_property
     def student_predict(self) -> Callable:
-        """((parameters, statistics), examples, rows) -> the student's outputs."""
+        """((variables, statistics), examples, rows) -> the student's outputs."""
         return self._compile_predict(partial(student.predict, self.student))
 
     # What distillation and the curriculum add (Sections 3.2.2 to 3.4) --------------------------
@@ -255,10 +255,8 @@ class Programs:
         A teacher of waveforms counts with its frozen front, as published (see `Checkpoint`).
         Front-ends of stored features do not count.
         """
-        teacher, student = (
-            jax.eval_shape(init, jax.random.key(0))
-            for init in (self._new_teacher_params, self.new_student_params)
-        )
+        teacher = jax.eval_shape(self._new_teacher_params, jax.random.key(0))
+        student = jax.eval_shape(self.new_student, jax.random.key(0))["params"]
         published = 0
         if self._reads_waveforms:
             teacher = {name: part for name, part in teacher.items() if name != "encoder"}

@@ -11,6 +11,7 @@ from serkd_jax.deploy.formats import write_format
 from serkd_jax.stages.standardization import Statistics
 
 STUDENT = {
+    "kind": "inverted",
     "inverted": True,
     "width": 16,
     "mlp_dim": 16,
@@ -48,7 +49,7 @@ def write_model(folder, formats=("safetensors",), statistics=None, **changes):
     params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
     # Larger than a start of training has them, so that recordings differ.
     params = jax.tree.map(lambda x: 3 * x, params)
-    variables = Variables(params, statistics or random_statistics(config))
+    variables = Variables(params, statistics or random_statistics(config), {})
     for form in FILES:
         if form in formats:
             write_format(form, folder, config, variables)
@@ -65,7 +66,7 @@ def random_statistics(config):
 def logits_by_hand(folder, features, num_frames):
     """Of the student in Flax, with its features standardised and cut in NumPy."""
     config = read_config(folder)
-    params, statistics = read_variables(folder / FILES["safetensors"], config)
+    params, statistics, _ = read_variables(folder / FILES["safetensors"], config)
     standard = (features - statistics.mean) / statistics.spread
     for row, length in zip(standard, num_frames, strict=True):
         row[length:] = 0

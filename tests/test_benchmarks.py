@@ -20,7 +20,7 @@ from configs import common
 from exported_models import write_model
 from serkd_jax.deploy.backends import load_classifier
 from serkd_jax.experiment import STAGES
-from serkd_jax.models.students.inverted import Student
+from serkd_jax.models.students.inverted import InvertedStudent
 from serkd_jax.models.teacher import Teacher
 from serkd_jax.stages.standardization import Statistics
 from torch_oracle import torch_names
@@ -215,7 +215,7 @@ def test_the_students_operations_are_those_that_xla_counts():
     config.max_frames = 200
     config.student.update({"width": 128, "mlp_dim": 512, "num_layers": 2})
     sizes = {"width": 128, "mlp_dim": 512, "num_layers": 2, "num_heads": 8}
-    model, features = Student(4, **sizes), jnp.zeros((3, 200, variates))
+    model, features = InvertedStudent(4, **sizes), jnp.zeros((3, 200, variates))
     params = jax.eval_shape(model.init, jax.random.key(0), features, jnp.full(3, 200))
     counted = flops(lambda p: model.apply(p, features, jnp.full(3, 200)).logits, params)
     assert counted == pytest.approx(3 * student_operations(config, variates), rel=0.1)

@@ -17,7 +17,7 @@ from transformers import HubertConfig
 
 from layouts import ROOT, make_iemocap, make_meld, tone
 from serkd_jax.experiment import STAGES
-from serkd_jax.models.students.inverted import Student
+from serkd_jax.models.students.inverted import InvertedStudent
 
 SMALL = {
     "num_devices": 1,
@@ -128,7 +128,7 @@ def test_the_page_on_the_paper_makes_a_row_of_table_4(hubert_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "table4" / "row1" / "results.json").read_text())
     assert list(results["overall"]) == ["student"]
-    inverted = Student(4, width=16, mlp_dim=16, num_layers=1, num_heads=2, readout="tokens")
+    inverted = InvertedStudent(4, width=16, mlp_dim=16, num_layers=1, num_heads=2, readout="tokens")
     frames, width = 14, HubertConfig.from_pretrained(hubert_folder).hidden_size
     params = jax.eval_shape(
         inverted.init, jax.random.key(0), jnp.zeros((1, frames, width)), jnp.ones(1)

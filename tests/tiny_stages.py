@@ -11,7 +11,8 @@ from transformers import HubertConfig
 
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2Embed, Wav2Vec2Layers, conv_frames
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.students.inverted import Adapter, Student
+from serkd_jax.models.students.base import Adapter
+from serkd_jax.models.students.inverted import InvertedStudent
 from serkd_jax.models.teacher import Classifier, Teacher
 from serkd_jax.stages.curriculum import CurriculumStage
 from serkd_jax.stages.distill import DistillStage
@@ -65,7 +66,7 @@ HUBERT = HubertConfig(
     attention_dropout=0.1,
     activation_dropout=0.1,
 )
-STUDENT = Student(
+STUDENT = InvertedStudent(
     C,
     width=D,
     mlp_dim=16,
@@ -138,8 +139,8 @@ def waveform_teacher_stage():
     return stepper(stage), lambda: stage.init(RNG, frozen), batch
 
 
-def student_params(model):
-    return model.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))["params"]
+def student_variables(model):
+    return model.init(RNG, jnp.zeros((1, T, N)), jnp.ones(1, jnp.int32))
 
 
 def make_adapter(model):
@@ -150,14 +151,14 @@ def make_adapter(model):
 
 
 def student_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
-    stage = StudentStage(model, lambda _: student_params(model), optimizer, config.contrastive)
+    stage = StudentStage(model, lambda _: student_variables(model), optimizer, config.contrastive)
     return stepper(stage), lambda: stage.init(RNG, STATISTICS), make_batch
 
 
 def distill_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER, meta_optimizer=META_OPTIMIZER):
     adapter, width = make_adapter(model)
     stage = DistillStage(
-        model, lambda _: student_params(model), adapter, width, CLASSIFIER, optimizer,
+        model, lambda _: student_variables(model), adapter, width, CLASSIFIER, optimizer,
         meta_optimizer, config,
     )  # fmt: skip
 

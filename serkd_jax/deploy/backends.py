@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from serkd_jax.audio import logmel
-from serkd_jax.deploy.folder import FILES, FRONTEND, ModelConfig
+from serkd_jax.deploy.folder import CONFIG, FILES, FRONTEND, REMEDY, ModelConfig
 from serkd_jax.errors import UserError
 
 # (features float32 (B, T, N), num_frames int32 (B,)) -> logits float32 (B, C)
@@ -27,6 +27,7 @@ class Variables(NamedTuple):
 
     params: Any  # the student's, less what training alone needs
     statistics: Any  # the `Statistics` that its features are standardised by
+    batch_stats: Any  # the student's; empty if it has none
 
 
 def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int = 0) -> Classify:
@@ -76,11 +77,23 @@ _PACKAGES |= {"tflite": "ai-edge-litert", "tflite-int8": "ai-edge-litert"}
 
 
 def make_student(config: ModelConfig, **options: Any) -> Any:
-    """The Flax student without what training alone needs."""
-    from serkd_jax.models.students.inverted import Student
+    """The Flax student without what training alone needs.
 
-    sizes = {key: tuple(x) if isinstance(x, list) else x for key, x in config.student.items()}
-    return Student(len(config.labels), **sizes, projection_dims=(), **options)
+    Raises:
+        UserError: there is none of such sizes.
+    """
+    from serkd_jax.models.students import find_student
+    from serkd_jax.models.students.base import check_sizes
+
+    kind = find_student(config.student["kind"])
+    sizes = {key: value for key, value in config.student.items() if key != "kind"}
+    try:
+        sizes = check_sizes(kind, sizes, deployed=True)
+        student = kind(len(config.labels), **sizes, projection_dims=(), **options)
+        student.check(config.max_frames, config.num_features)
+    except ValueError as error:
+        raise UserError(f"{CONFIG} has no such student ({error}): {REMEDY}") from error
+    return student
 
 
 def make_apply(config: ModelConfig, **options: Any) -> Callable:
@@ -94,7 +107,8 @@ def make_apply(config: ModelConfig, **options: Any) -> Callable:
     def apply(variables: Variables, features: jax.Array, num_frames: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             features = standardize(features, num_frames, variables.statistics)
-            return student.apply({"params": variables.params}, features, num_frames).logits
+            learned = {"params": variables.params, "batch_stats": variables.batch_stats}
+            return student.apply(learned, features, num_frames).logits
 
     return apply
 
@@ -116,8 +130,10 @@ def read_variables(path: Path, config: ModelConfig) -> Variables:
         jax.ShapeDtypeStruct((1, config.max_frames, config.num_features), np.float32),
         jax.ShapeDtypeStruct((1,), np.int32),
     )
-    expected = jax.eval_shape(make_student(config).init, jax.random.key(0), *inputs)["params"]
-    expected = flat_variables(Variables(expected, no_statistics(config.num_features)))
+    student = jax.eval_shape(make_student(config).init, jax.random.key(0), *inputs)
+    student = student["params"], student.get("batch_stats", {})
+    statistics = no_statistics(config.num_features)
+    expected = flat_variables(Variables(student[0], statistics, student[1]))
     tensors = load_file(path)
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = (
@@ -133,15 +149,16 @@ def read_variables(path: Path, config: ModelConfig) -> Variables:
     if not (tensors["statistics.spread"] > 0).all():
         raise UserError(f"{path}: statistics.spread is not positive; export the model again")
     params = traverse_util.unflatten_dict(tensors, sep=".")
-    return Variables(params, Statistics(**params.pop("statistics")))
+    statistics, batch_stats = params.pop("statistics"), params.pop("batch_stats", {})
+    return Variables(params, Statistics(**statistics), batch_stats)
 
 
 def flat_variables(variables: Variables) -> dict[str, Any]:
     """By the names that they have in ``model.safetensors``."""
     from flax import traverse_util
 
-    statistics = vars(variables.statistics)
-    return traverse_util.flatten_dict(variables.params | {"statistics": statistics}, sep=".")
+    rest = {"statistics": vars(variables.statistics), "batch_stats": variables.batch_stats}
+    return traverse_util.flatten_dict(variables.params | rest, sep=".")
 
 
 def _load_flax(path: Path, config: ModelConfig, threads: int) -> Classify:
@@ -193,8 +210,7 @@ def at_most(count: int, run: Classify) -> Classify:
 
 def _rows_in_cache(config: ModelConfig) -> int:
     """A power of two: a CPU is faster with one large example than with several at once."""
-    tokens = config.num_features if config.student["inverted"] else config.max_frames
-    rows = 2**19 // (tokens * config.student["width"])
+    rows = 2**19 // (config.max_frames * config.num_features)
     return 1 << max(0, rows.bit_length() - 1)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.audio.logmel import FRAME_RATE
+from serkd_jax.deploy.backends import make_student
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
 from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
@@ -153,12 +154,8 @@ def _weights_of(trained: Trained) -> str:
 
 
 def _kind(trained: Trained) -> str:
-    tokens = "inverted transformer" if trained.config.student["inverted"] else "transformer"
-    return (
-        ("an " if trained.config.student["inverted"] else "a ")
-        + tokens
-        + ("" if trained.row == "student" else " taught by a larger model")
-    )
+    taught = "" if trained.row == "student" else " taught by a larger model"
+    return f"{make_student(trained.config).description}{taught}"
 
 
 def _selection(trained: Trained) -> str:

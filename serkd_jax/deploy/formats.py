@@ -47,7 +47,7 @@ def write_format(form: str, folder: Path, config: ModelConfig, variables: Variab
 
 def _classify(config: ModelConfig, variables: Variables, dtype: Any = None) -> Callable:
     """The function that is exported, with the variables as its constants."""
-    return partial(make_apply(config, attention_form="plain", dtype=dtype), variables)
+    return partial(make_apply(config, portable=True, dtype=dtype), variables)
 
 
 def _inputs(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -14,11 +14,13 @@ from serkd_jax.config import PATH_KEYS
 from serkd_jax.data.reader import read_examples
 from serkd_jax.data.sources import Frontend
 from serkd_jax.deploy.backends import Variables, pad_features
-from serkd_jax.deploy.folder import STUDENT_KEYS, VERSION, ModelConfig, parse_config
+from serkd_jax.deploy.folder import VERSION, ModelConfig, parse_config
 from serkd_jax.encoders.frontends import Pretrained, make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES
 from serkd_jax.files import read_arrays, read_json
+from serkd_jax.models.students import find_student
+from serkd_jax.models.students.base import sizes
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
@@ -64,10 +66,9 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         raise UserError(f"{workdir} has no fold {fold}: use one of {', '.join(results['folds'])}")
     if row not in results["folds"][fold]:
         raise UserError(f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}")
-    if not results["config"]["student"].keys() >= set(STUDENT_KEYS):
-        raise UserError(f"{workdir} is of another version: export it with that, or train again")
     stage = STAGE_OF_ROW[row]
-    params = stage.student_params(load_selected(workdir / f"fold_{fold}" / stage.name)["params"])
+    selected = load_selected(workdir / f"fold_{fold}" / stage.name)
+    params = stage.student_params(selected["params"])
     statistics = read_arrays(workdir / f"fold_{fold}" / "statistics.npz", UNFINISHED)
     params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
@@ -84,7 +85,7 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         results,
         predictions,
         model_config(results, fold, row, frontend),
-        Variables(params, Statistics(**statistics)),
+        Variables(params, Statistics(**statistics), selected["batch_stats"] or {}),
         frontend,
     )
 
@@ -107,7 +108,7 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
             "max_frames": config["max_frames"],
             "num_features": frontend.width,
             "frontend": settings,
-            "student": {key: config["student"][key] for key in STUDENT_KEYS},
+            "student": deployed_student(config["student"]),
             "trained": {
                 "by": f"serkd-jax {__version__}",
                 "corpus": results["corpus"],
@@ -117,6 +118,22 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
             },
         }
     )
+
+
+def deployed_student(student: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind and sizes of a recipe's student that its exported model has.
+
+    Raises:
+        UserError: they are of another version.
+    """
+    try:
+        names = sizes(find_student(student["kind"]), deployed=True)
+        return {key: student[key] for key in ("kind", *names)}
+    except KeyError as error:
+        raise UserError(
+            f"the run is of another version, as its student has no {error}: export it with that "
+            "version, or train again"
+        ) from error
 
 
 def _without_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from serkd_jax.errors import UserError
-from serkd_jax.models.students.inverted import average_frames, masked_mean, sinusoidal_positions
+from serkd_jax.models.frames import average_frames, masked_mean, sinusoidal_positions
 from serkd_jax.models.transformer import LayerNorm, mlp
 
 

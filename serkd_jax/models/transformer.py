@@ -24,7 +24,7 @@ MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every tok
 def exact_gelu(x: jax.Array) -> jax.Array:
     """GELU with the error function, x Φ(x), as in HuBERT and Whisper; not the tanh approximation.
 
-    It is computed in float32 at least. JAX's own goes by erfc, which takes a GPU three times as long.
+    In float32 at least. JAX's own, `portable_gelu`, goes by erfc, which takes a GPU twice as long.
     """
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (precise * _normal_cdf(precise)).astype(x.dtype)
@@ -42,6 +42,9 @@ def _slope_of_gelu(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tup
     density = jnp.exp(-0.5 * precise * precise) / (2 * jnp.pi) ** 0.5
     slope = _normal_cdf(precise) + precise * density
     return exact_gelu(x), tangent * slope.astype(x.dtype)
+
+
+portable_gelu = functools.partial(jax.nn.gelu, approximate=False)  # LiteRT has no erf
 
 
 class Dropout(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +21,19 @@ from serkd_jax import losses
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
-from serkd_jax.models.students.inverted import Adapter, adapt
+from serkd_jax.models.students.base import Adapter, Student, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch, QuizBatch, Stage, make_adamw
-from serkd_jax.stages.contrastive import Queue
 from serkd_jax.stages.distill import DistillState
 from serkd_jax.stages.standardization import Statistics, standardize
-from serkd_jax.stages.student import descend, encode_keys, student_objective
+from serkd_jax.stages.student import (
+    StudentState,
+    descend,
+    encode_keys,
+    run_student,
+    student_objective,
+)
 
 if TYPE_CHECKING:
     from serkd_jax.programs import Programs
@@ -63,15 +67,10 @@ class Frozen(struct.PyTreeNode):
     meta_params: Any
 
 
-class CurriculumState(struct.PyTreeNode):
-    """Everything that the curriculum needs to go on.
+class CurriculumState(StudentState):
+    """Everything that the curriculum needs to go on: what the training of S' does, and the policy.
 
     Attributes:
-        step: () int32, steps taken; also the position in the data.
-        params: of S'.
-        opt_state: of its optimiser.
-        momentum_params: of the momentum encoder of S'.
-        queue: labelled keys of earlier batches.
         policy_params: of :class:`Policy`.
         policy_opt_state: of its optimiser.
         episode: the policy's present episode.
@@ -83,11 +82,6 @@ class CurriculumState(struct.PyTreeNode):
         frozen: what no step changes.
     """
 
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    momentum_params: Any
-    queue: Queue
     policy_params: Any
     policy_opt_state: Any
     episode: Episode
@@ -146,7 +140,7 @@ class CurriculumStage(Stage):
     rows = ("updated_student",)
     student_row = "updated_student"
 
-    student: nn.Module
+    student: Student
     adapter: Adapter | None
     hidden_width: int
     classifier: Classifier
@@ -197,8 +191,10 @@ class CurriculumStage(Stage):
         return CurriculumState(
             step=jnp.int32(0),
             params=params,
+            batch_stats=distilled.batch_stats,
             opt_state=self.optimizer.init(params),
             momentum_params=distilled.momentum_params,
+            momentum_stats=distilled.momentum_stats,
             queue=distilled.queue,
             policy_params=policy_params,
             policy_opt_state=self.policy_optimizer.init(policy_params),
@@ -253,12 +249,14 @@ class CurriculumStage(Stage):
         dropout_rng, mask_rng = jax.random.split(rng)
         features = standardize(batch["inputs"], batch["length"], frozen.statistics)
         keys, key_labels = encode_keys(
-            self.student, state.momentum_params, features, batch, mask_rng, contrastive, axis
+            self.student, state, features, batch, mask_rng, contrastive, axis
         )
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
         def objective(params: Any) -> tuple[jax.Array, tuple]:
-            out = self.student.apply({"params": params}, features, batch["length"], dropout_keys)
+            out, batch_stats = run_student(
+                self.student, params, state.batch_stats, batch, features, dropout_keys, axis
+            )
             loss, metrics = student_objective(
                 out, batch["label"], keys, key_labels, state.queue, contrastive
             )
@@ -269,18 +267,19 @@ class CurriculumStage(Stage):
             consistency = losses.mean_consistency(teacher_logits, out.logits, batch["label"])
             loss = losses.updated_student_loss(loss, consistency)
             metrics = {"loss": loss, "consistency": consistency, **metrics}
-            return loss, (out.hidden.mean(0), metrics)
+            return loss, ((out.hidden.mean(0), metrics), batch_stats)
 
-        grads, aux = jax.grad(objective, has_aux=True)(state.params)
+        grads, (aux, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
         grads, (embedding, metrics) = parallel.device_mean((grads, aux), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        state = descend(self, state, grads, keys, key_labels, contrastive.momentum)
+        state = descend(self, state, grads, batch_stats, keys, key_labels, contrastive.momentum)
         return state, embedding, metrics
 
     def _reward(self, state: CurriculumState, quiz: Batch, axis: str | None) -> jax.Array:
         """Eq. 13 on the quiz batch, both models frozen."""
         features = standardize(quiz["inputs"], quiz["length"], state.frozen.statistics)
-        logits = self.student.apply({"params": state.params}, features, quiz["length"]).logits
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = self.student.apply(variables, features, quiz["length"]).logits
         teacher_logits = self.classifier.apply(
             {"params": state.frozen.meta_params}, quiz["teacher_hidden"]
         )

@@ -11,23 +11,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
-from serkd_jax.models.students.inverted import Adapter, StudentOutput, adapt
+from serkd_jax.models.students.base import Adapter, Student, StudentOutput, adapt
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch, QuizBatch, Stage
 from serkd_jax.stages.contrastive import Queue, empty_queue
 from serkd_jax.stages.standardization import Statistics, standardize
-from serkd_jax.stages.student import descend, encode_keys, student_objective
+from serkd_jax.stages.student import (
+    StudentState,
+    descend,
+    encode_keys,
+    run_student,
+    student_objective,
+)
 
 if TYPE_CHECKING:
     from serkd_jax.programs import Programs
@@ -35,29 +39,19 @@ if TYPE_CHECKING:
 Params = dict[str, Any]  # {"student": ..., "adapter": ...}
 
 
-class DistillState(struct.PyTreeNode):
-    """Everything that distillation needs to go on.
+class DistillState(StudentState):
+    """Everything that distillation needs to go on: what a student's training does, and T'.
 
     Attributes:
-        step: () int32, steps taken; also the position in the data.
         params: ``{"student": ..., "adapter": ...}``, trained together; without an adapter, that
             part is empty.
-        opt_state: of their optimiser.
         meta_params: of T', the :class:`Classifier`.
         meta_opt_state: of its optimiser.
-        momentum_params: of the student's momentum encoder.
-        queue: labelled keys of earlier batches.
-        frozen: what the student's features are standardised by.
     """
 
-    step: jax.Array
     params: Params
-    opt_state: Any
     meta_params: Any
     meta_opt_state: Any
-    momentum_params: Any
-    queue: Queue
-    frozen: Statistics
 
 
 def meta_value_and_grad(
@@ -120,7 +114,7 @@ class DistillStage(Stage):
 
     Attributes:
         student: S.
-        new_params: key -> its parameters before the first step.
+        new_student: key -> its variables before the first step.
         adapter: maps h(., S) to the teacher's width; None where it has that.
         hidden_width: of h(., S).
         classifier: T'.
@@ -134,8 +128,8 @@ class DistillStage(Stage):
     rows = ("meta_teacher", "distilled_student")
     student_row = "distilled_student"
 
-    student: nn.Module
-    new_params: Callable[[jax.Array], Any]
+    student: Student
+    new_student: Callable[[jax.Array], Any]
     adapter: Adapter | None
     hidden_width: int
     classifier: Classifier
@@ -148,7 +142,7 @@ class DistillStage(Stage):
         """From the models of a config; T' learns as long as the student does."""
         return cls(
             programs.student,
-            programs.new_student_params,
+            programs.new_student,
             programs.adapter,
             programs.student_hidden,
             programs.classifier,
@@ -171,7 +165,9 @@ class DistillStage(Stage):
             teacher_classifier: parameters of the fine-tuned teacher's classifier.
         """
         student_rng, adapter_rng = jax.random.split(rng)
-        params = {"student": self.new_params(student_rng), "adapter": {}}
+        variables = self.new_student(student_rng)
+        params = {"student": variables["params"], "adapter": {}}
+        batch_stats = variables.get("batch_stats", {})
         if self.adapter:
             hidden = jnp.zeros((1, self.hidden_width))
             params["adapter"] = self.adapter.init(adapter_rng, hidden)["params"]
@@ -179,10 +175,12 @@ class DistillStage(Stage):
         return DistillState(
             step=jnp.int32(0),
             params=params,
+            batch_stats=batch_stats,
             opt_state=self.optimizer.init(params),
             meta_params=jax.tree.map(jnp.copy, teacher_classifier),
             meta_opt_state=self.meta_optimizer.init(teacher_classifier),
             momentum_params=jax.tree.map(jnp.copy, params["student"]),
+            momentum_stats=jax.tree.map(jnp.copy, batch_stats),
             queue=empty_queue(contrastive.queue_size, width),
             frozen=statistics,
         )
@@ -196,13 +194,13 @@ class DistillStage(Stage):
         features = standardize(train["inputs"], train["length"], state.frozen)
         dropout_keys = example_keys(dropout_rng, train["index"])
         keys, key_labels = encode_keys(
-            self.student, state.momentum_params, features, train, mask_rng, contrastive, axis
+            self.student, state, features, train, mask_rng, contrastive, axis
         )
-        run_student = partial(self._run_student, train, features, dropout_keys)
+        run = partial(self._run, state.batch_stats, train, features, dropout_keys, axis)
         objective = partial(self._objective, train, keys, key_labels, state.queue)
         # The pilot step and the real one go back through one forward pass: they differ in θ_T',
         # which the student's outputs do not depend on.
-        outputs, pull_back = jax.vjp(run_student, state.params)
+        outputs, pull_back, batch_stats = jax.vjp(run, state.params, has_aux=True)
 
         def gradient(meta_params: Any) -> tuple[Any, dict[str, jax.Array]]:
             """∇_S of Eq. 4 at θ_S, and its parts by name."""
@@ -213,7 +211,7 @@ class DistillStage(Stage):
             """Of Eq. 4 at θ_S."""
 
             def loss(params: Params) -> jax.Array:
-                return objective(run_student(params), meta_params)[0]
+                return objective(run(params)[0], meta_params)[0]
 
             return jax.jvp(loss, (state.params,), (direction,))[1]
 
@@ -226,7 +224,7 @@ class DistillStage(Stage):
                 state.meta_params,
                 gradient=lambda meta_params: gradient(meta_params)[0],
                 slope_along=slope_along,
-                quiz_loss=partial(self._quiz_loss, quiz, quiz_features),
+                quiz_loss=partial(self._quiz_loss, quiz, quiz_features, batch_stats),
                 axis=axis,
             )
             updates, meta_opt_state = self.meta_optimizer.update(
@@ -238,18 +236,24 @@ class DistillStage(Stage):
 
         grads, metrics = gradient(meta_params)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        state = descend(self, state, grads, keys, key_labels, contrastive.momentum)
+        state = descend(self, state, grads, batch_stats, keys, key_labels, contrastive.momentum)
         state = state.replace(meta_params=meta_params, meta_opt_state=meta_opt_state)
         return state, {**metrics, **meta_metrics}
 
-    def _run_student(
-        self, batch: Batch, features: jax.Array, dropout_keys: jax.Array, params: Params
-    ) -> tuple[StudentOutput, jax.Array]:
-        """The student's outputs on the training batch, and its hidden vectors adapted."""
-        out = self.student.apply(
-            {"params": params["student"]}, features, batch["length"], dropout_keys
+    def _run(
+        self,
+        batch_stats: Any,
+        batch: Batch,
+        features: jax.Array,
+        dropout_keys: jax.Array,
+        axis: str | None,
+        params: Params,
+    ) -> tuple[tuple[StudentOutput, jax.Array], Any]:
+        """The student's outputs in training and its hidden vectors adapted; batch statistics."""
+        out, batch_stats = run_student(
+            self.student, params["student"], batch_stats, batch, features, dropout_keys, axis
         )
-        return out, adapt(self.adapter, params["adapter"], out.hidden)
+        return (out, adapt(self.adapter, params["adapter"], out.hidden)), batch_stats
 
     def _objective(
         self,
@@ -276,10 +280,16 @@ class DistillStage(Stage):
         return loss, {"loss": loss, "soft": soft, "patient": patient, **metrics}
 
     def _quiz_loss(
-        self, quiz: Batch, features: jax.Array, meta_params: Any, params: Params
+        self,
+        quiz: Batch,
+        features: jax.Array,
+        batch_stats: Any,
+        meta_params: Any,
+        params: Params,
     ) -> jax.Array:
         """Eq. 9."""
-        out = self.student.apply({"params": params["student"]}, features, quiz["length"])
+        variables = {"params": params["student"], "batch_stats": batch_stats}
+        out = self.student.apply(variables, features, quiz["length"])
         hidden = adapt(self.adapter, params["adapter"], out.hidden)
         return losses.collaborative_loss(
             self._classify(meta_params, quiz["teacher_hidden"]),

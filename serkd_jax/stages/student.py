@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.distributed import parallel
-from serkd_jax.models.students.inverted import StudentOutput
+from serkd_jax.models.students.base import Student, StudentOutput
 from serkd_jax.stages.augmentation import example_keys, spec_augment
 from serkd_jax.stages.base import Batch, Stage, accuracy
 from serkd_jax.stages.contrastive import Queue, empty_queue, enqueue, momentum_update
@@ -31,16 +30,20 @@ class StudentState(struct.PyTreeNode):
     Attributes:
         step: () int32, steps taken; also the position in the data.
         params: of the student.
+        batch_stats: its batch statistics; empty if it has none.
         opt_state: of the optimiser.
         momentum_params: of the momentum encoder, a copy of ``params`` that follows them.
+        momentum_stats: the same of ``batch_stats``.
         queue: labelled keys of earlier batches.
         frozen: what the features are standardised by.
     """
 
     step: jax.Array
     params: Any
+    batch_stats: Any
     opt_state: Any
     momentum_params: Any
+    momentum_stats: Any
     queue: Queue
     frozen: Statistics
 
@@ -51,7 +54,7 @@ class StudentStage(Stage):
 
     Attributes:
         student: S.
-        new_params: key -> its parameters before the first step.
+        new_student: key -> its variables before the first step.
         optimizer: of S.
         config: the config's ``contrastive`` part.
     """
@@ -60,8 +63,8 @@ class StudentStage(Stage):
     rows = ("student",)
     student_row = "student"
 
-    student: nn.Module
-    new_params: Callable[[jax.Array], Any]
+    student: Student
+    new_student: Callable[[jax.Array], Any]
     optimizer: optax.GradientTransformation
     config: ConfigDict
 
@@ -70,19 +73,22 @@ class StudentStage(Stage):
         """From the models of a config."""
         return cls(
             programs.student,
-            programs.new_student_params,
+            programs.new_student,
             programs.make_optimizer("student"),
             programs.config.contrastive,
         )
 
     def init(self, rng: jax.Array, statistics: Statistics) -> StudentState:
         """State before the first step, on features of these statistics."""
-        params = self.new_params(rng)
+        variables = self.new_student(rng)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return StudentState(
             step=jnp.int32(0),
             params=params,
+            batch_stats=batch_stats,
             opt_state=self.optimizer.init(params),
             momentum_params=jax.tree.map(jnp.copy, params),
+            momentum_stats=jax.tree.map(jnp.copy, batch_stats),
             queue=empty_queue(self.config.queue_size, self.student.projection_dims[-1]),
             frozen=statistics,
         )
@@ -94,32 +100,56 @@ class StudentStage(Stage):
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         features = standardize(batch["inputs"], batch["length"], state.frozen)
         keys, key_labels = encode_keys(
-            self.student, state.momentum_params, features, batch, mask_rng, self.config, axis
+            self.student, state, features, batch, mask_rng, self.config, axis
         )
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
-        def objective(params: Any) -> tuple[jax.Array, dict]:
-            out = self.student.apply({"params": params}, features, batch["length"], dropout_keys)
-            return student_objective(
+        def objective(params: Any) -> tuple[jax.Array, tuple[dict, Any]]:
+            out, batch_stats = run_student(
+                self.student, params, state.batch_stats, batch, features, dropout_keys, axis
+            )
+            loss, metrics = student_objective(
                 out, batch["label"], keys, key_labels, state.queue, self.config
             )
+            return loss, ({"loss": loss, **metrics}, batch_stats)
 
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        grads, metrics = parallel.device_mean((grads, {"loss": loss, **metrics}), axis)
+        grads, (metrics, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+        grads, metrics = parallel.device_mean((grads, metrics), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        return descend(self, state, grads, keys, key_labels, self.config.momentum), metrics
+        state = descend(self, state, grads, batch_stats, keys, key_labels, self.config.momentum)
+        return state, metrics
+
+
+def run_student(
+    student: Student,
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    features: jax.Array,
+    dropout_keys: jax.Array,
+    axis: str | None,
+) -> tuple[StudentOutput, Any]:
+    """The outputs of S in training, and its batch statistics after it, over all devices."""
+    out, changed = student.clone(axis=axis).apply(
+        {"params": params, "batch_stats": batch_stats},
+        features,
+        batch["length"],
+        dropout_keys,
+        mutable=["batch_stats"],
+    )
+    return out, changed.get("batch_stats", {})
 
 
 def encode_keys(
-    student: nn.Module,
-    momentum_params: Any,
+    student: Student,
+    state: Any,
     features: jax.Array,
     batch: Batch,
     rng: jax.Array,
     config: ConfigDict,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The momentum encoder's keys of the SpecAugmented ``features`` of a batch, of all devices.
+    """The momentum encoder's keys of a batch's SpecAugmented ``features``, of all devices.
 
     Returns:
         keys (B, P) and their labels (B,), B the global batch.
@@ -131,7 +161,8 @@ def encode_keys(
         config.max_frequency_mask,
         config.max_time_mask,
     )
-    keys = student.apply({"params": momentum_params}, masked, batch["length"]).projection
+    variables = {"params": state.momentum_params, "batch_stats": state.momentum_stats}
+    keys = student.apply(variables, masked, batch["length"]).projection
     return parallel.device_gather((keys, batch["label"]), axis)
 
 
@@ -161,14 +192,21 @@ def student_objective(
 
 
 def descend(
-    stage: Any, state: Any, grads: Any, keys: jax.Array, key_labels: jax.Array, momentum: float
+    stage: Any,
+    state: Any,
+    grads: Any,
+    batch_stats: Any,
+    keys: jax.Array,
+    key_labels: jax.Array,
+    momentum: float,
 ) -> Any:
     """The state after a step of its parameters; the momentum encoder and the queue follow.
 
     Args:
         stage: one that trains a student, with its ``optimizer``.
-        state: with ``params``, ``opt_state``, ``momentum_params`` and ``queue``.
+        state: with the fields of `StudentState`.
         grads: of ``params``, the mean over the devices.
+        batch_stats: of the student, after the step.
         keys: of the batch, of all devices.
         key_labels: theirs.
         momentum: of the momentum encoder.
@@ -179,14 +217,16 @@ def descend(
     return state.replace(
         step=state.step + 1,
         params=params,
+        batch_stats=batch_stats,
         opt_state=opt_state,
         momentum_params=momentum_update(state.momentum_params, student_params, momentum),
+        momentum_stats=momentum_update(state.momentum_stats, batch_stats, momentum),
         queue=enqueue(state.queue, keys, key_labels),
     )
 
 
-def predict(student: nn.Module, variables: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
-    """The forward pass of (parameters, statistics) on a batch, without dropout."""
-    params, statistics = variables
+def predict(student: Student, trained: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
+    """The forward pass of (variables, statistics) on a batch, without dropout."""
+    variables, statistics = trained
     features = standardize(batch["inputs"], batch["length"], statistics)
-    return student.apply({"params": params}, features, batch["length"])
+    return student.apply(variables, features, batch["length"])
