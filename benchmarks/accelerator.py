@@ -321,9 +321,8 @@ def synthetic_table(utterances: int, config: ConfigDict) -> tuple[Table, list[Fo
         num_samples=np.full(utterances, num_samples(config.max_frames), np.int32),
         skipped=[],
     )
-    columns = {"id": table.ids, "speaker": table.speakers, "session": sessions}
     config.protocol.split_by = "session"
-    return table, make_folds(table.labels, columns, config.protocol, config.seed)
+    return table, make_folds(table.labels, table.columns(), config.protocol, config.seed)
 
 
 def run_fold(

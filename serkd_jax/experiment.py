@@ -16,12 +16,11 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.audio.logmel import num_samples
-from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.config import check_config, chosen_stages, quiz_batch_size, settings_of
 from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.sources import Frontend
-from serkd_jax.data.splits import Fold, folds_as_json, make_folds, speaker_note
+from serkd_jax.data.splits import Fold, folds_as_json, make_folds
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
@@ -347,14 +346,11 @@ def prepare_experiment(
     devices = parallel.choose_devices(config.num_devices, sizes)
     cache = Path(config.cache_dir or workdir / "data")
 
-    corpus = corpora.make_corpus(config.corpus, **_corpus_arguments(config))
-    if parallel.is_first_process():
-        prepare.prepare_records(corpus, cache)
-    parallel.wait_for_processes("records written")
+    corpus = corpora.corpus_of(config)
     records_dir = prepare.prepare_records(corpus, cache)
     table = reader.load_table(records_dir)
     counted = counts.check_counts(table, corpus, config.strict, most_named=20)
-    folds = _make_folds(table, config)
+    folds = make_folds(table.labels, table.columns(), config.protocol, config.seed)
     splits = folds_as_json(folds, table.ids)
 
     local = parallel.local_devices(devices)
@@ -387,16 +383,20 @@ def prepare_experiment(
     }
     _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
 
+    def open_examples(folder: Path, name: str, length: int) -> Examples:
+        return prepare.open_examples(folder, name, length, table, devices, programs.resident)
+
     def open_features(frontend: Frontend) -> Examples:
         folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
-        return _open(folder, "features", max_frames, table, programs)
+        return open_examples(folder, "features", max_frames)
 
     features = teacher_inputs = open_features(frontend)
     if reads_waveforms:
-        teacher_inputs = _open(records_dir, "audio", samples, table, programs)
+        teacher_inputs = open_examples(records_dir, "audio", samples)
     elif reads_its_own:
         teacher_inputs = open_features(teacher_frontend)
-    notes = [counted, *_notes(config, table, folds, programs, (frontend, teacher_frontend))]
+    notes = [counted, *counts.data_notes(table, folds, max_frames)]
+    notes += _model_notes(config, programs, (frontend, teacher_frontend))
     data = table, folds, features, teacher_inputs
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
 
@@ -423,64 +423,16 @@ def _number(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _make_folds(table: reader.Table, config: ConfigDict) -> list[Fold]:
-    columns = {
-        "id": table.ids,
-        "speaker": table.speakers,
-        "session": table.sessions,
-        "fold": table.folds,
-        "split": table.splits,
-    }
-    return make_folds(table.labels, columns, config.protocol, config.seed)
-
-
-def _open(
-    folder: Path, name: str, length: int, table: reader.Table, programs: Programs
-) -> Examples:
-    """The utterances with one array of records as their inputs."""
-    if programs.resident:
-        ids, inputs, lengths = reader.load_arrays(folder, name, length)
-        columns, read = {"inputs": inputs}, None
-    else:
-        counted = {"features": "num_frames", "audio": "num_samples"}[name]
-        ids, lengths = reader.load_lengths(folder, counted, length)
-        columns, read = {}, reader.RandomReader(folder, name, length)
-    if not np.array_equal(ids, table.ids):  # everything is indexed by row
-        raise UserError(f"{folder} does not hold the utterances of the records: delete it")
-    columns |= {"length": lengths, "label": table.labels}
-    columns |= {"index": np.arange(len(ids), dtype=np.int32)}
-    return Examples({}, programs.devices, read).with_columns(**columns)
-
-
-def _notes(
-    config: ConfigDict,
-    table: reader.Table,
-    folds: list[Fold],
-    programs: Programs,
-    frontends: Sequence[Frontend],
+def _model_notes(
+    config: ConfigDict, programs: Programs, frontends: Sequence[Frontend]
 ) -> list[str]:
-    """What a reader of the results must know of the data and of the encoders."""
-    notes = [speaker_note(folds, table.speakers)]
-    for fold in folds:
-        if unused := len(table) - sum(map(len, fold.parts.values())):
-            notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
-    sizes = np.bincount(table.labels, minlength=len(table.class_names))
-    empty = [n for n, size in zip(table.class_names, sizes, strict=True) if size == 0]
-    if empty:
-        notes.append(f"No utterance could be used of: {', '.join(empty)}.")
-    limit = num_samples(config.max_frames)
-    cut = int((table.num_samples > limit).sum())
-    if cut:
-        notes.append(
-            f"{cut} utterances are longer than max_frames={config.max_frames} "
-            f"({limit / SAMPLE_RATE:.1f} s) and were cut there."
-        )
-    if {"distill", "curriculum"} & {*chosen_stages(config)}:
-        notes.append(_hidden_note(programs))
+    """What a reader of the results must know of the models and the encoders."""
+    distills = {"distill", "curriculum"} & {*chosen_stages(config)}
     assumptions = [frontend.assumption for frontend in frontends]
     if checkpoint := programs.checkpoint:
         assumptions.append(checkpoint.assumption)
-    return [*notes, *dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)]
+    assumed = dict.fromkeys(f"Assumed: {text}." for text in assumptions if text)
+    return [_hidden_note(programs), *assumed] if distills else [*assumed]
 
 
 def _hidden_note(programs: Programs) -> str:
@@ -510,10 +462,3 @@ def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], s
     write_json(path, mine)
     write_file(workdir / "splits.json", splits)
     parallel.wait_for_file(path, "workdir described", "--workdir")
-
-
-def _corpus_arguments(config: ConfigDict) -> dict[str, Any]:
-    """The config keys that describe the corpus, less those that are not set."""
-    keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
-    given = {key: config[key] for key in keys if config.get(key)}
-    return given | dict(config.get("synthetic", {}))

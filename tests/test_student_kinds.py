@@ -68,9 +68,7 @@ def test_it_is_trained_exported_and_predicts_as_ours(finished, tmp_path):
     config = read_json(folder / "config.json", "")
     kept = {"kind": "toy", "width": 12, "classifier_dims": [6]}
     assert config["student"] == kept
-    assert "a toy taught by a larger model" in " ".join(
-        (folder / "README.md").read_text().split()
-    )
+    assert "a toy taught by a larger model" in " ".join((folder / "README.md").read_text().split())
     write_wav(tmp_path / "a.wav", seed=3)
     found = [
         load_model(folder, form).predict(tmp_path / "a.wav") for form in ("safetensors", "onnx")

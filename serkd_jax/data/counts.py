@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serkd_jax.audio.logmel import num_samples
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.reader import Table
+from serkd_jax.data.splits import Fold, speaker_note
 from serkd_jax.errors import UserError
 
 
@@ -115,3 +118,22 @@ def _markdown(
     widths = [max(3, *map(len, texts)) for texts in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+
+
+def data_notes(table: Table, folds: Sequence[Fold], max_frames: int) -> list[str]:
+    """What a reader of the results must know of speakers, parts, classes and lengths."""
+    notes = [speaker_note(folds, table.speakers)]
+    for fold in folds:
+        if unused := len(table) - sum(map(len, fold.parts.values())):
+            notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
+    sizes = np.bincount(table.labels, minlength=len(table.class_names))
+    empty = [n for n, size in zip(table.class_names, sizes, strict=True) if size == 0]
+    if empty:
+        notes.append(f"No utterance could be used of: {', '.join(empty)}.")
+    limit = num_samples(max_frames)
+    if cut := int((table.num_samples > limit).sum()):
+        notes.append(
+            f"{cut} utterances are longer than max_frames={max_frames} "
+            f"({limit / SAMPLE_RATE:.1f} s) and were cut there."
+        )
+    return notes

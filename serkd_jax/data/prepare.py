@@ -15,7 +15,15 @@ import jax
 import numpy as np
 
 from serkd_jax.data.corpora.base import SpeechCorpus
-from serkd_jax.data.reader import RecordsError, describe
+from serkd_jax.data.examples import Examples
+from serkd_jax.data.reader import (
+    RandomReader,
+    RecordsError,
+    Table,
+    describe,
+    load_arrays,
+    load_lengths,
+)
 from serkd_jax.data.sources import Frontend, RecordsSource, Source
 from serkd_jax.distributed import parallel
 from serkd_jax.files import read_json, write_json
@@ -44,11 +52,42 @@ def prepare_records(
     """
     root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
-    if not folder.exists():
+    if parallel.is_first_process() and not folder.exists():
         from serkd_jax.data.audio_records import write_records
 
         write_records(corpus, root, beam_options)
+    parallel.wait_for_file(folder, "records written", "--config.cache_dir")
     return folder
+
+
+def open_examples(
+    folder: Path, name: str, length: int, table: Table, devices: list[jax.Device], resident: bool
+) -> Examples:
+    """The utterances of a corpus with one array of records as their inputs.
+
+    Args:
+      folder: audio records or features.
+      name: `audio` or `features`.
+      length: samples or frames; what is longer is cut.
+      table: of the corpus.
+      devices: of all processes.
+      resident: whether they are put on the devices, or read from the records when needed.
+
+    Raises:
+      RecordsError: the folder does not hold the table's utterances, or is damaged.
+    """
+    if resident:
+        ids, inputs, lengths = load_arrays(folder, name, length)
+        columns, read = {"inputs": inputs}, None
+    else:
+        counted = {"features": "num_frames", "audio": "num_samples"}[name]
+        ids, lengths = load_lengths(folder, counted, length)
+        columns, read = {}, RandomReader(folder, name, length)
+    if not np.array_equal(ids, table.ids):  # everything is indexed by row
+        raise RecordsError(f"{folder} does not hold the utterances of the records: delete it")
+    columns |= {"length": lengths, "label": table.labels}
+    columns |= {"index": np.arange(len(ids), dtype=np.int32)}
+    return Examples({}, devices, read).with_columns(**columns)
 
 
 def prepare_features(

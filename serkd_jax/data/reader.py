@@ -96,6 +96,16 @@ class Table:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """What a protocol may split by, as `serkd_jax.data.splits.make_folds` names it."""
+        return {
+            "id": self.ids,
+            "speaker": self.speakers,
+            "session": self.sessions,
+            "fold": self.folds,
+            "split": self.splits,
+        }
+
 
 def describe(folder: str | os.PathLike) -> Description:
     """Reads what TFDS has written beside the examples.

@@ -6,6 +6,8 @@ is, and name the class here. For one that a manifest can list, no code is needed
 
 import inspect
 
+from ml_collections import ConfigDict
+
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus
 from serkd_jax.data.corpora.emodb import EmoDB
 from serkd_jax.data.corpora.iemocap import IEMOCAP
@@ -34,3 +36,10 @@ def make_corpus(name: str, **settings) -> SpeechCorpus:
             f"it has {', '.join(known)}"
         )
     return CORPORA[name](**given)
+
+
+def corpus_of(config: ConfigDict) -> SpeechCorpus:
+    """The corpus that a recipe names, with those of its settings that are set."""
+    keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
+    given = {key: config[key] for key in keys if config.get(key)}
+    return make_corpus(config.corpus, **given, **config.get("synthetic", {}))
