@@ -9,8 +9,10 @@ from test_stages import STAGES, as_arrays, run
 import serkd_jax.models.students as students
 from configs.common import with_preset
 from layouts import write_wav
+from serkd_jax.deploy import formats
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained
+from serkd_jax.errors import UserError
 from serkd_jax.experiment import ROWS, prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.files import read_json
@@ -35,19 +37,16 @@ class Toy(Student):
         return self.classify_and_project(Dropout(0.2)(nn.relu(hidden), dropout_keys))
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setitem(students.STUDENTS, "toy", f"{__name__}:Toy")
-
-
-@pytest.fixture
-def finished(registered, tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """A run of the tiny recipe with the toy, and its workdir."""
+    students.STUDENTS["toy"] = f"{__name__}:Toy"
     config = with_preset(get_config(), "toy")
     config.student.update({"width": 12, "classifier_dims": (6,), "projection_dims": (4,)})
-    workdir = tmp_path / "run"
+    workdir = tmp_path_factory.mktemp("toy")
     prepare_experiment(config, workdir).run()
-    return workdir
+    yield workdir
+    del students.STUDENTS["toy"]
 
 
 @pytest.mark.slow
@@ -102,3 +101,13 @@ def test_its_statistics_after_a_step_are_those_of_flax():
     )
     expected = 0.5 * state.batch_stats["BatchNorm_0"]["mean"] + 0.5 * np.asarray(hidden).mean(0)
     np.testing.assert_allclose(after.batch_stats["BatchNorm_0"]["mean"], expected, atol=1e-5)
+
+
+def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no such primitive\n  in frame 17")
+
+    monkeypatch.setitem(formats._WRITERS, "onnx", refuse)
+    trained = load_trained(finished, "1", "student")
+    with pytest.raises(UserError, match=r"onnx cannot hold a student of kind 'toy'.* primitive$"):
+        export(trained, tmp_path / "out", ["onnx"], None)

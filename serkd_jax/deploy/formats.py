@@ -30,7 +30,7 @@ def write_format(form: str, folder: Path, config: ModelConfig, variables: Variab
     """Writes one of `FILES` into the folder.
 
     Raises:
-        UserError: what converts it is not installed.
+        UserError: what converts it is not installed, or cannot convert this student.
     """
     path = folder / FILES[form]
     try:
@@ -42,6 +42,13 @@ def write_format(form: str, folder: Path, config: ModelConfig, variables: Variab
         raise UserError(
             f'{form} needs {error.name}: pip install "serkd-jax[export]", or leave it out of '
             "--format"
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # each converter has its own for what it does not know
+        raise UserError(
+            f"{form} cannot hold a student of kind {config.student['kind']!r}: leave it out of "
+            f"--format. The converter's words: {str(error).splitlines()[0][:300]}"
         ) from error
 
 
