@@ -72,6 +72,10 @@ def check_config(config: ConfigDict) -> None:
         if least is not None and not (least <= value and (greatest is None or value <= greatest)):
             allowed = f"at least {least}" if greatest is None else f"{least} to {greatest}"
             raise UserError(f"{key} is {value}: use {allowed}")
+    try:
+        make_student(config, num_classes=2).check(config.max_frames)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
     if config.teacher.input == "waveform" and config.teacher.frontend.name:
@@ -101,10 +105,6 @@ def check_config(config: ConfigDict) -> None:
     width, heads = config.teacher.get("width", 0), config.teacher.get("num_heads", 1)
     if width % heads:
         raise UserError(f"teacher.width {width} is not divisible by num_heads {heads}")
-    try:
-        make_student(config, num_classes=2).check(config.max_frames)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
