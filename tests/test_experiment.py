@@ -153,7 +153,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("student.readout", "mean", "variates or tokens or flatten"),
         ("student.norm", "none", "pre or post"),
         ("student.kind", "linear", "student.kind is 'linear': use inverted"),
-        ("student", {"kind": "inverted", "depth": 3}, "as its kind has: see depth"),
+        ("student", {"kind": "inverted", "depth": 3}, "depth is none of them"),
         ("student.inverted", False, "its tokens are frames: use readout=tokens"),
         ("student.projection_dims", (), "needs a width"),
         ("teacher.patch_frames", 0, "changes what the encoder's layers read"),

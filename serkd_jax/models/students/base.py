@@ -120,11 +120,12 @@ def check_sizes(
         ValueError: names one that is absent or too many, or is not what was declared.
     """
     declared = sizes(kind, deployed)
-    if values.keys() != declared.keys():
-        wrong = ", ".join(sorted(values.keys() ^ declared.keys()))
+    if unknown := values.keys() - declared.keys():
         raise ValueError(
-            f"student must have the keys {', '.join(declared)}, as its kind has: see {wrong}"
+            f"student must have the keys {', '.join(declared)}; {', '.join(unknown)} is none of them"
         )
+    if missing := declared.keys() - values.keys():
+        raise ValueError(f"student must have the keys {', '.join(sorted(missing))}, too")
     for name, field in declared.items():
         holds, allowed = _rule(field)
         if not holds(values[name]):
