@@ -120,9 +120,9 @@ def check_sizes(
         ValueError: names one that is absent or too many, or is not what was declared.
     """
     declared = sizes(kind, deployed)
-    if unknown := values.keys() - declared.keys():
+    if unknown := ", ".join(values.keys() - declared.keys()):
         raise ValueError(
-            f"student must have the keys {', '.join(declared)}; {', '.join(unknown)} is none of them"
+            f"student must have the keys {', '.join(declared)}; {unknown} is none of them"
         )
     if missing := declared.keys() - values.keys():
         raise ValueError(f"student must have the keys {', '.join(sorted(missing))}, too")
