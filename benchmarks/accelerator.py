@@ -1,19 +1,21 @@
-"""Everything that a person with an accelerator wants to know, the most important first.
+"""Everything that the owner of an accelerator wants to know, the most important first.
 
     python -m benchmarks.accelerator --minutes=10 --out=DIR
 
-In turn: whether it works, the steps against torch, the orders of the meta-gradient with their
-compile times and memory, the encoders against torch, and the five-fold IEMOCAP experiment, from
-its measured parts and as one fold that is run on synthetic data of its size. Each part is written
-to DIR/accelerator.md and .json as it ends, so that a run which is cut off keeps what it has, and a
-part that fails does not stop the next. It needs neither TensorFlow nor anything to download.
+It reports in turn whether everything works; the steps against torch; the orders of the
+meta-gradient with their compile times and memory; the encoders against torch; and the five-fold
+IEMOCAP experiment, estimated from its measured parts and run for one fold on synthetic data of its
+size. Each part is written to DIR/accelerator.md and .json as it ends, so an interrupted run keeps
+its results, and a part that fails does not stop the next. Neither TensorFlow nor a download is
+needed.
 
-On a CPU the paper's sizes take hours: what does not fit the minutes says so.
+On a CPU the paper's sizes take hours; parts that do not fit in the given minutes are reported as
+not run.
 """
 
 import os
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is torch's as well
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
 
 import json
 import tempfile
@@ -55,19 +57,19 @@ from serkd_jax.files import write_file, write_json
 from serkd_jax.models.transformer import attend
 from serkd_jax.programs import Programs
 
-UTTERANCES, FOLDS, HOURS = 5531, 5, 7.0  # of IEMOCAP's four classes
+UTTERANCES, FOLDS, HOURS = 5531, 5, 7.0  # IEMOCAP, four classes
 PARTS = ["works", "steps", "orders", "encoders", "experiment"]
 
-STEPS = {"student": "student", "distill": "meta", "curriculum": "curriculum"}  # of the stages
+STEPS = {"student": "student", "distill": "meta", "curriculum": "curriculum"}  # of each stage
 
-_EPOCHS = flags.DEFINE_integer("epochs", 2, "Of a stage in the fold that is run; at least 2.")
-_MINUTES = flags.DEFINE_float("minutes", 10, "How long the whole may take.")
-_OUT = flags.DEFINE_string("out", "accelerator", "Folder of accelerator.md and accelerator.json.")
-_PARTS = flags.DEFINE_list("parts", PARTS, "Which, in this order.")
+_EPOCHS = flags.DEFINE_integer("epochs", 2, "Of each stage in the fold that is run; at least 2.")
+_MINUTES = flags.DEFINE_float("minutes", 10, "How long everything may take.")
+_OUT = flags.DEFINE_string("out", "accelerator", "Folder for accelerator.md and .json.")
+_PARTS = flags.DEFINE_list("parts", PARTS, "Which parts to run, in this order.")
 
 
 class Report:
-    """What is known so far, on disk."""
+    """The results so far, on disk."""
 
     def __init__(self, folder: Path, minutes: float):
         self.folder, self.end = folder, time.monotonic() + 60 * minutes
@@ -75,7 +77,7 @@ class Report:
         self.texts: list[str] = []
 
     def left(self) -> float:
-        """Seconds until it is to end."""
+        """Seconds left."""
         return self.end - time.monotonic()
 
     def add(self, name: str, title: str, result: Any, text: str) -> None:
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
     }
     for name in _PARTS.value:
         title, part = parts[name]
-        if report.left() <= 0 and name != "experiment":  # which then reckons, and runs nothing
+        if report.left() <= 0 and name != "experiment":  # which then only estimates
             report.add(name, title, {"not run": "no time"}, "Not run: the minutes are over.")
             continue
         start = time.monotonic()
@@ -141,12 +143,12 @@ def check(
 
 
 def verdict(difference: float) -> str:
-    """In words; a gradient that is wrong differs by about 1."""
+    """The difference in words; a wrong gradient differs by about 1."""
     return "as it should be" if difference < 0.1 else "WRONG"
 
 
 def check_attention(length: int) -> dict[str, float]:
-    """Output, gradient, tangent, and gradient through the gradient, of attention as it is here."""
+    """Errors of attention here: output, gradient, tangent and gradient through the gradient."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     arrays = jax.random.normal(jax.random.key(0), (7, 2, 4, length, 64), jnp.float32)
     lengths = np.array([length, length // 3])
@@ -172,9 +174,9 @@ def check_attention(length: int) -> dict[str, float]:
 
 
 def check_steps(config: ConfigDict, variates: int) -> dict[str, float]:
-    """The gradients of a first step, as Adam's first moments have them.
+    """The gradients of a first step, read from Adam's first moments.
 
-    Of the student's step and the nested meta step alone: a GPU takes the better part of a minute to
+    Only the student's step and the nested meta step are checked, as a GPU takes most of a minute to
     compile each.
     """
     config = config.copy_and_resolve_references()
@@ -183,7 +185,7 @@ def check_steps(config: ConfigDict, variates: int) -> dict[str, float]:
     found: dict[str, dict[str, Any]] = {}
     places = {"here": jax.devices()[0], "cpu": jax.devices("cpu")[0]}
     if places["here"] == places["cpu"] and SIZE.value != "tiny":
-        return {}  # it would be compared with itself, for minutes
+        return {}  # it would spend minutes on comparing the CPU with itself
     for place, device in places.items():
         examples = make_examples(train, quiz, device=device)
         _, cases = make_steps(config, variates, "second_order", examples)
@@ -201,7 +203,7 @@ def check_steps(config: ConfigDict, variates: int) -> dict[str, float]:
 
 
 def apart(ours: Any, exact: Any) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference over the norm of the exact value."""
     a, b = (ravel_pytree(jax.device_get(tree))[0].astype(np.float32) for tree in (ours, exact))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -234,12 +236,12 @@ def measure_orders(
 def measure_encoders(
     config: ConfigDict, variates: int, peak: float, report: Report
 ) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """HuBERT-large on a batch of 10 s, and Whisper-base on what an extractor meets."""
+    """HuBERT-large on a batch of 10 s clips, and Whisper-base on the clips an extractor meets."""
     del config, variates
     rows: list[dict[str, Any]] = []
     tiny, seconds = SIZE.value == "tiny", min(SECONDS.value, report.left() / 30)
     cases = {"hubert-large": "a batch of", "whisper-base": "1 to 15 s"}
-    for model, case in cases.items():  # of a tiny model, one shape is enough
+    for model, case in cases.items():  # for a tiny model, one shape is enough
         rows += encoders.measure(model, "one clip" if tiny else case, peak, seconds, tiny)
     return {"rows": rows}, markdown(encoders.HEADER, encoders.table(rows))
 
@@ -250,7 +252,7 @@ def measure_encoders(
 def measure_experiment(
     config: ConfigDict, variates: int, peak: float, report: Report
 ) -> tuple[dict[str, Any], str]:
-    """What five folds come to: by the steps that were measured, and by a fold that is run."""
+    """The time of five folds, from the measured steps and from one fold that is run."""
     tiny = SIZE.value == "tiny"
     config = config.copy_and_resolve_references()
     config.batch_size = config.batch_size if tiny else 32
@@ -262,7 +264,7 @@ def measure_experiment(
     }
     measured = report.results.get("steps", {})
     if "student" in measured:
-        for stage, name in STEPS.items():  # of a batch that may have been smaller
+        for stage, name in STEPS.items():  # measured on a batch that may have been smaller
             scale = config.batch_size / report.results["about"]["batch size"]
             seconds[stage] = scale / measured[name]["steps/s"], "the steps above"
     planned = sum(x for x, _ in seconds.values()) * steps_per_epoch * _EPOCHS.value
@@ -298,7 +300,7 @@ def measure_experiment(
 
 
 def by_operations(config: ConfigDict, variates: int, peak: float) -> dict[str, float]:
-    """Seconds of a stage's step at half the rate of a large matrix product."""
+    """Seconds of each stage's step at half the rate of a large matrix product."""
     front, layers = cost.teacher_operations(config.max_frames)
     student = student_operations(config, variates)
     operations = {stage: PASSES[name] * student for stage, name in STEPS.items()}
@@ -307,7 +309,7 @@ def by_operations(config: ConfigDict, variates: int, peak: float) -> dict[str, f
 
 
 def synthetic_table(utterances: int, config: ConfigDict) -> tuple[Table, list[Fold]]:
-    """Utterances of five sessions, each held out in turn."""
+    """Utterances of five sessions, and folds that hold out each session in turn."""
     rng, none = np.random.default_rng(0), np.full(utterances, "")
     sessions = np.array([f"{row % FOLDS + 1}" for row in range(utterances)])
     table = Table(
@@ -330,7 +332,7 @@ def run_fold(
 ) -> dict[str, Any]:
     """Seconds of all four stages of one fold, through `Experiment`, on random features and audio.
 
-    The teacher is a HuBERT-large of random weights that hears waveforms, as the paper's.
+    The teacher is a HuBERT-large with random weights that hears waveforms, like the paper's.
     """
     config = config.copy_and_resolve_references()
     for stage in (kind.name for kind in STAGES):

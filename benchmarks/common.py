@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: the paper's sizes, random data, the programs."""
+"""Shared by the benchmarks of training steps: the paper's sizes, random data, the programs."""
 
 import os
 import platform
@@ -23,25 +23,25 @@ from serkd_jax.stages.standardization import no_statistics
 from serkd_jax.stages.student import StudentStage
 
 CLASSES = 4  # of IEMOCAP
-# Forward passes of the student over a batch, where a backward pass counts twice: the momentum
-# encoder's keys (1) and the student's forward and backward (3); of the meta step also the pilot's
+# Forward passes of the student over a batch, where a backward pass counts as two: the momentum
+# encoder's keys (1) and the student's forward and backward (3). The meta step adds the pilot's
 # backward (2), the quiz (3) and the tangent of the student's outputs along its gradient (2, since
-# inputs and weights both move); of the curriculum the quiz's forward.
+# inputs and weights both move); the curriculum adds the quiz's forward.
 PASSES = {"student": 4, "kd": 4, "meta": 11, "curriculum": 5, "evaluation": 1}
 
-SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Of models and features.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0: 4 on a CPU, the paper's 32 elsewhere.")
-SECONDS = flags.DEFINE_float("seconds", 30, "What is timed is repeated so long, and 3 times.")
+SIZE = flags.DEFINE_enum("size", "paper", ["paper", "tiny"], "Size of models and features.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "0 means 4 on a CPU, the paper's 32 elsewhere.")
+SECONDS = flags.DEFINE_float("seconds", 30, "How long each measurement repeats, at least 3 times.")
 JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
 def make_config() -> tuple[ConfigDict, int]:
-    """The recipe for IEMOCAP in the size that the flags say, and the features' width N."""
+    """The recipe for IEMOCAP in the size given by the flags, and the features' width N."""
     config, variates = common.paper("iemocap"), 1024
     config.batch_size = BATCH_SIZE.value or (4 if jax.default_backend() == "cpu" else 32)
     if SIZE.value == "tiny":
         config.max_frames, variates = 12, 6
-        config.teacher.projector = variates  # in the paper's size, too, they are alike
+        config.teacher.projector = variates  # equal in the paper's size too
         config.student.update({"width": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1})
     return config, variates
 
@@ -52,14 +52,14 @@ def layer_products(tokens: int, width: int, mlp_dim: int) -> float:
 
 
 def student_operations(config: ConfigDict, variates: int) -> float:
-    """Of the student's forward pass on one example; a multiplication and an addition are two."""
+    """Operations of the student's forward pass on one example; a multiply-add counts as two."""
     s = config.student
     embed = variates * config.max_frames * s.width
     return 2.0 * (embed + s.num_layers * layer_products(variates, s.width, s.mlp_dim))
 
 
 def describe(config: ConfigDict, **more: str | int) -> dict[str, str | int]:
-    """What the figures were measured on; printed, too."""
+    """Returns and prints what the figures were measured on."""
     about = describe_machine() | {"size": SIZE.value, "batch size": config.batch_size, **more}
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     return about
@@ -74,7 +74,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """As the kernel has it, with family and model, which say more than some names."""
+    """The CPU's name from the kernel, with family and model, which say more than some names."""
     cpu = Path("/proc/cpuinfo")
     if not cpu.exists():
         return platform.processor() or platform.machine()
@@ -96,7 +96,7 @@ def make_programs(
 
 
 def init_distill(programs: Programs, variates: int) -> DistillState:
-    """State before distillation, with a new T'."""
+    """The state before distillation, with a new T'."""
     hidden = jnp.zeros((1, programs.teacher_hidden))
     classifier = programs.classifier.init(jax.random.key(0), hidden)["params"]
     statistics = no_statistics(variates)
@@ -118,7 +118,7 @@ def make_batch(config: ConfigDict, variates: int, seed: int) -> dict[str, np.nda
 
 
 def make_examples(*batches: dict[str, np.ndarray], device: jax.Device | None = None) -> Examples:
-    """Batches one after the other, on one device."""
+    """The concatenated batches, on one device."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return Examples({}, [device or jax.devices()[0]]).with_columns(**columns)
 
@@ -126,9 +126,9 @@ def make_examples(*batches: dict[str, np.ndarray], device: jax.Device | None = N
 def make_steps(
     config: ConfigDict, variates: int, order: str, examples: Examples
 ) -> tuple[Programs, dict[str, tuple[Callable, Any, Any]]]:
-    """The programs without a meta-gradient, and each step's: (steps, state, one step's rows).
+    """The programs without a meta-gradient, and for each step (steps, state, one step's rows).
 
-    The examples are two batches: one to train on, one for the quiz.
+    The examples are two batches: one to train on and one for the quiz.
     """
     device = examples.devices[0]
     plain, meta = (make_programs(config, each, variates, device) for each in ("none", order))
@@ -147,7 +147,7 @@ def make_steps(
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, of cells that are ready to print."""
+    """A table made of cells that are ready to print."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -158,11 +158,11 @@ def cells(formats: Sequence[str], row: Mapping[str, object]) -> list[str]:
 
 
 def by_turns(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each case, which take turns, so that what else the machine does hits all alike.
+    """Seconds of each case; the cases take turns, so that other load on the machine affects all.
 
     Args:
-        cases: what to time, by name; each returns when it is done, and has run before.
-        seconds: how long to go on; at least three rounds.
+        cases: what to time, by name; each blocks until it is done and has already run once.
+        seconds: total time to measure for; at least three rounds are made.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     rounds = 0

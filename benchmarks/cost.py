@@ -1,10 +1,10 @@
-"""What the five-fold IEMOCAP experiment costs, on paper: operations, traffic, memory and time.
+"""Estimated cost of the five-fold IEMOCAP experiment: operations, traffic, memory and time.
 
     python -m benchmarks.cost --device=h100
 
 The formulas are in docs/scaling.md, which also says which figures have been measured. `--measure`
-compiles the student's steps for the device at hand instead, and prints the operations by formula
-and the memory that XLA sets aside.
+compiles the student's steps for the local device instead, and prints the operations by formula and
+the memory that XLA allocates.
 """
 
 from typing import NamedTuple
@@ -26,14 +26,14 @@ from configs import common
 
 
 class Device(NamedTuple):
-    """A kind of accelerator, as its maker describes it."""
+    """A kind of accelerator, by its maker's specification."""
 
     name: str
     count: int
-    operations: float  # bfloat16, a second, of one
-    bandwidth: float  # bytes a second, of one's memory
-    interconnect: float  # bytes a second that one sends to the others in an all-reduce
-    memory: float  # bytes, of one
+    operations: float  # bfloat16, per second and device
+    bandwidth: float  # bytes per second of memory, per device
+    interconnect: float  # bytes per second that one device sends in an all-reduce
+    memory: float  # bytes per device
     fused: bool  # whether there is a fused attention kernel
 
 
@@ -41,14 +41,14 @@ DEVICES = {
     "h100": Device("one H100 SXM", 1, 989e12, 3.35e12, np.inf, 80e9, True),
     "v5e-8": Device("TPU v5e-8", 8, 197e12, 0.819e12, 0.1e12, 16e9, False),
 }
-MATMUL_SHARE = 0.7  # of the nominal operations, which large matrix products reach in practice
-UTTERANCES, FOLDS, TEST_SHARE = 5531, 5, 0.2  # IEMOCAP: a session is a fold
-_DEVICE = flags.DEFINE_enum("device", "h100", list(DEVICES), "Where it is to run.")
+MATMUL_SHARE = 0.7  # share of the nominal rate that large matrix products reach in practice
+UTTERANCES, FOLDS, TEST_SHARE = 5531, 5, 0.2  # IEMOCAP: one session per fold
+_DEVICE = flags.DEFINE_enum("device", "h100", list(DEVICES), "The device to estimate for.")
 _MEASURE = flags.DEFINE_bool("measure", False, "Compile the steps here; print their memory.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table of the experiment, or of the memory."""
+    """Prints the table of the experiment, or that of the memory."""
     del argv
     if _MEASURE.value:
         print_measured()
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def teacher_operations(max_frames: int) -> tuple[float, float]:
-    """HuBERT-large on one example: the frozen front, and the forward pass of its layers."""
+    """Operations of HuBERT-large on one example: its frozen front, and its layers' forward pass."""
     front, frames = 0.0, max_frames * 320 + 80  # samples
     for kernel, stride, inputs in [(10, 5, 1), *[(3, 2, 512)] * 4, *[(2, 2, 512)] * 2]:
         frames = (frames - kernel) // stride + 1
@@ -69,22 +69,22 @@ def teacher_operations(max_frames: int) -> tuple[float, float]:
 def layer_traffic(tokens: int, width: int, mlp_dim: int, heads: int, fused: bool) -> float:
     """Bytes that one layer's forward pass on one example moves; the backward pass moves twice that.
 
-    In bfloat16: 14 reads and writes of width D and 4 of the feed-forward width; without a fused
-    kernel 16 bytes an attention weight (logits in float32 and the softmax written and read).
+    In bfloat16 there are 14 reads and writes of width D and 4 of the feed-forward width; without a
+    fused kernel, add 16 bytes per attention weight (float32 logits and softmax, written and read).
     """
     weights = 0 if fused else 16 * heads * tokens**2
     return 2.0 * tokens * (14 * width + 4 * mlp_dim) + weights
 
 
 def seconds(operations: float, traffic: float, reduced: float, device: Device) -> float:
-    """Of a step: its products, then its traffic, then its all-reduce, none hidden by another."""
+    """Seconds of a step: products, then traffic, then the all-reduce, without overlap."""
     products = operations / (device.count * device.operations * MATMUL_SHARE)
     moved = traffic / (device.count * device.bandwidth)
     return products + moved + 2 * reduced / device.interconnect
 
 
 def print_experiment(device: Device) -> None:
-    """A row per stage: per step, and over all folds."""
+    """Prints a row per stage: for one step, and over all folds."""
     config, variates = common.paper("iemocap"), 1024
     s, size = config.student, config.batch_size
     train = UTTERANCES * (1 - TEST_SHARE) * (1 - config.protocol.validation - config.protocol.quiz)
@@ -96,7 +96,7 @@ def print_experiment(device: Device) -> None:
 
     student, moved = size * student_operations(config, variates), student_traffic(device.fused)
     front, layers = (size * x for x in teacher_operations(config.max_frames))
-    # Its attention has dropout, for which the fused kernel is not used.
+    # The teacher's attention has dropout, for which the fused kernel is not used.
     teacher_moved = size * 24 * layer_traffic(config.max_frames, 1024, 4096, 16, fused=False)
     rows = {
         "teacher": (front + 3 * layers, 3 * teacher_moved, 4 * 302e6),
@@ -135,7 +135,7 @@ def print_experiment(device: Device) -> None:
 
 
 def print_measured() -> None:
-    """A row per step: its operations, and its memory."""
+    """Prints a row per step: its operations and its memory."""
     config, variates = make_config()
     size = config.batch_size
     examples = make_examples(make_batch(config, variates, 0), make_batch(config, variates, 1))

@@ -1,14 +1,13 @@
-"""A distillation step by the order of its meta-gradient: time, memory and operations.
+"""Time, memory and operations of a distillation step for each order of its meta-gradient.
 
     python -m benchmarks.distill
 
 It is the step of the pipeline at the paper's sizes (326 frames of 1024 features, 4 classes), on
-random data and one device. The orders of `meta.order` take steps by turns, so that what else the
-machine does hits all alike. Memory is what the compiler sets aside for a step beside its
-arguments; operations are as it counts them. The last column is how far the meta-gradient of a
-first step, read off Adam's first moment without clipping, is from the nested one, relative to it
-(of the plain step, which has none, 1).
-`--json` ends with one line of JSON.
+random data and one device. The orders of `meta.order` take turns, so that other load on the machine
+affects all alike. Memory is what the compiler allocates for a step in addition to its arguments;
+operations are as the compiler counts them. The last column is the difference between the
+meta-gradient of a first step, read from Adam's first moment without clipping, and the nested one,
+relative to the latter (1 for the plain step, which has none). `--json` ends with one line of JSON.
 """
 
 import json
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(config: ConfigDict, variates: int, seconds: float) -> dict[str, dict[str, float]]:
-    """A step of each order, by turns for so many seconds in all."""
+    """Measures a step of each order, in turn, for ``seconds`` in all."""
     config = config.copy_and_resolve_references()
     config.optimizer.clip_norm = 0.0
     programs = {order: make_programs(config, order, variates) for order in ORDERS}
@@ -79,7 +78,7 @@ def measure(config: ConfigDict, variates: int, seconds: float) -> dict[str, dict
         start = time.perf_counter()
         steps[order] = program.steps(DistillStage).lower(state, *rest).compile()
         compile_seconds[order] = time.perf_counter() - start
-    for order, step in steps.items():  # also the warm-up; a step takes its state's buffers
+    for order, step in steps.items():  # also the warm-up; a step consumes its state's buffers
         after, _ = step(jax.tree.map(jnp.copy, state), *rest)
         gradients[order] = ravel_pytree(optax.tree_utils.tree_get(after.meta_opt_state, "mu"))[0]
 

@@ -1,19 +1,19 @@
-"""Encoders here against transformers' in torch: the same weights, clips and batches.
+"""Our encoders against those of transformers in torch: the same weights, clips and batches.
 
     pip install -e '.[test]' && python -m benchmarks.encoders
 
-Both turn NumPy waveforms into NumPy float16 features, the preprocessor included, in one process and
-by turns. On CPU, torch runs in float32 with scaled dot-product attention (WavLM's own has none), on
-as many threads as there are cores, and pads a batch to its longest clip. Whisper in torch pads
-every clip to 30 s; we time that, and its modules on clips as long as they are, one by one, since
-they take no mask. On a GPU both compute in bfloat16, torch is compiled, and its batches have our
-few shapes. `--json` ends with one line of JSON, in which `ratio` is our speed over torch's, case by
-case.
+Both turn NumPy waveforms into NumPy float16 features, including the preprocessor, taking turns in
+one process. On CPU, torch runs in float32 with scaled dot-product attention (WavLM in torch does
+not have it), on as many threads as there are cores, and pads a batch to its longest clip. Whisper
+in torch pads every clip to 30 s. We time that, and also its modules on clips at their own length,
+one by one, since they take no mask. On a GPU both compute in bfloat16, torch is compiled, and its
+batches have our few shapes. `--json` ends with one line of JSON, in which `ratio` is our speed over
+torch's for each case.
 """
 
 import os
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
 
 import json
 import tempfile
@@ -47,8 +47,8 @@ LARGE = {
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
 }
-# Names of the hub, less their owners, and what differs from the defaults of transformers. In base
-# variants torch's group norm sees the padding: of mixed lengths it makes something else.
+# Names on the hub, without their owners, and what differs from the defaults of transformers. In
+# base variants torch's group norm sees the padding: its results differ from ours for mixed lengths.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hubert-base": ("Hubert", {}),
     "hubert-large": ("Hubert", LARGE | {"conv_bias": True}),
@@ -90,16 +90,16 @@ _MODELS = flags.DEFINE_list(
     f"Some of {', '.join(MODELS)}.",
 )
 _WRITE = flags.DEFINE_bool("write", False, "Also measure the writing of records (TensorFlow).")
-_CASES = flags.DEFINE_string("cases", "", "Only cases whose name has this.")
+_CASES = flags.DEFINE_string("cases", "", "Only cases whose name contains this.")
 
 
 class Case(NamedTuple):
-    """Clips, and how they are batched."""
+    """Clips and how they are batched."""
 
     clips: list[np.ndarray]
     max_frames: int
     batching: Batching
-    pad_to_30s: bool = False  # whether torch pads them so
+    pad_to_30s: bool = False  # whether torch pads them to 30 s
 
 
 Extract = Callable[[], list[np.ndarray]]
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
 def measure(
     name: str, wanted: str, peak: float, seconds: float, tiny: bool = False
 ) -> list[dict[str, Any]]:
-    """Both on the cases of a model whose name has ``wanted``, each for so many seconds."""
+    """Measures both on a model's cases whose names contain ``wanted``, for ``seconds`` per case."""
     logging.set_verbosity(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count())
@@ -174,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def make_model(name: str, tiny: bool) -> transformers.PreTrainedModel:
-    """A model of torch with random weights."""
+    """A torch model with random weights."""
     torch.manual_seed(0)
     family, changes = MODELS[name]
     if tiny:
@@ -186,7 +186,7 @@ def make_model(name: str, tiny: bool) -> transformers.PreTrainedModel:
 
 
 def make_cases(whisper: bool, gpu: bool) -> dict[str, Case]:
-    """One clip, a batch of equal ones, and mixed lengths as the extractor batches them."""
+    """One clip, a batch of equal lengths, and mixed lengths as the extractor batches them."""
     rng = np.random.default_rng(0)
 
     def noise(lengths: Sequence[int]) -> list[np.ndarray]:
@@ -200,7 +200,7 @@ def make_cases(whisper: bool, gpu: bool) -> dict[str, Case]:
     many = Case(equal, 499, Batching(499 * batch, 1.0))
     extracted = Case(mixed, 749, standard)
     if whisper:
-        short = Case(noise([32_000] * (512 if gpu else 16)), 100, standard)  # as our EMO-DB
+        short = Case(noise([32_000] * (512 if gpu else 16)), 100, standard)  # as in our EMO-DB
         cases = {"2 s, as the extractor runs them": short, "10 s, one clip": one}
         cases["1 to 15 s, as the extractor runs them"] = extracted
         in_30_s = {
@@ -230,7 +230,7 @@ def make_ours(folder: str, case: Case, dtype: str) -> Extract:
 
 
 def make_theirs(model: torch.nn.Module, case: Case, gpu: bool) -> Extract:
-    """Torch on the same batches, padded to their longest clip, or on a GPU as ours are."""
+    """Torch on the same batches, padded to their longest clip, or on a GPU padded as ours are."""
     frames = [num_frames(len(clip)) for clip in case.clips]
     whisper = model.config.model_type == "whisper"
     forward = _whisper(model, case.pad_to_30s, gpu) if whisper else _masked(model, gpu)
@@ -250,7 +250,7 @@ def make_theirs(model: torch.nn.Module, case: Case, gpu: bool) -> Extract:
 
 
 def _masked(model: torch.nn.Module, gpu: bool) -> Callable:
-    """Clips to the last hidden state of HuBERT and its like."""
+    """Maps clips to the last hidden state of HuBERT and similar models."""
     forward = torch.compile(model) if gpu else model
 
     def run(clips: Sequence[np.ndarray], size: tuple[int, int] | None) -> torch.Tensor:
@@ -263,7 +263,7 @@ def _masked(model: torch.nn.Module, gpu: bool) -> Callable:
 
 
 def _whisper(model: torch.nn.Module, pad_to_30s: bool, gpu: bool) -> Callable:
-    """Clips to the last hidden state of Whisper, padded to 30 s or as long as they are."""
+    """Maps clips, padded to 30 s or at their own length, to the last hidden state of Whisper."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
     forward = torch.compile(model) if gpu else model
 
@@ -300,7 +300,7 @@ def pad(
 
 
 def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest over the clips of |ours - theirs| / |theirs|."""
+    """The largest |ours - theirs| / |theirs| over the clips."""
     return max(
         float(np.linalg.norm(a.astype("f4") - b) / np.linalg.norm(b.astype("f4")))
         for a, b in zip(ours, theirs, strict=True)
@@ -329,11 +329,11 @@ def count_operations(config: transformers.PreTrainedConfig, frames: int) -> int:
 
 
 def measure_writing(width: int) -> float:
-    """Seconds of audio a second that are written if decoding and computing cost nothing."""
+    """Seconds of audio that would be written per second if decoding and computing cost nothing."""
     from serkd_jax.data.prepare import extract_features
     from serkd_jax.data.sources import Clip
 
-    frames, count = 326, 1024  # the longest of IEMOCAP
+    frames, count = 326, 1024  # the paper's length for IEMOCAP
     features = np.random.default_rng(0).normal(size=(frames, width)).astype(np.float16)
 
     class Source:

@@ -1,14 +1,14 @@
-"""What an exported student costs on a CPU: time, times real time, size and memory, by format.
+"""Cost of an exported student on a CPU, by format: time, speed, file size and memory.
 
     pip install -e '.[test]' && python -m benchmarks.inference --model=DIR
 
-DIR is an exported log-mel student; without it one of the recipe `configs/emodb.py:logmel`, with
-random weights, is exported here. Beside it: the student of the paper (326 frames of 1024 features,
-random weights) in every format and in torch, with scaled dot-product attention and the same
-weights; and the `audio-classification` pipeline of transformers with a HuBERT of the base size.
-Every row has a process of its own on `--cores` cores, which imports what it needs and no more; the
-rows go round and round, and the fastest pass of each counts, so that what else the machine does
-hits all. `--json` ends with one line of JSON, in which `ratio` is torch's time over ours.
+DIR is an exported log-mel student; without it, a student of the recipe `configs/emodb.py:logmel` is
+exported here with random weights. It is compared with the student of the paper (326 frames of 1024
+features, random weights) in every format and in torch, with scaled dot-product attention and the
+same weights; and with the `audio-classification` pipeline of transformers with a base-size HuBERT.
+Every row has its own process on `--cores` cores, which imports only what it needs. The rows take
+turns, and the fastest pass of each counts, so that other load on the machine affects all alike.
+`--json` ends with one line of JSON, in which `ratio` is torch's time over ours.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from serkd_jax.deploy.folder import (
 
 
 class Cost(NamedTuple):
-    """Of one row, for each recording or window."""
+    """Cost of one row, for each recording or window."""
 
     front_end: float  # seconds
     model: float
-    memory: int  # bytes, the most that the process had
+    memory: int  # bytes, the peak of the process
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
             for form in forms
             for batch in batches
         }
-        # Before the processes start, as their libraries look for cores when they are imported.
+        # Before the processes start, as their libraries count the cores when they are imported.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         passes: dict[tuple, list[Cost]] = {row: [] for row in rows}
         for _ in range(options.rounds):
@@ -84,23 +84,23 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="exported log-mel student with all formats")
-    parser.add_argument("--cores", type=int, default=1, help="that a process may use")
-    parser.add_argument("--seconds", type=float, default=3, help="of each pass; at least 2 calls")
-    parser.add_argument("--rounds", type=int, default=3, help="passes of each row")
-    parser.add_argument("--formats", nargs="+", default=[*FILES], choices=FILES, help="of ours")
-    parser.add_argument("--size", default="paper", choices=["paper", "tiny"], help="not of DIR")
+    parser.add_argument("--cores", type=int, default=1, help="how many a process may use")
+    parser.add_argument("--seconds", type=float, default=3, help="for each pass; at least 2 calls")
+    parser.add_argument("--rounds", type=int, default=3, help="number of passes for each row")
+    parser.add_argument("--formats", nargs="+", default=[*FILES], choices=FILES, help="to measure")
+    parser.add_argument("--size", default="paper", choices=["paper", "tiny"], help="except for DIR")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args()
 
 
 def in_process(run: Callable, *arguments: object) -> Cost:
-    """Calls it in a new process, with the number of cores as its last argument."""
+    """Calls ``run`` in a new process, with the number of cores as its last argument."""
     with ProcessPoolExecutor(1, get_context("spawn")) as processes:
         return processes.submit(run, *arguments, len(os.sched_getaffinity(0))).result()
 
 
 def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:
-    """Of an exported student; the paper's gets ready features, as HuBERT is the same for all."""
+    """Cost of an exported student; the paper's gets ready features, as HuBERT is common to all."""
     config, rng = read_config(folder), np.random.default_rng(0)
     front_end = 0.0
     if config.frontend["name"] == "logmel":
@@ -121,7 +121,7 @@ def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int
 
 
 def load_torch(folder: Path, config: ModelConfig, cores: int) -> Callable:
-    """The same student in torch; checked against Flax by the test of this benchmark."""
+    """The same student in torch; the test of this benchmark compares it with Flax."""
     import torch
     from ml_collections import ConfigDict
     from safetensors.torch import load_file
@@ -154,7 +154,7 @@ def load_torch(folder: Path, config: ModelConfig, cores: int) -> Callable:
 
 
 def pipeline_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:
-    """Of transformers' pipeline on recordings of two seconds, its front-end included."""
+    """Cost of transformers' pipeline on recordings of two seconds, including its front-end."""
     del form
     import torch
     from transformers import pipeline
@@ -168,7 +168,7 @@ def pipeline_cost(folder: Path, form: str, batch: int, seconds: float, cores: in
 
 
 def fastest(call: Callable[[], object], seconds: float) -> float:
-    """The shortest time of calls in so many seconds, at least two, after one that is not timed."""
+    """The shortest call within ``seconds``, of at least two, after one that is not timed."""
     call()
     times = []
     while len(times) < 2 or sum(times) < seconds:
@@ -179,18 +179,18 @@ def fastest(call: Callable[[], object], seconds: float) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes; what getrusage tells would begin with the parent's."""
+    """Peak memory in bytes; the value from getrusage would start at the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def size_of(folder: Path, form: str) -> int:
-    """Bytes on disk."""
+    """Size on disk in bytes."""
     return (folder / FILES.get(form, FILES["safetensors"])).stat().st_size
 
 
 def logmel_config() -> ModelConfig:
-    """Of the recipe for EMO-DB."""
+    """The configuration of a student of the recipe for EMO-DB."""
     from configs import emodb
 
     recipe = emodb.get_config("logmel")
@@ -200,7 +200,7 @@ def logmel_config() -> ModelConfig:
 
 
 def paper_config(size: str) -> ModelConfig:
-    """Of the paper's student on IEMOCAP."""
+    """The configuration of the paper's student on IEMOCAP."""
     from configs import common
 
     recipe, width = common.paper("iemocap"), 1024
@@ -215,7 +215,7 @@ def paper_config(size: str) -> ModelConfig:
 def model_config(
     student: Mapping[str, Any], frames: int, width: int, classes: int, frontend: dict
 ) -> ModelConfig:
-    """As an export writes it."""
+    """A configuration as an export writes it."""
     from serkd_jax.deploy.trained import deployed_student
 
     sizes = deployed_student(student)
@@ -233,7 +233,7 @@ def model_config(
 
 
 def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> Path:
-    """A student with random weights and statistics."""
+    """Exports a student with random weights and statistics."""
     import jax
     import jax.numpy as jnp
 
@@ -249,13 +249,13 @@ def export_random(folder: Path, config: ModelConfig, formats: Sequence[str]) -> 
     rng, width = np.random.default_rng(0), config.num_features
     mean, spread = rng.normal(0, 1, width), rng.uniform(0.5, 2, width)
     statistics = Statistics(mean.astype(np.float32), spread.astype(np.float32))
-    for form in {"safetensors", *formats}:  # the first for torch
+    for form in {"safetensors", *formats}:  # safetensors is needed by torch
         write_format(form, folder, config, Variables(params, statistics, {}))
     return folder
 
 
 def write_hubert(folder: Path, size: str) -> Path:
-    """HuBERT with a classifier, random weights, as transformers saves it."""
+    """Writes a HuBERT with a classifier and random weights, as transformers saves it."""
     from transformers import HubertConfig, HubertForSequenceClassification, Wav2Vec2FeatureExtractor
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -270,7 +270,7 @@ def write_hubert(folder: Path, size: str) -> Path:
 def make_table(
     costs: dict[tuple, Cost], sizes: dict[tuple, int], seconds: float
 ) -> list[dict[str, Any]]:
-    """A row for each cost; ``seconds`` is how long a recording of the log-mel student is."""
+    """A row for each cost; ``seconds`` is the length of the log-mel student's recordings."""
     spans = {"log-mel student": seconds, "paper's student": 6.525, "HuBERT pipeline": 2.0}
     table = []
     for (kind, form, batch), cost in costs.items():
@@ -292,7 +292,7 @@ def make_table(
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """For people; the paper's student starts from HuBERT's features, which cost more than it."""
+    """Prints the table; the paper's student is timed without HuBERT, which costs more than it."""
     heads = "of,format,batch,front-end ms,model ms,times real time,torch / this,file MB,memory MB"
     print(f"| {heads.replace(',', ' | ')} |\n{'|---' * 9}|")
     for row in table:

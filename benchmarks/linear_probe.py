@@ -1,12 +1,12 @@
-"""A linear SVM on the mean and deviation over time of features: the baseline of every table.
+"""A linear SVM on the mean and deviation of features over time: the baseline of every table.
 
     python -m benchmarks.linear_probe --features=FOLDER
 
-`FOLDER` holds feature records of any front-end, from `serkd_jax.features` or a run's cache. Where
-they have no label and speaker, `--manifest=FILE`, or `--corpus=emodb --data_dir=DIR` for a corpus
-that we read, says who speaks and how. One speaker at a time is tested on, the others are trained
-on, their vectors standardised; `--splits=W/splits.json` takes the folds of a run instead, all that
-it does not test on for training.
+`FOLDER` holds feature records of any front-end, from `serkd_jax.features` or a run's cache. If they
+have no label and speaker, give `--manifest=FILE`, or `--corpus=emodb --data_dir=DIR` for a corpus
+that we read. Each speaker in turn is tested on and the others are trained on, with standardised
+vectors. `--splits=W/splits.json` uses the folds of a run instead, and trains on everything that a
+fold does not test on.
 """
 
 import argparse
@@ -53,21 +53,21 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line; not absl's flags, so that tests can import this beside other commands."""
+    """The command line; not absl's flags, so that tests can import this with other commands."""
     parser = corpus_parser(__doc__)
-    parser.add_argument("--splits", default="", help="the splits.json of a run: its folds")
-    parser.add_argument("--c", type=float, default=0.001, help="of the SVM")
+    parser.add_argument("--splits", default="", help="the splits.json of a run, to use its folds")
+    parser.add_argument("--c", type=float, default=0.001, help="C of the SVM")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args()
 
 
 def corpus_parser(description: str) -> argparse.ArgumentParser:
-    """Takes a folder of features, and who speaks and how in them; see `list_utterances`."""
+    """A parser for a folder of features, its speakers and its labels; see `list_utterances`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--features", type=Path, required=True, help="folder of feature records")
     parser.add_argument("--manifest", default="", help="has the label and speaker of each file")
-    parser.add_argument("--corpus", default="manifest", help="or a corpus by name")
-    parser.add_argument("--data_dir", default="", help="where its, or the manifest's, files are")
+    parser.add_argument("--corpus", default="manifest", help="or the name of a corpus")
+    parser.add_argument("--data_dir", default="", help="folder of the corpus's or manifest's files")
     return parser
 
 
@@ -82,8 +82,8 @@ def probe(
     Args:
         vectors: (n, D) float.
         labels: (n,) int.
-        groups: of each fold, the rows to train on and those to test on.
-        c: of the SVM; smaller is more regularised.
+        groups: for each fold, the rows to train on and those to test on.
+        c: C of the SVM; a smaller value regularises more.
 
     Returns:
         The rows that were tested, and the class predicted for each.
@@ -96,7 +96,7 @@ def probe(
 
 
 def pool(features: np.ndarray) -> np.ndarray:
-    """(frames, N) to (2 N,): mean and standard deviation over time."""
+    """Maps (frames, N) to (2 N,): mean and standard deviation over time."""
     features = features.astype(np.float64)
     return np.concatenate([features.mean(0), features.std(0)])
 
@@ -104,11 +104,11 @@ def pool(features: np.ndarray) -> np.ndarray:
 def load(
     folder: Path, listed: dict[str, tuple[str, str]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, (n, 2 N) vectors, labels and speakers of the utterances, by id.
+    """Ids, (n, 2 N) vectors, labels and speakers of the utterances, sorted by id.
 
     Args:
-        folder: of feature records.
-        listed: label and speaker by id, where the records have none.
+        folder: holds feature records.
+        listed: label and speaker by id, if the records have none.
 
     Raises:
         UserError: an utterance has no label or no speaker.
@@ -123,7 +123,7 @@ def load(
 def read_labelled(
     folder: Path, listed: dict[str, tuple[str, str]]
 ) -> Iterator[tuple[str, np.ndarray, str, str]]:
-    """Id, (frames, N) features, label and speaker of each utterance; as in `load`."""
+    """Id, (frames, N) features, label and speaker of each utterance; arguments as in `load`."""
     described = describe(folder)
     known = [name for name in ("label", "speaker") if name in described.fields]
     for example in read_examples(folder, ["id", "features", *known]):
@@ -140,7 +140,7 @@ def read_labelled(
 
 
 def list_utterances(corpus: str, manifest: str, data_dir: str) -> dict[str, tuple[str, str]]:
-    """Label and speaker, by the id and by the path as seen from the corpus's folder."""
+    """Label and speaker, by id and by the path relative to the corpus's folder."""
     if corpus == "manifest" and not manifest:
         return {}
     from serkd_jax.data import corpora
@@ -158,7 +158,7 @@ def list_utterances(corpus: str, manifest: str, data_dir: str) -> dict[str, tupl
 def folds(
     ids: np.ndarray, speakers: np.ndarray, splits: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each fold, the rows to train on and to test on: of a run, or one speaker at a time."""
+    """The rows to train and to test on, for each fold of a run, or for one speaker at a time."""
     if splits:
         tests = [
             np.isin(ids, fold["test"]) for fold in json.loads(Path(splits).read_text()).values()

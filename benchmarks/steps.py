@@ -1,17 +1,17 @@
-"""Training steps of the student against torch: steps a second, and the share of the peak.
+"""Training steps of the student against torch: steps per second, and the share of the peak.
 
     python -m benchmarks.steps
 
-The steps of the pipeline (student, plain distillation, distillation with the meta-teacher,
-curriculum, evaluation) at the paper's sizes (326 frames of 1024 features, 4 classes), on random
-data that is on one device; ours as the pipeline dispatches them. `benchmarks/torch_steps.py` does
-the same work in torch: scaled dot-product attention, fused AdamW, and on a GPU `torch.compile` and
-bfloat16 autocast (of the meta step, torch cannot compile what is differentiated twice). The two
-take turns, so that what else the machine does hits both.
+It measures the steps of the pipeline (student, plain distillation, distillation with the
+meta-teacher, curriculum, evaluation) at the paper's sizes (326 frames of 1024 features, 4 classes),
+on random data that is already on one device. Ours run as the pipeline dispatches them.
+`benchmarks/torch_steps.py` does the same work in torch: scaled dot-product attention, fused AdamW,
+and on a GPU `torch.compile` and bfloat16 autocast (in the meta step, torch cannot compile what is
+differentiated twice). The two take turns, so that other load on the machine affects both.
 
-Operations are those of the matrix products that the method needs, nothing that is computed again;
-the peak is that of one large matrix product in the same precision, in the same run, of the faster
-of the two. `--json` ends with one line of JSON.
+Operations are those of the matrix products that the method needs, without anything that is computed
+again. The peak is that of one large matrix product in the same precision and the same run, by the
+faster of the two. `--json` ends with one line of JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is torch's as well
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from benchmarks.common import (
 )
 from serkd_jax.distributed.parallel import replicate
 
-_ORDER = flags.DEFINE_string("order", "second_order", "Of our meta-gradient; see meta.order.")
+_ORDER = flags.DEFINE_string("order", "second_order", "Order of our meta-gradient; see meta.order.")
 
 
 HEADER = ("step", "steps/s", "torch", "ratio", "of the medians", "share of peak", "torch")
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> None:
 def measure(
     config: ConfigDict, variates: int, order: str, peak: float, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Each step by turns with torch's, of which there is one for a CPU and for NVIDIA's GPUs.
+    """Measures each step, alternating with torch's, which exists for CPUs and NVIDIA's GPUs.
 
     Args:
         config: the recipe, in the size to measure.
         variates: N.
         order: of our meta-gradient.
-        peak: operations a second of a large matrix product.
-        seconds: each step is repeated so long.
+        peak: operations per second of a large matrix product.
+        seconds: how long each step is repeated.
     """
     on_cpu = jax.default_backend() == "cpu"
     train, quiz = (make_batch(config, variates, seed) for seed in (0, 1))
@@ -120,7 +120,7 @@ def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
 def our_steps(
     config: ConfigDict, variates: int, order: str, train: dict, quiz: dict, most: int
 ) -> dict[str, Callable]:
-    """Name -> a function that takes so many steps, of ``most``, and waits for them."""
+    """Name -> a function that takes a number of steps, at most ``most``, and waits for them."""
     examples = make_examples(train, quiz)
     plain, cases = make_steps(config, variates, order, examples)
 
@@ -151,7 +151,7 @@ def their_steps(
     """The same in torch."""
     device = "cpu" if on_cpu else "cuda"
     dtype = None if on_cpu else torch.bfloat16
-    torch.set_float32_matmul_precision("high")  # on a GPU, XLA's default, too
+    torch.set_float32_matmul_precision("high")  # also XLA's default on a GPU
     torch.compiler.reset()
     hidden = config.teacher.projector
     steps = torch_steps.make_steps(
@@ -177,7 +177,7 @@ def their_steps(
 
 
 def matmul_peak(on_cpu: bool) -> float:
-    """Operations a second of one large matrix product, the faster of XLA's and torch's."""
+    """Operations per second of a large matrix product, by the faster of XLA and torch."""
     size, repeats = (2048, 5) if on_cpu else (8192, 50)
     x = jax.random.normal(jax.random.key(0), (size, size))
     a = x if on_cpu else x.astype(jnp.bfloat16)

@@ -2,14 +2,14 @@
 
     python -m benchmarks.students --features=FOLDER --corpus=emodb --data_dir=DIR --out=FILE.jsonl
 
-With `--study=training`, how it is best trained: rate, warm-up, decay, steps, batch and dropout.
+With `--study=training` it compares ways to train: rate, warm-up, decay, steps, batch and dropout.
 
-`FOLDER` holds feature records, `--corpus` or `--manifest` says who speaks and how, as for
-`benchmarks.linear_probe`. The speakers are dealt to five parts. Run k, with seed k, tests part k,
-validates on the next and trains a small student on the others by cross-entropy alone, so that all
-figures are of speakers who were not heard. Each kind of student has a line in `FILE.jsonl`, and is
-not run again; the table is printed at the end, with 95 % t intervals over the runs, and beside
-it the linear probe, trained on the same parts.
+`FOLDER` holds feature records; `--corpus` or `--manifest` gives their labels and speakers, as for
+`benchmarks.linear_probe`. The speakers are divided into five parts. Run k, with seed k, tests on
+part k, validates on the next and trains a small student on the others by cross-entropy only, so the
+validation and test figures are for unheard speakers. Each kind of student has a line in
+`FILE.jsonl` and is not run again. The table at the end has 95 % t intervals over the runs and
+includes the linear probe, trained on the same parts.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from serkd_jax.stages.standardization import (
     standardize,
 )
 
-SPEAKER_PARTS, BATCH = 5, 32  # BATCH of evaluation
+SPEAKER_PARTS, BATCH = 5, 32  # BATCH is for evaluation
 PARTS = ("train", "validation", "test")
 STUDENT = {
     "inverted": True,
@@ -74,7 +74,7 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """All utterances in the memory."""
+    """All utterances, in memory."""
 
     features: np.ndarray  # (n, T, N) float16, zero-padded
     length: np.ndarray  # (n,) int32
@@ -96,7 +96,7 @@ class Corpus:
 
 
 def main() -> None:
-    """Runs what is not in the file yet, and prints the table."""
+    """Runs the kinds that are not in the file yet, and prints the table."""
     options = parse_options()
     try:
         corpus = read_corpus(options)
@@ -125,22 +125,22 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = linear_probe.corpus_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, added to")
-    parser.add_argument("--stride", type=int, default=8, help="take every so manyth feature")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, appended to")
+    parser.add_argument("--stride", type=int, default=8, help="take every K-th feature")
     parser.add_argument("--max_frames", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3, help="2 to 5")
     parser.add_argument("--study", choices=("readout", "training"), default="readout")
     parser.add_argument(
-        "--only", default="", help="one kind, as JSON: what is not STUDENT's or TRAINING's value"
+        "--only", default="", help="one kind, as JSON: what differs from STUDENT and TRAINING"
     )
     return parser.parse_args()
 
 
 def read_corpus(options: argparse.Namespace) -> Corpus:
-    """Every ``stride``th of the features, cut or padded to ``max_frames``.
+    """Reads every ``stride``-th feature, cut or padded to ``max_frames``.
 
     Raises:
-        UserError: fewer speakers than parts, or a number of runs that gives no interval.
+        UserError: there are fewer speakers than parts, or too few or too many runs.
     """
     if not 2 <= options.runs <= SPEAKER_PARTS:
         raise UserError(f"--runs is {options.runs}: use 2 to {SPEAKER_PARTS}")
@@ -162,7 +162,7 @@ def read_corpus(options: argparse.Namespace) -> Corpus:
 
 
 def readouts() -> Iterator[dict[str, Any]]:
-    """All combinations."""
+    """All combinations of the settings of the readout study."""
     for pooling, standard, norm in itertools.product((10, 1), (True, False), ("pre", "post")):
         for inverted, readout in (
             (True, "tokens"),
@@ -180,7 +180,7 @@ def readouts() -> Iterator[dict[str, Any]]:
 
 
 def trainings() -> Iterator[dict[str, Any]]:
-    """One thing changed at a time."""
+    """The settings of the training study, one changed at a time."""
     yield {}
     for key, values in {
         "learning_rate": (3e-4, 3e-3),
@@ -196,9 +196,9 @@ def trainings() -> Iterator[dict[str, Any]]:
 
 
 def study(corpus: Corpus, kind: dict[str, Any]) -> dict[str, list]:
-    """UA of each part, of each run."""
+    """UA of each part in each run."""
     settings = ConfigDict(STUDENT | TRAINING)
-    settings.update(kind)  # which refuses a value of another type
+    settings.update(kind)  # this refuses a value of another type
     student = InvertedStudent(
         int(corpus.labels.max()) + 1, **{key: settings[key] for key in STUDENT}
     )
@@ -216,7 +216,7 @@ def study(corpus: Corpus, kind: dict[str, Any]) -> dict[str, list]:
 
 
 def statistics_of(corpus: Corpus, rows: np.ndarray) -> Statistics:
-    """Of the training part."""
+    """The statistics of the features in the training part."""
     member = np.zeros((1, len(corpus.labels)), bool)
     member[0, rows] = True
     everything = np.arange(len(corpus.labels)), corpus.features, corpus.length
@@ -261,7 +261,7 @@ def ua(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def probe(corpus: Corpus) -> dict[str, list]:
-    """The linear SVM on mean and deviation of the same features, trained on the same parts."""
+    """UA of the linear SVM on mean and deviation of the same features, with the same parts."""
     vectors = np.stack(
         [linear_probe.pool(x[:n]) for x, n in zip(corpus.features, corpus.length, strict=True)]
     )
@@ -275,7 +275,7 @@ def probe(corpus: Corpus) -> dict[str, list]:
 
 
 def table(kinds: list[dict[str, Any]], scores: list[dict[str, list]], corpus: Corpus) -> str:
-    """Markdown: what sets a kind apart, and its scores."""
+    """A Markdown table of what distinguishes each kind, and its scores."""
     columns = list(kinds[0]) or ["changed"]
     lines = [[*columns, *(f"{part} UA" for part in PARTS)], ["---"] * (len(columns) + len(PARTS))]
     for kind, ua_of_parts in zip(kinds, scores, strict=True):
@@ -289,7 +289,7 @@ def table(kinds: list[dict[str, Any]], scores: list[dict[str, list]], corpus: Co
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half of the 95 % t interval, in %."""
+    """Mean and half-width of the 95 % t interval, in %."""
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     return f"{100 * np.mean(values):.1f} ± {100 * half:.1f}"
 

@@ -1,12 +1,12 @@
-"""The training steps in torch, as one would write them there for speed: the peer of a benchmark.
+"""The training steps in torch, written for speed, as the counterpart in a benchmark.
 
-Models, shapes, losses and updates are those of `serkd_jax`, with what torch offers for each: one
+Models, shapes, losses and updates are those of `serkd_jax`, with the fastest that torch offers: one
 projection to queries, keys and values, fused attention, fused AdamW, updates of all parameters in
 one call, and `torch.compile`. Random numbers come from torch's generator instead of a key for each
-example. Nothing waits for the device.
+example. No operation waits for the device.
 
-Each step keeps its own state, that of the first step of its stage, and takes a batch of tensors on
-the device: ``inputs`` (B, T, N) float16, ``length``, ``label`` and ``index`` (B,) and
+Each step keeps its own state, which starts as at the first step of its stage, and takes a batch of
+tensors on the device: ``inputs`` (B, T, N) float16, ``length``, ``label`` and ``index`` (B,) and
 ``teacher_hidden`` (B, H) float32, or ``{"train": ..., "quiz": ...}`` of such batches. Only the
 paper's options are here, not those of `configs` that depart from them.
 """
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 
 
 class Output(NamedTuple):
-    """What the student says of a batch."""
+    """The student's outputs for a batch."""
 
     hidden: Tensor  # (B, N)
     logits: Tensor  # (B, C)
@@ -58,10 +58,10 @@ class EncoderLayer(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention that torch can differentiate twice, which it cannot the fused kernels.
+    """Attention that torch can differentiate twice, unlike the fused kernels.
 
-    Of 16-bit inputs only the softmax is float32; torch's own `SDPBackend.MATH` would do the
-    products in float32 too.
+    For 16-bit inputs only the softmax is in float32; torch's own `SDPBackend.MATH` would compute
+    the products in float32 too.
     """
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     return torch.softmax(logits, -1, dtype=torch.float32).to(v.dtype) @ v
@@ -93,7 +93,7 @@ class Student(nn.Module):
         Args:
             features: standardised, of any float type.
             training: whether dropout is on.
-            twice: whether the result is to be differentiated twice.
+            twice: whether the result will be differentiated twice.
         """
         with torch.autocast(features.device.type, self.dtype, self.dtype is not None):
             tokens = self.embed(features.float().mT)
@@ -106,7 +106,7 @@ class Student(nn.Module):
 
 
 def standardize(batch: Batch, statistics: tuple[Tensor, Tensor]) -> Tensor:
-    """The batch's inputs less the mean, over the spread, in float32; padding stays 0."""
+    """The batch's inputs minus the mean, divided by the spread, in float32; padding stays 0."""
     mean, spread = statistics
     frames = torch.arange(batch["inputs"].shape[1], device=mean.device)
     valid = frames < batch["length"][:, None]
@@ -114,7 +114,7 @@ def standardize(batch: Batch, statistics: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def spec_augment(features: Tensor, length: Tensor, max_frequency: int, max_time: int) -> Tensor:
-    """Zeroes one block of features and one of valid frames of every example of (B, T, N)."""
+    """Zeroes a block of features and a block of valid frames in every example of (B, T, N)."""
 
     def outside_block(size: int, limit: Tensor, max_width: int) -> Tensor:
         width = torch.randint(max_width + 1, limit.shape, device=limit.device)
@@ -132,7 +132,7 @@ def spec_augment(features: Tensor, length: Tensor, max_frequency: int, max_time:
 def supervised_contrastive(
     anchors: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, temperature: float
 ) -> Tensor:
-    """Eq. 3 of (B, P) anchors over (M, P) keys; a negative label marks an empty slot."""
+    """Eq. 3 for (B, P) anchors and (M, P) keys; a negative label marks an empty slot."""
     similarity = anchors @ keys.T / temperature
     log_probability = similarity.masked_fill(key_labels < 0, -torch.inf).log_softmax(-1)
     positive = labels[:, None] == key_labels
@@ -156,14 +156,14 @@ class Parts(NamedTuple):
 
     config: ConfigDict
     student: Student
-    adapter: nn.Module  # maps h(., S) to the teacher's width; nn.Identity where it has that
+    adapter: nn.Module  # maps h(., S) to the teacher's width; nn.Identity if they agree
     classifier: nn.Sequential  # T'
     statistics: tuple[Tensor, Tensor]  # (N,) mean and spread of the features
     device: torch.device
     compile: Callable[[Callable], Callable]  # torch.compile, or nothing
 
     def optimizer(self, params: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
-        """AdamW at a constant rate; of the parameters, the matrices decay."""
+        """AdamW at a constant rate; only matrices decay."""
         params = list(params)
         decay = self.config.optimizer.weight_decay
         groups = [
@@ -198,7 +198,7 @@ class StudentStep:
         self._update(batch, keys)
 
     def _standard(self, batch: Batch) -> Batch:
-        """The batch with its features."""
+        """The batch with standardised features added."""
         return batch | {"features": self.standardize(batch, self.statistics)}
 
     def _encode_keys(self, batch: Batch) -> Tensor:
@@ -225,7 +225,7 @@ class StudentStep:
 
     @torch.no_grad()
     def _update(self, batch: Batch, keys: Tensor) -> None:
-        """Of the parameters by their gradients, the momentum encoder and the queue."""
+        """Updates the parameters by their gradients, the momentum encoder and the queue."""
         descend(self.optimizer, self.trained, self.config.optimizer.clip_norm)
         ours, theirs = (list(m.parameters()) for m in (self.momentum_student, self.student))
         torch._foreach_lerp_(ours, theirs, 1 - self.config.contrastive.momentum)
@@ -235,7 +235,7 @@ class StudentStep:
 
 
 def descend(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip_norm: float) -> None:
-    """A step of the optimiser by the gradients, clipped, which are then let go."""
+    """Takes a step of the optimiser by the clipped gradients, and then releases them."""
     if clip_norm:
         nn.utils.clip_grad_norm_(params, clip_norm)
     optimizer.step()
@@ -243,7 +243,7 @@ def descend(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip_nor
 
 
 class KDStep(StudentStep):
-    """Distillation with a teacher that stays as it is (``meta.order='none'``), Eqs. 4-8."""
+    """Distillation with a fixed teacher (``meta.order='none'``), Eqs. 4-8."""
 
     def __init__(self, parts: Parts):
         super().__init__(parts)
@@ -263,7 +263,7 @@ class KDStep(StudentStep):
         return self._hard_part(out, batch, keys) + self._soft_part(out, teacher_logits)
 
     def _hard_part(self, out: Output, batch: Batch, keys: Tensor) -> Tensor:
-        """Of Eq. 4: what does not read T'."""
+        """The terms of Eq. 4 that do not depend on T'."""
         hidden = batch["teacher_hidden"], self.adapter(out.hidden)
         patient = F.mse_loss(*(F.normalize(h, dim=-1) for h in hidden))
         student = self._student_loss(out, batch["label"], keys)
@@ -278,9 +278,9 @@ class KDStep(StudentStep):
 class MetaStep(KDStep):
     """Distillation with the meta-teacher, Eqs. 4-9 (``meta.order='second_order'``).
 
-    The pilot step and the student's real step differ in T' alone, so that both go back through
-    one forward pass. AOTAutograd, and so `torch.compile`, cannot differentiate twice: that pass
-    is never compiled.
+    The pilot step and the student's real step differ only in T', so both go back through one
+    forward pass. AOTAutograd, and therefore `torch.compile`, cannot differentiate twice, so that
+    pass is never compiled.
     """
 
     def __init__(self, parts: Parts):
@@ -322,14 +322,14 @@ class MetaStep(KDStep):
         self._update(train, keys)
 
     def _quiz_loss(self, quiz: Batch) -> Tensor:
-        """Eq. 9 of the pilot student."""
+        """Eq. 9 for the pilot student."""
         hidden = self.pilot_adapter(self.pilot_student(quiz["features"]).hidden)
         logits = (self.classifier(h) for h in (quiz["teacher_hidden"], hidden))
         return 0.5 * sum(F.cross_entropy(scores, quiz["label"].long()) for scores in logits)
 
 
 class CurriculumStep(StudentStep):
-    """The updated student's step and that of the policy which picks its tasks, Eqs. 10-13."""
+    """The steps of the updated student and of the policy that picks its tasks, Eqs. 10-13."""
 
     def __init__(self, parts: Parts):
         super().__init__(parts)
@@ -355,13 +355,13 @@ class CurriculumStep(StudentStep):
         self.tasks = torch.arange(tasks, device=device)
         self.task = self._sample_task()
         later = torch.arange(steps) - torch.arange(steps)[:, None]
-        # (E, E) that makes an episode's rewards its discounted returns.
+        # (E, E) matrix that turns an episode's rewards into its discounted returns.
         self.discounts = (config.discount ** later.clamp(min=0) * (later >= 0)).to(device)
         self.steps_taken = 0
         self.reward = parts.compile(self._reward)
 
     def __call__(self, batch: dict[str, Batch]) -> None:
-        """Takes a step, and at an episode's end one of the policy."""
+        """Takes a step, and at the end of an episode also a step of the policy."""
         train, config = self._standard(batch["train"]), self.config.curriculum
         keys = self.encode_keys(train)
         loss, embedding, accuracy = self.objective(train, keys)
@@ -372,7 +372,7 @@ class CurriculumStep(StudentStep):
         slot = self.steps_taken % config.episode_steps
         self.steps_taken += 1
         for running, value in ((self.task_accuracy, accuracy), (self.task_reward, reward)):
-            # `running[self.task]` would wait for the device.
+            # Indexing with `running[self.task]` would wait for the device.
             running.lerp_(value, config.running_rate * (self.tasks == self.task))
         self.observations[slot], self.actions[slot] = self.observation, self.task
         self.rewards[slot] = reward
@@ -385,7 +385,7 @@ class CurriculumStep(StudentStep):
     def _objective(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 10, the mean hidden vector and the accuracy."""
         out, labels = self.student(batch["features"], training=True), batch["label"].long()
-        with torch.no_grad():  # Eq. 12 moves the student by its own term alone
+        with torch.no_grad():  # Eq. 12 moves the student through its own term only
             teacher_logits = self.classifier(self.adapter(out.hidden))
         teacher, student = (true_class_probability(x, labels) for x in (teacher_logits, out.logits))
         loss = self._student_loss(out, labels, keys) + (teacher - student).mean()
@@ -393,7 +393,7 @@ class CurriculumStep(StudentStep):
         return loss, out.hidden.detach().mean(0), accuracy
 
     def _reward(self, quiz: Batch) -> Tensor:
-        """Eq. 13 as a share."""
+        """Eq. 13 as a share of the examples."""
         with torch.no_grad():
             logits = self.student(quiz["features"]).logits, self.classifier(quiz["teacher_hidden"])
         student, teacher = (true_class_probability(x, quiz["label"].long()) for x in logits)
@@ -401,12 +401,12 @@ class CurriculumStep(StudentStep):
 
     @torch.no_grad()
     def _sample_task(self) -> Tensor:
-        """By Gumbel's trick: `torch.multinomial` waits for the device."""
+        """Samples by Gumbel's trick, as `torch.multinomial` waits for the device."""
         logits = self.policy(self.observation)
         return (logits - torch.empty_like(logits).exponential_().log()).argmax()
 
     def _update_policy(self) -> None:
-        """REINFORCE on the finished episode; the first only sets the baseline."""
+        """REINFORCE on the finished episode; the first episode only sets the baseline."""
         returns = self.discounts @ self.rewards
         if self.steps_taken <= self.config.curriculum.episode_steps:
             self.baseline = returns
@@ -449,7 +449,7 @@ def make_steps(
     dtype: torch.dtype | None = None,
     compile: bool = False,
 ) -> dict[str, Callable[[Any], Any]]:
-    """Makes the steps ``student``, ``kd``, ``meta`` and ``curriculum`` and the ``evaluation``.
+    """Makes the steps ``student``, ``kd``, ``meta``, ``curriculum`` and ``evaluation``.
 
     Args:
         config: the whole config, of the paper's kind.
@@ -457,11 +457,12 @@ def make_steps(
         variates: N.
         hidden: H, the teacher's width.
         device: where the steps run.
-        dtype: that of autocast, such as `torch.bfloat16`; None computes in float32, on CUDA with
-            the caller's `torch.set_float32_matmul_precision` ("high" is TF32, as XLA's default).
+        dtype: the type for autocast, such as `torch.bfloat16`; None computes in float32, on CUDA
+            with the caller's `torch.set_float32_matmul_precision` ("high" is TF32, like XLA's
+            default).
         compile: whether to compile losses, gradients and forward passes. A process that makes
-            steps again calls `torch.compiler.reset()` first: dynamo compiles a function for a
-            limited number of objects.
+            steps again must first call `torch.compiler.reset()`: dynamo compiles a function for
+            only a limited number of objects.
     """
     device = torch.device(device)
     adapter = nn.Identity() if variates == hidden else nn.Linear(variates, hidden)

@@ -1,4 +1,4 @@
-"""The paper's values (Section 4 and Table 3), on which every recipe builds."""
+"""The paper's values (Section 4 and Table 3), on which every recipe is based."""
 
 from functools import partial
 
@@ -13,13 +13,13 @@ WHISPER = ("whisper", "openai/whisper-base", 3)
 
 
 def encoder(name: str, model: str = "", layer: int | list[int] = -1) -> ConfigDict:
-    """A front-end of a pretrained encoder: hubert, wav2vec2, wavlm or whisper.
+    """A pretrained encoder as front-end: hubert, wav2vec2, wavlm or whisper.
 
     Args:
-        name: the kind of encoder; empty as a teacher's means the student's front-end.
+        name: the kind of encoder; for a teacher, an empty name means the student's front-end.
         model: a local folder, or a name on the Hugging Face hub.
-        layer: -1 for the last hidden state, k for the output of layer k, or a list of these, whose
-            outputs are averaged (on the command line, 8,9,10).
+        layer: -1 for the last hidden state, k for the output of layer k, or a list of these
+            whose outputs are averaged (on the command line, 8,9,10).
     """
     settings = {"name": name, "model": model, "revision": "", "dtype": "float32"}
     settings |= {"pad_to_30s": False} if name == "whisper" else {}  # transformers pads, we do not
@@ -29,47 +29,48 @@ def encoder(name: str, model: str = "", layer: int | list[int] = -1) -> ConfigDi
 
 
 def paper(table3: str = "iemocap") -> ConfigDict:
-    """The paper's setting with the Table 3 column of ``iemocap`` or ``meld``.
+    """The paper's settings, with the column of Table 3 for ``iemocap`` or ``meld``.
 
-    What is neither in Table 3 nor in the section that is named is ours; where the two mix, it is
-    marked. `docs/paper.md` has the reasons.
+    Values that are neither in Table 3 nor in the section named in a comment are ours; where both
+    kinds are mixed, ours are marked. `docs/paper.md` has the reasons.
     """
     iemocap = {"iemocap": True, "meld": False}[table3]
     config = ConfigDict()
     config.seed = 0
-    config.num_devices = 0  # 0: all that JAX sees
-    config.dtype = "auto"  # of the models' computation: bfloat16 on GPU and TPU, float32 on CPU
-    config.remat = False  # compute activations again for the gradient: less memory, more time
-    config.examples = "auto"  # on the device if they fit, else read from records as steps need them
-    config.steps_per_dispatch = 32  # at once; SIGTERM is heeded, and the progress shown, after them
-    config.cache_dir = ""  # records and features; empty: in the workdir. Share one between runs.
+    config.num_devices = 0  # 0: all devices that JAX sees
+    config.dtype = "auto"  # of the models' computation; auto: bfloat16 on GPU/TPU, float32 on CPU
+    config.remat = False  # recompute activations for the gradient: less memory, more time
+    config.examples = "auto"  # on the device if they fit, else read from records when needed
+    config.steps_per_dispatch = 32  # per dispatch; SIGTERM and progress are handled after each
+    config.cache_dir = ""  # records and features; empty: the workdir. Runs can share one.
     config.data_dir = ""
-    config.strict = False  # whether counts other than the published ones are an error
+    config.strict = False  # whether counts that differ from the published ones are an error
 
-    # What is trained; "student" is enough for Table 4, distill needs teacher, curriculum both.
+    # What is trained. Table 4 needs only "student"; distill needs teacher, and curriculum both.
     config.stages = "teacher,student,distill,curriculum"
 
     # Section 4.3: hubert-large-ll60k, cut or padded to T frames of 20 ms.
     config.frontend = encoder("hubert", "facebook/hubert-large-ll60k")
     config.max_frames = 326 if iemocap else 224
 
-    # Which utterances test, select epochs (validation) and reward the teacher (quiz): ours.
+    # Which utterances are for testing, selecting epochs (validation) and rewarding the teacher
+    # (quiz): ours.
     config.protocol = ConfigDict(
         {
             "split_by": "speaker",  # speaker, session, fold, split, random or file
             "groups_per_fold": 1,  # speakers, sessions or folds held out together
-            "num_folds": 5,  # of split_by=random
-            "file": "",  # of split_by=file: the splits.json of a workdir
+            "num_folds": 5,  # for split_by=random
+            "file": "",  # for split_by=file: the splits.json of a workdir
             "validation": 0.1,  # shares of the training data, stratified
             "quiz": 0.1,
-            "speakers_apart": False,  # validation and quiz of speakers that train does not have
+            "speakers_apart": False,  # whether validation and quiz have speakers of their own
         }
     )
-    # Of the epochs: the best ua, wa or wf1 on the validation part, or the last one; ours.
+    # Which epoch is kept: the best ua, wa or wf1 on the validation part, or the last one; ours.
     config.selection_metric = "ua" if iemocap else "wf1"
 
     config.batch_size = 32
-    config.optimizer = ConfigDict(  # AdamW; all but its name is ours
+    config.optimizer = ConfigDict(  # AdamW; everything except the name is ours
         {
             "weight_decay": 0.01,
             "decayed": "kernels",  # not biases, norms and embeddings; or all
@@ -83,13 +84,13 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.teacher = ConfigDict(
         {
             "input": "waveform",  # or features: the layers read the stored features
-            "frontend": encoder(""),  # of these features, if it is not the student's
+            "frontend": encoder(""),  # of these features, if not the student's
             "model": "facebook/hubert-large-ls960-ft",
             "revision": "",
-            "patch_frames": 0,  # the input frames are what the layers read
+            "patch_frames": 0,  # 0: the layers read the input frames
             "time_pooling": 1,  # frames averaged before they are joined to patches
-            "standardize": False,  # by mean and spread of the training part; patches alone
-            # Ours: with these, Table 7's 302.45M and 301.83M.
+            "standardize": False,  # by mean and spread of the training part; only with patches
+            # Ours: these give Table 7's 302.45M and 301.83M.
             "projector": 1024,
             "classifier_dims": (512, 256) if iemocap else (),
             "dropout": 0.1,  # ours
@@ -100,7 +101,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
         }
     )
 
-    # Section 3.2.1. The widths are ours: with them, Table 7's 11.92M and 11.87M.
+    # Section 3.2.1. The widths are ours: they give Table 7's 11.92M and 11.87M.
     config.student = ConfigDict(
         {
             "kind": "inverted",
@@ -124,7 +125,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     )
     config.contrastive = ConfigDict(
         {
-            "weight": 0.05 if iemocap else 0.2,  # λ; 0 is cross-entropy alone
+            "weight": 0.05 if iemocap else 0.2,  # λ; 0 is cross-entropy only
             "temperature": 0.07 if iemocap else 1.0,  # τ1
             "momentum": 0.999,  # ours
             "queue_size": 1024,  # ours
@@ -137,8 +138,8 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.distill = ConfigDict(
         {
             "alpha": 0.1 if iemocap else 0.5,
-            "beta": 100.0,  # 0 is no PKD
-            "soft": True,  # False drops L^soft and leaves the weights of the other terms
+            "beta": 100.0,  # 0 turns PKD off
+            "soft": True,  # False drops L^soft and keeps the weights of the other terms
             "temperature": 5.0 if iemocap else 6.0,  # τ2
             "direction": "teacher_student",  # KL(p_t || p_s); student_teacher is Eq. 5 as printed
             "learning_rate": 1e-4,
@@ -148,27 +149,27 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     # Section 3.3; its epochs are those of distill.
     config.meta = ConfigDict(
         {
-            # second_order, through the pilot step; second_order_forward, the same by forward
-            # mode; first_order, no gradient through it; none, the teacher stays as it is
+            # second_order: through the pilot step; second_order_forward: the same by forward
+            # mode; first_order: no gradient through the pilot step; none: the teacher is fixed
             "order": "second_order",
             "learning_rate": 1e-3,
-            "pilot_learning_rate": 1e-4,  # ours: that of the student
+            "pilot_learning_rate": 1e-4,  # ours: the student's rate
             "quiz_batch_size": 0,  # 0: batch_size; a smaller one makes a step cheaper
         }
     )
 
-    # Section 3.4; all but learning rate and epochs is ours.
+    # Section 3.4; everything except learning rate and epochs is ours.
     config.curriculum = ConfigDict(
         {
             "learning_rate": 1e-3,
             "epochs": 100,
             "task_by": "difficulty",  # tiers by log-odds of the true class under T'; or class
             "num_tasks": 4,
-            "sampling": "policy",  # or uniform: any task, no curriculum
-            "hold_teacher": True,  # Eq. 12 moves S' by its own term alone
+            "sampling": "policy",  # or uniform: every task equally likely, no curriculum
+            "hold_teacher": True,  # Eq. 12 moves S' through its own term only
             "episode_steps": 16,
             "discount": 0.9,
-            # of the running accuracy and reward that the policy sees, and of its baseline
+            # of the running accuracy and reward that the policy sees, and of the policy's baseline
             "running_rate": 0.1,
             "policy_width": 64,
             "policy_learning_rate": 1e-3,
@@ -179,40 +180,40 @@ def paper(table3: str = "iemocap") -> ConfigDict:
 
 
 def logmel(config: ConfigDict) -> ConfigDict:
-    """Turns a recipe to log-mel frames and models trained from scratch: nothing is downloaded."""
+    """Changes a recipe to log-mel frames and models trained from scratch, without downloads."""
     config.frontend = ConfigDict({"name": "logmel", "num_mels": 40})
     config.contrastive.max_frequency_mask = 5
     return small(config)
 
 
 def whisper(config: ConfigDict) -> ConfigDict:
-    """Turns a recipe to features of a middle layer of Whisper-base, some 0.3 GB to download.
+    """Changes a recipe to features of a middle layer of Whisper-base (a download of some 0.3 GB).
 
-    Teacher and student are trained from scratch on them; the encoder stays as it is.
+    Teacher and student are trained from scratch on these features; the encoder is not trained.
     """
     config.frontend = encoder(*WHISPER)
     config = small(config)
-    # Frames averaged, not joined: ten times fewer weights to fit to some hundred clips.
+    # Frames are averaged, not joined: ten times fewer weights to fit to a few hundred clips.
     config.teacher.update(
         {"time_pooling": 25, "patch_frames": 1, "width": 128, "mlp_dim": 256, "num_layers": 2}
     )
-    # Attention among 512 variates is what costs: one narrow head.
+    # Attention among 512 variates dominates the cost, hence one narrow head.
     config.student.update({"time_pooling": 25, "width": 16, "mlp_dim": 64, "num_heads": 1})
-    # Some 300 steps on 1,500 utterances; 750 give the teacher no more.
+    # Some 300 steps on 1,500 utterances; 750 do not improve the teacher.
     config.teacher.epochs = config.student.epochs = config.distill.epochs = 10
     config.curriculum.update({"learning_rate": 3e-5, "epochs": 4})
     return config
 
 
 def logmel_from_whisper(config: ConfigDict) -> ConfigDict:
-    """The log-mel student, deployed without encoder, of a teacher on Whisper's features."""
+    """A log-mel student, deployed without an encoder, with a teacher on Whisper's features."""
     config = logmel(config)
     config.teacher.frontend = encoder(*WHISPER)
     return config
 
 
 def small(config: ConfigDict) -> ConfigDict:
-    """Models from scratch on features, for a CPU and some hundred to some thousand utterances."""
+    """Models from scratch on features, for a CPU and a few hundred to a few thousand utterances."""
     config.teacher = ConfigDict(
         {
             "input": "features",
@@ -237,8 +238,8 @@ def small(config: ConfigDict) -> ConfigDict:
     )
     config.student.update(
         {
-            # On some hundred clips this readout generalises best, on validation
-            # speakers of EMO-DB: docs/student.md.
+            # With a few hundred clips this readout generalises best to the validation
+            # speakers of EMO-DB; see docs/student.md.
             "readout": "flatten",
             "time_pooling": 10,  # 200 ms
             "width": 64,
@@ -265,7 +266,7 @@ def small(config: ConfigDict) -> ConfigDict:
 
 
 def with_student(config: ConfigDict, kind: str) -> ConfigDict:
-    """Turns a recipe to a student of another kind, of the sizes that are its defaults."""
+    """Changes a recipe to a student of another kind, with that kind's default sizes."""
     kept = {key: config.student[key] for key in STUDENT_SETTINGS}
     defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
     config.student = ConfigDict(defaults | kept | {"kind": kind})
@@ -273,9 +274,9 @@ def with_student(config: ConfigDict, kind: str) -> ConfigDict:
 
 
 def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
-    """Applies what follows the colon in ``--config=configs/X.py:preset``.
+    """Applies the text after the colon in ``--config=configs/X.py:preset``.
 
-    It is one of the presets, a kind of student, or both, as in ``:whisper,inverted``.
+    This is one of the presets, a kind of student, or both, as in ``:whisper,inverted``.
     """
     presets = {"logmel": logmel, "whisper": whisper, "logmel-from-whisper": logmel_from_whisper}
     presets |= {kind: partial(with_student, kind=kind) for kind in STUDENTS}

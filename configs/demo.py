@@ -1,8 +1,8 @@
-"""The whole pipeline on an embedded synthetic corpus: no download, minutes on two CPU cores.
+"""The whole pipeline on an embedded synthetic corpus, without a download.
 
     python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
 
-Expect two minutes on two CPU cores, and a UA of 67 to 75 in every row (chance is 25).
+Expect it to take two minutes on two CPU cores, and a UA of 67 to 75 in every row (chance is 25).
 """
 
 from ml_collections import ConfigDict

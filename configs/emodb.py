@@ -5,11 +5,11 @@
 
 ``EMODB`` is the corpus as its authors ship it: the folder that holds ``wav``.
 
-``:whisper`` takes features of Whisper-base, ``:logmel-from-whisper`` only for the teacher, and
-``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
+``:whisper`` uses features of Whisper-base, ``:logmel-from-whisper`` uses them only for the teacher,
+and ``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
 
-docs/training.md has what to expect, measured on a copy whose recordings are all 2 s long. For
-longer ones raise ``--config.max_frames``.
+docs/training.md says what to expect, measured on a copy whose recordings are all 2 s long. For
+longer recordings raise ``--config.max_frames``.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.protocol.groups_per_fold = 2
     config = common.with_preset(config, preset)
     if preset == "whisper":
-        config.frontend.layer = 2  # best on inner folds, docs/encoders.md
+        config.frontend.layer = 2  # best on inner folds; see docs/encoders.md
         # An epoch is 12 steps.
         config.teacher.epochs = config.student.epochs = config.distill.epochs = 25
         config.curriculum.epochs = 10

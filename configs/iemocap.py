@@ -6,12 +6,12 @@
 ``IEMOCAP_full_release`` is the folder that USC ships, with ``Session1`` to ``Session5``. Leave one
 speaker out instead (10 folds) with ``--config.protocol.split_by=speaker``.
 
-``--config.strict=True`` stops if the counts are not those of Table 1. ``:logmel`` downloads nothing
-and trains from scratch on log-mel frames; ``:whisper`` and ``:logmel-from-whisper`` as in
-``configs/emodb.py``.
+``--config.strict=True`` stops if the counts differ from Table 1. ``:logmel`` downloads nothing
+and trains from scratch on log-mel frames; ``:whisper`` and ``:logmel-from-whisper`` work as
+in ``configs/emodb.py``.
 
-Never run on the corpus itself, which was not available: on small generated corpora in its layout,
-with a tiny HuBERT. The paper reports, of the updated student, UA 71.27 and WA 70.25 (Table 5).
+Not run on the corpus itself, which was not available, but on small generated corpora in its layout,
+with a tiny HuBERT. For the updated student the paper reports UA 71.27 and WA 70.25 (Table 5).
 """
 
 from ml_collections import ConfigDict

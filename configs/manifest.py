@@ -3,8 +3,8 @@
     python -m serkd_jax.main --config=configs/manifest.py:logmel \
         --config.manifest=FILE --workdir=runs/mine
 
-``docs/corpora.md`` goes from a folder of recordings to a trained student; it has the columns, what
-``--config.protocol.split_by`` can hold out, and EmoBox.
+``docs/corpora.md`` goes from a folder of recordings to a trained student. It describes the columns,
+what ``--config.protocol.split_by`` can hold out, and EmoBox.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config = common.paper("iemocap")
     config.corpus = "manifest"
     config.manifest = ""
-    config.label_map = ""  # JSON from the manifest's labels to class names; EmoBox's is found
+    config.label_map = ""  # JSON: labels to class names; EmoBox's is found automatically
     config.speaker_pattern = ""  # regular expression that finds the speaker in the ids
     return common.with_preset(config, preset)

@@ -1,16 +1,16 @@
-"""Runs a program in one or more processes on this machine, and again where it stopped.
+"""Runs a program in one or more processes on this machine, and restarts it where it stopped.
 
     python launch/local.py -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo
     python launch/local.py --processes=2 --cpu-devices=4 -m serkd_jax.main --config=...
 
-To be called in the repository's folder, in an environment with serkd-jax installed. Everything from
--m on goes to Python as it is; of several processes, each is also told where the others are. The
-machine's GPUs are shared out evenly among the processes.
+Call it in the repository's folder, in an environment with serkd-jax installed. Everything from -m
+on is passed to Python unchanged; if there are several processes, each is also told where the others
+are. The machine's GPUs are divided evenly among the processes.
 
-If a process dies, so does the job: the others would wait for it for ever. Then all are started
-again, unless the status says that the user must mend something (1 and 2). SIGTERM and Ctrl-C are
-passed on as SIGTERM, on which the programs save and end with status 75; nothing is started after.
-A second one kills them at once.
+If one process dies, the others are stopped, since they would wait for it for ever. Then all are
+started again, unless the status says that the user must fix something (1 and 2). SIGTERM and Ctrl-C
+are passed on as SIGTERM, on which the programs save and end with status 75; nothing is started
+afterwards. A second signal kills them at once.
 """
 
 import argparse
@@ -24,12 +24,12 @@ import sys
 import threading
 import time
 
-PREEMPTED = 75  # saved, and wants to be started again
-NOT_TRIED_AGAIN = (0, 1, 2)  # done, an error to mend, bad flags
+PREEMPTED = 75  # saved, and asks to be started again
+NOT_TRIED_AGAIN = (0, 1, 2)  # done, an error to fix, bad flags
 
 
 def main() -> int:
-    """Starts the job until it is done, or fails in a way that another try cannot mend."""
+    """Starts the job, repeatedly if needed, until it is done or another try cannot help."""
     args = parse_args()
     environments = [os.environ | extra for extra in extra_environments(args)]
     if args.dry_run:
@@ -40,7 +40,7 @@ def main() -> int:
 
     def on_signal(*_: object) -> None:
         if stop.is_set():
-            sys.exit(128 + signal.SIGINT)  # asked twice: without waiting
+            sys.exit(128 + signal.SIGINT)  # asked twice: end without waiting
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,17 +50,17 @@ def main() -> int:
         status = run_once(make_commands(args), environments, stop, args.grace)
         if stop.is_set() or status in NOT_TRIED_AGAIN:
             break
-        # A preemption is no failure, so it may happen as often as it likes.
+        # Preemptions are not failures, so their number is not limited.
         crashes += status != PREEMPTED
         if crashes == args.tries:
             say(f"given up after {crashes} crashes; what is done is kept")
             break
         say("starts again where it stopped")
-    return status if status >= 0 else 128 - status  # as a shell tells of signals
+    return status if status >= 0 else 128 - status  # as a shell reports signals
 
 
 def parse_args() -> argparse.Namespace:
-    """The launcher's own flags, and in ``command`` what comes after -m."""
+    """The launcher's own flags, with everything after -m in ``command``."""
     usage = "python launch/local.py [flags] -m MODULE [the module's flags]"
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
     add = parser.add_argument
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, else the numbers of all that there are."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, or else the numbers of all GPUs."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     try:
@@ -99,7 +99,7 @@ def visible_gpus() -> list[str]:
 
 
 def extra_environments(args: argparse.Namespace) -> list[dict[str, str]]:
-    """What each process's environment has beside this one's."""
+    """The variables that each process's environment has in addition to this one's."""
     extra = {}
     if args.cpu_devices:
         flag = f"--xla_force_host_platform_device_count={args.cpu_devices}"
@@ -107,7 +107,7 @@ def extra_environments(args: argparse.Namespace) -> list[dict[str, str]]:
         extra["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     if args.processes == 1:
         return [extra]
-    # Their output goes through a pipe: line by line, and not every move of a progress bar.
+    # Their output goes through a pipe: pass it line by line, with few progress-bar updates.
     extra["PYTHONUNBUFFERED"] = "1"
     extra["TQDM_MININTERVAL"] = os.environ.get("TQDM_MININTERVAL", "10")
     if args.cpu_devices:
@@ -123,7 +123,7 @@ def make_commands(args: argparse.Namespace) -> list[list[str]]:
     command = [sys.executable, "-m", *args.command]
     if args.processes == 1:
         return [command]
-    with socket.socket() as free:  # a port of its own each time: the last one may linger
+    with socket.socket() as free:  # a new port each time: the last one may still be in use
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     flags = [f"--coordinator={coordinator}", f"--num_processes={args.processes}"]
@@ -136,16 +136,16 @@ def run_once(
     stop: threading.Event,
     grace: float,
 ) -> int:
-    """Runs the processes until all have ended, and kills those that would not end.
+    """Runs the processes until all have ended, and kills those that do not end in time.
 
     Args:
         commands: one per process.
         environments: one per process.
         stop: when set, the processes are asked to save and end.
-        grace: how many seconds they may take for it; as long as for following one that has saved.
+        grace: how many seconds they may take to do so, or to follow one that has saved and ended.
 
     Returns:
-        The status of the process that failed, negative if by a signal; else 75 or 0.
+        The status of the process that failed, negative if a signal killed it; else 75 or 0.
     """
     several = len(commands) > 1
     processes: list[subprocess.Popen] = []
@@ -175,7 +175,8 @@ def run_once(
         reader.join(timeout=5)
     others = "; the others were stopped" if None in statuses else ""
     if failed:
-        # A signal before a status: that one lost its connection to the other is a consequence.
+        # A signal takes precedence over a status, which may only mean that the connection to the
+        # killed process was lost.
         first = min(failed, key=lambda i: statuses[i])
         say(f"process {first} of {len(processes)} {describe(statuses[first])}{others}")
         return statuses[first]
@@ -187,7 +188,7 @@ def run_once(
 
 
 def start(command: list[str], environment: dict[str, str], piped: bool) -> subprocess.Popen:
-    """Starts a process, out of reach of Ctrl-C, which would stop it before it can save."""
+    """Starts a process that Ctrl-C does not reach, as it would stop before it could save."""
     return subprocess.Popen(
         command,
         env=environment,
@@ -201,10 +202,10 @@ def start(command: list[str], environment: dict[str, str], piped: bool) -> subpr
 
 
 def copy_lines(process: subprocess.Popen, number: int) -> threading.Thread:
-    """Copies a process's output to this one's, each line marked by the process's number."""
+    """Copies a process's output to this one's, each line marked with the process's number."""
 
     def copy() -> None:
-        for line in process.stdout:  # a carriage return ends a line, too
+        for line in process.stdout:  # a carriage return also ends a line
             if line.strip():
                 sys.stdout.write(f"[{number}] {line.rstrip()}\n")
                 sys.stdout.flush()
@@ -222,7 +223,7 @@ def describe(status: int) -> str:
 
 
 def say(message: str) -> None:
-    """Tells the user, on the standard error."""
+    """Prints a message to standard error."""
     print(f"launch/local.py: {message}", file=sys.stderr, flush=True)
 
 

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Runs a program on all hosts of a Cloud TPU slice, and again where it stopped. The slice is created
-# if it is not there, and again after each preemption. To be called in the repository's folder, on
-# any machine that has gcloud, logged in and with a project set:
+# Runs a program on all hosts of a Cloud TPU slice, and restarts it where it stopped. The slice is
+# created if it does not exist, and again after each preemption. Call it in the repository's folder,
+# on any machine that has gcloud, logged in and with a project set:
 #
 #   launch/tpu_vm.sh --name=serkd --zone=us-west4-a --type=v5litepod-16 \
 #     --version=v2-alpha-tpuv5-lite --storage=gs://BUCKET --spot \
 #     -m serkd_jax.main --config=configs/X.py --workdir=/mnt/serkd/runs/X
 #
 # --name, --zone, --type, --version  of the slice (`gcloud compute tpus tpu-vm create --help`)
-# --storage=S   what all hosts mount at /mnt/serkd, for the workdir and the corpus: HOST:/SHARE of
+# --storage=S   what all hosts mount at /mnt/serkd, for the workdir and the corpus: HOST:/SHARE by
 #               NFS (Filestore), or gs://BUCKET by gcsfuse. A bucket needs a hierarchical namespace
 #               (`gcloud storage buckets create --enable-hierarchical-namespace
-#               --uniform-bucket-level-access`): without it, folders are not renamed at once, and
-#               a checkpoint is finished by that.
+#               --uniform-bucket-level-access`): without it, renaming a folder is not atomic,
+#               and a checkpoint is completed by a rename.
 # --spot        a cheaper slice that may be preempted
-# --tries=K     gives up after K crashes (default 3); preemptions do not count
-# --dry-run     prints the gcloud commands of one round, and runs none
+# --tries=K     give up after K crashes (default 3); preemptions do not count
+# --dry-run     print the gcloud commands of one round, and run none
 #
-# The committed state of the repository (HEAD) is what is installed. Ctrl-C asks the run to save and
-# end. After a lost connection, call this again: it goes on from the last checkpoint. The slice is
-# kept and costs money until it is deleted; the command for it is printed.
+# The committed state of the repository (HEAD) is installed. Ctrl-C asks the run to save and end.
+# After a lost connection, call this script again: it continues from the last checkpoint. The slice
+# is kept and costs money until it is deleted; the command for that is printed.
 #
-# Never run on a TPU where this was written: tested with a stand-in for gcloud, and against the
-# options and the source of gcloud 528.
+# Not yet run on a TPU: tested with a stand-in for gcloud, and against the options and the source of
+# gcloud 528.
 set -uo pipefail
 
 spot='' dry='' tries=3 name='' zone='' type='' version='' storage=''
@@ -59,8 +59,8 @@ state() { tpu describe "$name" --format='value(state)' 2>/dev/null || echo ABSEN
 create() { tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+"$spot"}; }
 delete() { tpu delete "$name" --quiet; }
 
-# Returns when the slice is ready, creating it if need be. After a preemption there may be no room
-# for it for hours, so it asks again and again; the first time, a failure is rather a wrong flag.
+# Returns when the slice is ready, creating it if needed. After a preemption there may be no
+# capacity for hours, so it asks repeatedly; the first time, a failure rather means a wrong flag.
 existed='' installed=''
 get_slice() {
   while true; do
@@ -88,8 +88,8 @@ get_slice() {
   existed=yes
 }
 
-# uv brings a Python: that of the TPU images is too old. Looking at the bucket's files anew each
-# time (ttl 0) shows every host what the others have written.
+# uv provides a Python, as that of the TPU images is too old. Without metadata caching (ttl 0) every
+# host sees what the others have written to the bucket.
 mount_gs="sudo apt-get -qq install -y curl lsb-release
 echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
 curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
@@ -119,8 +119,8 @@ install_project() {
   return "$status"
 }
 
-# gcloud starts a command again if its connection is lost, while the first may still run; so it
-# leaves its number, by which it can be stopped.
+# gcloud starts a command again if its connection is lost, while the first may still be running. So
+# the command stores its process id, by which it can be stopped.
 run="cd serkd-jax && . .venv/bin/activate
 pkill -KILL -F run.pid python 2>/dev/null; echo \$\$ >run.pid
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30 JAX_COMPILATION_CACHE_DIR=/mnt/serkd/jax-cache
@@ -146,7 +146,7 @@ while true; do
   { [ -n "$installed" ] || install_project; } && installed=yes && on_all_hosts "$run"
   status=$?
   if [ "$status" = 0 ]; then exit 0; fi
-  [ "$(state)" = READY ] || continue # whatever the status is, that is why
+  [ "$(state)" = READY ] || continue # whatever the status is, the lost slice is the cause
   case "$status" in
     1 | 2) exit "$status" ;;
     75) continue ;;
