@@ -50,7 +50,7 @@ PLACE_KEYS += ("steps_per_dispatch", "remat")
 
 
 def chosen_stages(config: ConfigDict) -> list[str]:
-    """The names in ``config.stages``, separated by commas."""
+    """The names in `config.stages`, separated by commas."""
     return [name.strip() for name in config.stages.split(",")]
 
 
@@ -108,7 +108,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
-    """The type of the models' computation; for ``auto`` float32 on a CPU, else bfloat16."""
+    """The type of the models' computation; for `auto` float32 on a CPU, else bfloat16."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if device.platform == "cpu" else "bfloat16"

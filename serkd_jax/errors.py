@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class UserError(ValueError):
     """Bad input or configuration; the message names the file or key and the remedy.
 
-    ``serkd_jax.main`` prints it without a stack trace.
+    `serkd_jax.main` prints it without a stack trace.
     """
 
 

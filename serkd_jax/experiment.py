@@ -1,6 +1,6 @@
 """The pipeline: records, features, then per fold the four stages of Section 3, then results.
 
-Every part that is done is reused. :meth:`Experiment.run_fold` is the paper's order of training.
+Every part that is done is reused. `Experiment.run_fold` is the paper's order of training.
 """
 
 import hashlib
@@ -250,13 +250,13 @@ class Experiment:
         rows_of: Callable[[range], Any],
         logits: Callable[[Any, np.ndarray], np.ndarray] | None = None,
     ) -> Any:
-        """Trains a stage that starts from what its ``init`` takes beside a key.
+        """Trains a stage that starts from what its `init` takes beside a key.
 
         Args:
             fold: whose parts it sees.
             kind: of the stage.
             frozen: what no step changes.
-            start: what ``init`` takes.
+            start: what `init` takes.
             examples: what it trains on.
             rows_of: steps -> the rows that they train on.
             logits: (state, rows) -> logits to validate by; by default those of its student.
@@ -303,7 +303,7 @@ class Experiment:
     def _student_logits(
         self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
     ) -> np.ndarray:
-        """(n, C) logits of the utterances ``rows`` by the student in a stage's state."""
+        """(n, C) logits of the utterances `rows` by the student in a stage's state."""
         variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
         trained = variables, self.statistics[fold.name]
         return self.programs.student_predict(trained, self.features, rows).logits
@@ -402,7 +402,7 @@ def prepare_experiment(
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Refuses ``config.stages`` that are not there, or lack what they start from.
+    """Refuses `config.stages` that are not there, or lack what they start from.
 
     Raises:
         UserError: names the key and what it may be.

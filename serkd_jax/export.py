@@ -1,4 +1,4 @@
-"""Exports a trained student: ``python -m serkd_jax.export --workdir=W --fold=K --out=DIR``.
+"""Exports a trained student: `python -m serkd_jax.export --workdir=W --fold=K --out=DIR`.
 
 DIR becomes a folder that runs without checkpoint and TensorFlow, and a valid model repository for
 the Hugging Face hub. Every format is run on the fold's test utterances, and the model card says how

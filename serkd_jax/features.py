@@ -1,10 +1,10 @@
-"""Features of any audio: ``python -m serkd_jax.features --model=M --input=IN --out=DIR``.
+"""Features of any audio: `python -m serkd_jax.features --model=M --input=IN --out=DIR`.
 
 M is a HuBERT, wav2vec 2.0, WavLM or Whisper; its config.json says which. IN is a folder or a
-manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has ``id``
-(the path relative to the input), ``features`` (frames x width, float16) and ``num_frames``. Started
+manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has `id`
+(the path relative to the input), `features` (frames x width, float16) and `num_frames`. Started
 again after it was killed, it goes on. Several processes share the work: start the same command in
-each, with ``--coordinator``.
+each, with `--coordinator`.
 """
 
 import json

@@ -14,7 +14,7 @@ from serkd_jax.errors import UserError
 
 
 def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
-    """Writes a file, and the folders above it; with ``by_each``, every process writes its own."""
+    """Writes a file, and the folders above it; with `by_each`, every process writes its own."""
     if not (by_each or parallel.is_first_process()):
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,8 +79,8 @@ def soft_label_divergence(
         student_logits: (B, C).
         teacher_logits: (B, C).
         temperature: τ2.
-        direction: ``teacher_student`` is KL(p_t || p_s), what Eqs. 6 and 7 are as arguments of
-            PyTorch's ``kl_div``; ``student_teacher`` is Eq. 5 as printed, KL(p_s || p_t).
+        direction: `teacher_student` is KL(p_t || p_s), what Eqs. 6 and 7 are as arguments of
+            PyTorch's `kl_div`; `student_teacher` is Eq. 5 as printed, KL(p_s || p_t).
     """
     log_s = jax.nn.log_softmax(student_logits / temperature)
     log_t = jax.nn.log_softmax(teacher_logits / temperature)

@@ -1,4 +1,4 @@
-"""Runs an experiment: ``python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo``."""
+"""Runs an experiment: `python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo`."""
 
 import platform
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""A page to try an exported model: ``python -m serkd_jax.page --model=DIR``, then open its address.
+"""A page to try an exported model: `python -m serkd_jax.page --model=DIR`, then open its address.
 
 Record or upload speech and see the emotions, of the whole and over time. It listens on this machine
 alone unless --host says otherwise, and keeps no recording for longer than an hour.

@@ -1,4 +1,4 @@
-"""Emotions of recordings: ``python -m serkd_jax.predict --model=DIR FILES AND FOLDERS``.
+"""Emotions of recordings: `python -m serkd_jax.predict --model=DIR FILES AND FOLDERS`.
 
     from serkd_jax.predict import load_model
     model = load_model("DIR")  # an exported folder, or its name on the Hugging Face hub

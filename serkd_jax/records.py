@@ -3,8 +3,8 @@
     python -m serkd_jax.records --corpus=iemocap --data_dir=IEMOCAP_full_release --cache_dir=DIR
 
 DIR gets the records as TFRecords that `tfds.builder_from_directory` opens; with
-``--config.cache_dir=DIR`` a run of `serkd_jax.main` finds them there. The table on the terminal has
-the utterances of each class beside those of the paper's Table 1 or 2; with ``--strict`` a
+`--config.cache_dir=DIR` a run of `serkd_jax.main` finds them there. The table on the terminal has
+the utterances of each class beside those of the paper's Table 1 or 2; with `--strict` a
 difference is an error.
 """
 

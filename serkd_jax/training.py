@@ -39,11 +39,11 @@ class Training:
         init: makes the state before the first step.
         frozen: the state's part that no step changes; checkpoints do not have it.
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
-            :func:`serkd_jax.distributed.parallel.compile_steps`.
-        take: steps -> (data, rows) of ``steps_per_dispatch`` steps, from the first of these.
+            `serkd_jax.distributed.parallel.compile_steps`.
+        take: steps -> (data, rows) of `steps_per_dispatch` steps, from the first of these.
         validate: state -> validation metrics.
         selection_metric: the validation metric whose best epoch is the stage's result, or
-            ``last`` for the last epoch.
+            `last` for the last epoch.
         rng: the stage's key; the step folds in the step number.
         learning_rate: steps taken -> that of the next one.
         profile: whether to trace some steps.
@@ -68,8 +68,8 @@ class Training:
 def train(run: Training, directory: Path) -> Any:
     """Trains what is left of a stage and returns the state of its selected epoch.
 
-    Writes ``checkpoints/`` (the latest epoch and the best one, by their last step),
-    ``metrics.jsonl`` (a line an epoch) and TensorBoard events to ``directory``; with ``profile``
+    Writes `checkpoints/` (the latest epoch and the best one, by their last step),
+    `metrics.jsonl` (a line an epoch) and TensorBoard events to `directory`; with `profile`
     also a trace of the second dispatch, or of the only one, for TensorBoard's profiler or Perfetto.
     Stopped at any moment and called again, it goes on from the last step that was saved, and ends
     with the same numbers.
@@ -105,7 +105,7 @@ def _train_epochs(
     checkpoints: ocp.CheckpointManager,
     directory: Path,
 ) -> None:
-    """Takes the steps after ``done``; ``history`` is that of the epoch that ``done`` is in."""
+    """Takes the steps after `done`; `history` is that of the epoch that `done` is in."""
     start, begun = time.monotonic(), done
     planned = list(_dispatches(run, done))
     traced = planned[:2][-1] if run.profile and parallel.is_first_process() else None
@@ -141,7 +141,7 @@ def _train_epochs(
 
 
 def _dispatches(run: Training, done: int) -> Iterator[range]:
-    """The steps after ``done`` in parts that are dispatched at once and end with the epochs."""
+    """The steps after `done` in parts that are dispatched at once and end with the epochs."""
     for epoch in range(done // run.steps_per_epoch, run.epochs):
         end = (epoch + 1) * run.steps_per_epoch
         while done < end:
@@ -254,7 +254,7 @@ def load_selected(directory: Path) -> dict[str, Any]:
 def _restore(
     checkpoints: ocp.CheckpointManager, title: str, step: int, template: Any = None
 ) -> tuple[Any, History]:
-    """The state after ``step`` as NumPy arrays, and the metrics of the epoch so far."""
+    """The state after `step` as NumPy arrays, and the metrics of the epoch so far."""
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(template), history=ocp.args.JsonRestore()
     )

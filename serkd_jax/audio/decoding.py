@@ -44,17 +44,17 @@ def read_audio(
     Other rates than 16 kHz are resampled by soxr.
 
     Args:
-      path: of the file.
-      max_samples: of the audio returned; of a longer file, no more than the beginning is decoded.
-      start: seconds, where to begin.
-      end: seconds, where to stop; None means the end of the file.
+        path: of the file.
+        max_samples: of the audio returned; of a longer file, no more than the beginning is decoded.
+        start: seconds, where to begin.
+        end: seconds, where to stop; None means the end of the file.
 
     Returns:
-      float32 (num_samples,), 16 kHz mono, full scale is 1.
+        float32 (num_samples,), 16 kHz mono, full scale is 1.
 
     Raises:
-      AudioError: the file is missing, unreadable, truncated, empty, shorter than 400 samples,
-        silent, has no audio track, ends before `end`, or holds NaN or infinity.
+        AudioError: the file is missing, unreadable, truncated, empty, shorter than 400 samples,
+            silent, has no audio track, ends before `end`, or holds NaN or infinity.
     """
     path = check_file(path)
     if not 0 <= start < (math.inf if end is None else end):
@@ -86,7 +86,7 @@ def check_file(path: str | os.PathLike) -> Path:
     """Returns the path if there is a file with something in it.
 
     Raises:
-      AudioError: there is none, or it has no bytes.
+        AudioError: there is none, or it has no bytes.
     """
     path = Path(path)
     if not path.is_file():
@@ -164,7 +164,7 @@ def find_audio(folder: Path) -> Iterator[Path]:
     """The audio files below a folder, by their suffixes.
 
     Raises:
-      UserError: a folder in it cannot be listed.
+        UserError: a folder in it cannot be listed.
     """
 
     def refuse(error: OSError) -> None:

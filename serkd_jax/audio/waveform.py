@@ -19,7 +19,7 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
     """Returns float (num_samples,) 16 kHz audio unchanged, or says why it cannot be used.
 
     Raises:
-      AudioError: names the audio by `name`; see `read_audio`.
+        AudioError: names the audio by `name`; see `read_audio`.
     """
     if len(audio) == 0:
         raise AudioError(f"{name}: holds no samples; remove it or copy it from the corpus again")

@@ -48,7 +48,7 @@ def text_features(names: Iterable[str]) -> dict[str, tfds.features.FeatureConnec
 
 
 def label_feature(class_names: Collection[str]) -> dict[str, tfds.features.FeatureConnector]:
-    """For TFDS: ``label`` as a class's number; nothing if there are no classes."""
+    """For TFDS: `label` as a class's number; nothing if there are no classes."""
     names = list(class_names)
     return {"label": tfds.features.ClassLabel(names=names)} if names else {}
 

@@ -22,14 +22,14 @@ def check_counts(
     """The report on a corpus: counts as a Markdown table, then what was left out and why.
 
     Args:
-      table: of the records.
-      corpus: what they were made of, listed.
-      strict: whether other counts than the published ones are an error. Utterances that no copy
-        of the corpus has (`KNOWN_FLAWS`) are not.
-      most_named: how many skipped files the report names; None means all.
+        table: of the records.
+        corpus: what they were made of, listed.
+        strict: whether other counts than the published ones are an error. Utterances that no copy
+            of the corpus has (`KNOWN_FLAWS`) are not.
+        most_named: how many skipped files the report names; None means all.
 
     Raises:
-      CountsError: strict, and the counts differ, or none are published.
+        CountsError: strict, and the counts differ, or none are published.
     """
     if corpus.PUBLISHED:
         lines, differ = _compared_counts(table, corpus)

@@ -14,7 +14,7 @@ SHARE_OF_MEMORY = 0.4  # of a device, for the examples; the rest is for states a
 
 
 def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[int]) -> np.ndarray:
-    """The batches (len(steps), B) of ``steps`` from an endless stream of shuffled passes over rows.
+    """The batches (len(steps), B) of `steps` from an endless stream of shuffled passes over rows.
 
     A function of (seed, step), so that a resumed run sees the same. Every pass holds each row
     once; a batch may end one pass and begin the next, so that no row is left out and any number
@@ -28,7 +28,7 @@ def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[
 
 
 def sample_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-    """A batch drawn anew at ``step``, each row at most once more often than any other."""
+    """A batch drawn anew at `step`, each row at most once more often than any other."""
     rng = np.random.default_rng([*seed, step])
     passes = -(-batch_size // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:batch_size]
@@ -40,9 +40,9 @@ class Examples:
 
     Attributes:
         columns: (n, ...) arrays by their name in `serkd_jax.stages.common.Batch`, of all
-            utterances; without ``inputs`` if these are read.
+            utterances; without `inputs` if these are read.
         devices: of all processes.
-        read: (m,) rows -> their (m, ...) inputs, from records; None if ``columns`` has them, a
+        read: (m,) rows -> their (m, ...) inputs, from records; None if `columns` has them, a
             copy on each device.
     """
 
@@ -57,7 +57,7 @@ class Examples:
         return replace(self, columns=self.columns | columns)
 
     def chunks(self, size: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Row numbers, inputs and lengths of all utterances, ``size`` at a time; NumPy arrays."""
+        """Row numbers, inputs and lengths of all utterances, `size` at a time; NumPy arrays."""
 
         def read(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             rows = np.arange(start, min(start + size, len(self.columns["length"])))
@@ -68,7 +68,7 @@ class Examples:
         return read_ahead(read, range(0, len(self.columns["length"]), size))
 
     def take(self, rows: Any) -> tuple[Any, Any]:
-        """What a program of `serkd_jax.distributed.parallel` needs for a tree of (..., B) ``rows``.
+        """What a program of `serkd_jax.distributed.parallel` needs for a tree of (..., B) `rows`.
 
         Returns:
             Columns, and the rows' places in them: the whole corpus, or what this process's share
@@ -91,7 +91,7 @@ class Examples:
 
 
 def are_resident(choice: str, num_bytes: int, devices: list[jax.Device]) -> bool:
-    """Whether the examples are to be on the devices: as chosen, or for ``auto`` if they fit."""
+    """Whether the examples are to be on the devices: as chosen, or for `auto` if they fit."""
     fits = num_bytes <= SHARE_OF_MEMORY * parallel.memory_of_device(devices)
     return bool(parallel.of_first_process(choice == "device" or (choice == "auto" and fits)))
 

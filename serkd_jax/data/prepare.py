@@ -41,14 +41,14 @@ def prepare_records(
     processes of its own.
 
     Args:
-      corpus: what to write.
-      cache_dir: where; the same for `--config.cache_dir`.
-      beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
-        are none, this machine's cores share the work.
+        corpus: what to write.
+        cache_dir: where; the same for `--config.cache_dir`.
+        beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
+            are none, this machine's cores share the work.
 
     Raises:
-      CorpusError: the corpus cannot be listed, or none of its files can be used.
-      RecordsError: a process was killed, or Beam failed.
+        CorpusError: the corpus cannot be listed, or none of its files can be used.
+        RecordsError: a process was killed, or Beam failed.
     """
     root = Path(cache_dir) / "records" / f"{corpus.name}-{corpus.fingerprint}"
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
@@ -66,15 +66,15 @@ def open_examples(
     """The utterances of a corpus with one array of records as their inputs.
 
     Args:
-      folder: audio records or features.
-      name: `audio` or `features`.
-      length: samples or frames; what is longer is cut.
-      table: of the corpus.
-      devices: of all processes.
-      resident: whether they are put on the devices, or read from the records when needed.
+        folder: audio records or features.
+        name: `audio` or `features`.
+        length: samples or frames; what is longer is cut.
+        table: of the corpus.
+        devices: of all processes.
+        resident: whether they are put on the devices, or read from the records when needed.
 
     Raises:
-      RecordsError: the folder does not hold the table's utterances, or is damaged.
+        RecordsError: the folder does not hold the table's utterances, or is damaged.
     """
     if resident:
         ids, inputs, lengths = load_arrays(folder, name, length)
@@ -101,17 +101,17 @@ def prepare_features(
     """Writes the features of all utterances of a corpus, unless they are there.
 
     Args:
-      records_dir: audio records, from `prepare_records`.
-      frontend: see `serkd_jax.encoders.frontends`.
-      max_frames: T, at 50 frames a second.
-      cache_dir: the folder is made in `cache_dir/features/`.
-      shard_size: see `extract_features`.
+        records_dir: audio records, from `prepare_records`.
+        frontend: see `serkd_jax.encoders.frontends`.
+        max_frames: T, at 50 frames a second.
+        cache_dir: the folder is made in `cache_dir/features/`.
+        shard_size: see `extract_features`.
 
     Returns:
-      Their folder.
+        Their folder.
 
     Raises:
-      RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
+        RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
     """
     source = RecordsSource(records_dir)
     settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
@@ -137,16 +137,16 @@ def extract_features(
     what they were made with and which utterances were skipped, with the reasons.
 
     Args:
-      source: the utterances.
-      frontend: see `serkd_jax.encoders.frontends`.
-      max_frames: of an utterance, at 50 frames a second; what follows in a longer one is not read.
-      folder: must not be there, or be what an earlier call with the same arguments has made.
-      shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
-      skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
+        source: the utterances.
+        frontend: see `serkd_jax.encoders.frontends`.
+        max_frames: frames read of an utterance, at 50 a second; the rest of a longer one is not.
+        folder: must not be there, or be what an earlier call with the same arguments has made.
+        shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
+        skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
 
     Raises:
-      RecordsError: the folder holds something else, no utterance can be used, or there are bad
-        features and they are not to be skipped.
+        RecordsError: the folder holds something else, no utterance can be used, or there are bad
+            features and they are not to be skipped.
     """
     shard_size = shard_size or int(np.clip(SHARD_FRAMES // max_frames, 1, 256))
     settings = {

@@ -61,7 +61,7 @@ class Description:
     Attributes:
         name: of the dataset.
         fields: of each example, by name.
-        class_names: of the numbers in ``label``; empty where that is text, or not there.
+        class_names: of the numbers in `label`; empty where that is text, or not there.
         shards: the TFRecord files and how many examples each has, in the stored order: by the
             name of the split, then by number.
         metadata: what the writer added.
@@ -219,7 +219,7 @@ def load_arrays(
 
     Returns:
         ids (n,) str, sorted; arrays (n, length, ...) in their own dtype; their lengths (n,) int32,
-        at most ``length``.
+        at most `length`.
 
     Raises:
         RecordsError: the folder is missing or damaged.
@@ -238,7 +238,7 @@ def load_arrays(
 def load_lengths(
     folder: str | os.PathLike, name: str, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and lengths as of :func:`load_arrays`; ``name`` is num_samples, or num_frames."""
+    """Ids and lengths as of `load_arrays`; `name` is num_samples, or num_frames."""
     examples = list(read_examples(folder, ("id", name)))
     ids = np.array([example["id"] for example in examples], str)
     return ids, np.array([min(example[name], length) for example in examples], np.int32)
@@ -247,7 +247,7 @@ def load_lengths(
 class RandomReader:
     """One array of any examples, in any order, for corpora that fit in no memory.
 
-    Called with (m,) row numbers, as :func:`read_examples` counts them, it gives the arrays
+    Called with (m,) row numbers, as `read_examples` counts them, it gives the arrays
     (m, length, ...), cut or zero-padded.
     """
 

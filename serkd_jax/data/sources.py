@@ -111,12 +111,12 @@ class AudioFiles:
         """Lists the files; decodes nothing.
 
         Args:
-          place: a folder, or a CSV or JSONL manifest with a column path.
-          data_dir: where the relative paths of a manifest begin; None means beside it.
+            place: a folder, or a CSV or JSONL manifest with a column path.
+            data_dir: where the relative paths of a manifest begin; None means beside it.
 
         Raises:
-          CorpusError: there is nothing to list, a row has no path, two have the same, or a name
-            is not UTF-8.
+            CorpusError: there is nothing to list, a row has no path, two have the same, or a name
+                is not UTF-8.
         """
         place = Path(place)
         if place.is_dir():

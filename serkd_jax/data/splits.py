@@ -21,7 +21,7 @@ class Fold:
     """Row numbers of one fold's parts; no row is in two of them.
 
     Attributes:
-        name: ``1``, ``2``, ...
+        name: `1`, `2`, ...
         held_out: what the test part consists of, for people.
         train: rows that the stages train on.
         quiz: rows of the training data that the meta-teacher is fitted to, and no student.
@@ -51,13 +51,13 @@ def make_folds(
 
     Args:
         labels: (n,) int classes.
-        columns: ``id``, ``speaker``, ``session``, ``fold`` and ``split``, n strings each.
-        config: ``split_by``: ``speaker``, ``session`` or ``fold`` hold out ``groups_per_fold``
-            of that column's values in turn; ``split`` is one fold by the corpus's own train, dev
-            and test; ``random`` is ``num_folds`` stratified folds that ignore speakers; ``file``
-            reads ``file``, which `folds_as_json` made. ``validation`` and ``quiz`` are shares of
-            the training data, stratified by class; with ``speakers_apart`` they are of speakers
-            that the rest of the training data does not have. Half of ``quiz`` is the reward part.
+        columns: `id`, `speaker`, `session`, `fold` and `split`, n strings each.
+        config: `split_by`: `speaker`, `session` or `fold` hold out `groups_per_fold`
+            of that column's values in turn; `split` is one fold by the corpus's own train, dev
+            and test; `random` is `num_folds` stratified folds that ignore speakers; `file`
+            reads `file`, which `folds_as_json` made. `validation` and `quiz` are shares of
+            the training data, stratified by class; with `speakers_apart` they are of speakers
+            that the rest of the training data does not have. Half of `quiz` is the reward part.
         seed: of the random choices.
 
     Raises:
@@ -157,7 +157,7 @@ def _draw_folds(
 
 
 def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tuple]:
-    """Test parts that hold out ``groups_per_fold`` of the column's values each."""
+    """Test parts that hold out `groups_per_fold` of the column's values each."""
     values = np.asarray(values)
     _refuse_empty(f"split_by={column}", column, values)
     # Fold 10 comes after fold 9.
@@ -198,7 +198,7 @@ def _refuse_empty(setting: str, column: str, values: np.ndarray) -> None:
 
 
 def _deal(labels: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Deals each class's rows to ``num_folds`` parts of equal size; (n,) part numbers."""
+    """Deals each class's rows to `num_folds` parts of equal size; (n,) part numbers."""
     part = np.empty(len(labels), int)
     dealt = 0
     for label in np.unique(labels):
@@ -215,7 +215,7 @@ def _draw_share(
     share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """About ``share`` of each class among ``rows``; of whole speakers where these are given."""
+    """About `share` of each class among `rows`; of whole speakers where these are given."""
     if speakers is not None and share > 0 and len(rows):
         return _whole_speakers(rows, labels, speakers, share, rng)
     classes, sizes = np.unique(labels[rows], return_counts=True)
@@ -241,7 +241,7 @@ def _whole_speakers(
     share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """All rows of some speakers: of 100 draws the nearest to ``share`` of every class."""
+    """All rows of some speakers: of 100 draws the nearest to `share` of every class."""
     names, speaker = np.unique(speakers[rows], return_inverse=True)
     if len(names) < 2:
         raise UserError(

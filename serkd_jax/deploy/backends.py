@@ -35,8 +35,8 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
 
     Args:
         folder: of the model.
-        config: its ``config.json``.
-        form: one of `FILES`; ``safetensors`` runs in Flax.
+        config: its `config.json`.
+        form: one of `FILES`; `safetensors` runs in Flax.
         threads: for ONNX and LiteRT; 0 lets them choose. JAX takes what the process may use.
 
     Raises:
@@ -114,7 +114,7 @@ def make_apply(config: ModelConfig, **options: Any) -> Callable:
 
 
 def read_variables(path: Path, config: ModelConfig) -> Variables:
-    """Float32 NumPy arrays, from ``model.safetensors``.
+    """Float32 NumPy arrays, from `model.safetensors`.
 
     Raises:
         UserError: the tensors are not those of the configuration, not finite, or a spread is not
@@ -154,7 +154,7 @@ def read_variables(path: Path, config: ModelConfig) -> Variables:
 
 
 def flat_variables(variables: Variables) -> dict[str, Any]:
-    """By the names that they have in ``model.safetensors``."""
+    """By the names that they have in `model.safetensors`."""
     from flax import traverse_util
 
     rest = {"statistics": vars(variables.statistics), "batch_stats": variables.batch_stats}

@@ -36,7 +36,7 @@ class Scores(NamedTuple):
 
 
 def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> str:
-    """The text of the card for the files that are in ``folder``."""
+    """The text of the card for the files that are in `folder`."""
     labels, config = trained.config.labels, trained.config
     corpus, row = trained.results["corpus"], trained.row.replace("_", " ")
     scores = _scores(trained)

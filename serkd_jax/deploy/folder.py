@@ -1,4 +1,4 @@
-"""The exported folder and its ``config.json``, which is read as what a stranger may have written.
+"""The exported folder and its `config.json`, which is read as what a stranger may have written.
 
 No path is ever taken from the configuration: every file has a fixed name.
 """
@@ -57,8 +57,8 @@ class ModelConfig:
         labels: C names, in the order of the logits.
         max_frames: T that the model takes, at 50 a second: the length of a window.
         num_features: N.
-        student: its ``kind`` and sizes, which are checked where they are used, by `make_student`.
-        frontend: ``name``, ``fingerprint``, and the settings of `LogMel` or `Pretrained`.
+        student: its `kind` and sizes, which are checked where they are used, by `make_student`.
+        frontend: `name`, `fingerprint`, and the settings of `LogMel` or `Pretrained`.
         trained: on what and how, for people.
     """
 
@@ -70,7 +70,7 @@ class ModelConfig:
     trained: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """The text of ``config.json``."""
+        """The text of `config.json`."""
         known = {"format": VERSION, "labels": list(self.labels), "sample_rate": logmel.SAMPLE_RATE}
         sizes = {"max_frames": self.max_frames, "num_features": self.num_features}
         parts = {"frontend": self.frontend, "student": self.student, "trained": self.trained}
@@ -100,7 +100,7 @@ def find_folder(model: str | Path, revision: str | None, form: str) -> Path:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Reads and checks ``config.json``.
+    """Reads and checks `config.json`.
 
     Raises:
         UserError: it is not there, or is not what an export has written.

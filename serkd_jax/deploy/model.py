@@ -199,7 +199,7 @@ def load_model(
     """Loads an exported model.
 
     Args:
-        model: a folder from ``serkd_jax.export``, or a name on the Hugging Face hub.
+        model: a folder from `serkd_jax.export`, or a name on the Hugging Face hub.
         format: which of its files: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
             onnx-int8, tflite or tflite-int8.
         revision: branch, tag or commit on the hub.

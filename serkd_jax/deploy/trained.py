@@ -37,8 +37,8 @@ class Trained:
         workdir: of the run.
         fold: its name.
         row: one of `STUDENT_ROWS`.
-        results: the run's ``results.json``.
-        predictions: of every fold, ``ids``, ``label`` and logits by row.
+        results: the run's `results.json`.
+        predictions: of every fold, `ids`, `label` and logits by row.
         config: of the exported model.
         variables: the student's parameters and the statistics of its features; NumPy arrays.
         frontend: that it was trained on.

@@ -61,7 +61,7 @@ def of_first_process(tree: Any) -> Any:
 
 
 def wait_for_processes(name: str) -> None:
-    """Returns when all processes have come here; ``name`` is of this place, and used once."""
+    """Returns when all processes have come here; `name` is of this place, and used once."""
     if jax.process_count() > 1:
         everyone = set(range(jax.process_count()))
         # A week: the time between the first and the last is that of the work they share.
@@ -72,7 +72,7 @@ def wait_for_file(path: Path, name: str, option: str) -> None:
     """Returns when all processes have come here and see a file that the first has written.
 
     Raises:
-        UserError: this one does not see it; ``option`` is what the user says where it is by.
+        UserError: this one does not see it; `option` is what the user says where it is by.
     """
     wait_for_processes(name)
     if not path.exists():
@@ -83,7 +83,7 @@ def wait_for_file(path: Path, name: str, option: str) -> None:
 
 
 def device_mean(tree: Any, axis: str | None) -> Any:
-    """Mean of every array over the mapped axis; the identity where ``axis`` is None."""
+    """Mean of every array over the mapped axis; the identity where `axis` is None."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
@@ -95,7 +95,7 @@ def device_gather(tree: Any, axis: str | None) -> Any:
 
 
 def choose_devices(num_devices: int, batch_sizes: dict[str, int]) -> list[jax.Device]:
-    """The first ``num_devices`` devices, or for 0 all of them, those of all processes.
+    """The first `num_devices` devices, or for 0 all of them, those of all processes.
 
     Args:
         num_devices: how many.
@@ -146,7 +146,7 @@ def compile_steps(
     whole epochs and what is left of one, so its bits do not depend on where a run was cut.
 
     Args:
-        make_step: makes the pure ``step(state, batch, rng) -> (state, metrics)`` from the name of
+        make_step: makes the pure `step(state, batch, rng) -> (state, metrics)` from the name of
             the device axis (None on one device). On several, the step sees its share of the batch
             and must return the same state and metrics on each.
         devices: where it runs; with several processes, those of all.
@@ -155,7 +155,7 @@ def compile_steps(
 
     Returns:
         A function of (state, data, rows, count, rng), with data and rows from `Examples.take`,
-        that takes the first ``count`` of the S steps that rows have. It returns the state and the
+        that takes the first `count` of the S steps that rows have. It returns the state and the
         metrics, each (S,). The state's buffers are donated.
     """
 
@@ -184,7 +184,7 @@ def compile_steps(
 
 
 def compile_map(function: Callable[[Any, Any], Any], devices: list[jax.Device]) -> Callable:
-    """Compiles ``function(params, batch)`` for as many batches at once as there are devices.
+    """Compiles `function(params, batch)` for as many batches at once as there are devices.
 
     Returns:
         A function of (params, batches), which have a leading axis for the devices, as have the
@@ -210,11 +210,11 @@ def _local_mesh(devices: list[jax.Device]) -> Mesh:
 def compile_predict(
     predict: Callable[[Any, Any], Any], devices: list[jax.Device], *, shared_data: bool = True
 ) -> Callable[[Any, Any, Any], Any]:
-    """Compiles ``predict(params, batch) -> outputs`` for one device or several.
+    """Compiles `predict(params, batch) -> outputs` for one device or several.
 
     Returns:
         A function of (params, data, rows), with data and rows from
-        :func:`serkd_jax.data.examples.Examples.take`; the outputs are of the whole batch.
+        `serkd_jax.data.examples.Examples.take`; the outputs are of the whole batch.
     """
 
     def make_run(axis: str | None) -> Callable:
@@ -230,7 +230,7 @@ def share_of_batch(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
 
 
 def _gather(data: Any, rows: Any) -> Any:
-    """The batch of each array of row numbers in the tree ``rows``."""
+    """The batch of each array of row numbers in the tree `rows`."""
     return jax.tree.map(lambda x: {name: column[x] for name, column in data.items()}, rows)
 
 

@@ -28,7 +28,7 @@ _calls = itertools.count()
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the program with ``EXIT_STATUS``, when what it does is saved.
+    """From now on SIGTERM ends the program with `EXIT_STATUS`, when what it does is saved.
 
     Call it in the main thread, after the processes have joined.
     """
@@ -47,7 +47,7 @@ def listen() -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Within it a notice does not end the program; the caller asks :func:`noticed` often.
+    """Within it a notice does not end the program; the caller asks `noticed` often.
 
     Raises:
         Preempted: at its end, if there was a notice since the caller last asked.

@@ -25,7 +25,7 @@ from serkd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LogMel:
-    """Log-mel frames, computed on the CPU; see :func:`serkd_jax.audio.logmel.log_mel`."""
+    """Log-mel frames, computed on the CPU; see `serkd_jax.audio.logmel.log_mel`."""
 
     num_mels: int = 80
     name: ClassVar[str] = "logmel"
@@ -321,10 +321,10 @@ def _unstack(
 
 
 def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> LogMel | Pretrained:
-    """Makes the front-end of a config's ``frontend`` part: its ``name`` and that one's settings.
+    """Makes the front-end of a config's `frontend` part: its `name` and that one's settings.
 
     Args:
-        config: ``name`` is ``logmel`` or a kind of encoder; the others are the attributes of
+        config: `name` is `logmel` or a kind of encoder; the others are the attributes of
             `LogMel` or `Pretrained`.
         devices: that an encoder computes on; none means all local ones.
     """

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of (B, L, D) over the positions where ``mask`` (B, L) is True."""
+    """Mean of (B, L, D) over the positions where `mask` (B, L) is True."""
     weights = mask.astype(x.dtype)
     return jnp.einsum("bld,bl->bd", x, weights) / jnp.maximum(weights.sum(1), 1)[:, None]
 
 
 def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Means over ``count`` neighbouring frames, those of them that are valid.
+    """Means over `count` neighbouring frames, those of them that are valid.
 
     Args:
         frames: (B, T, N), zero where they are not valid.
@@ -46,7 +46,7 @@ def standardize_series(features: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def sinusoidal_positions(length: int, width: int) -> jax.Array:
-    """(length, width) positions of Vaswani et al. 2017; ``width`` must be even."""
+    """(length, width) positions of Vaswani et al. 2017; `width` must be even."""
     frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2) / width)
     angle = jnp.arange(length)[:, None] * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, width)

@@ -41,7 +41,7 @@ class Teacher(nn.Module):
 
     Attributes:
         encoder: the transformer layers, of `serkd_jax.encoders`: a module of (frames, frame_mask,
-            dropout_keys) with a configuration as its ``config``.
+            dropout_keys) with a configuration as its `config`.
         num_classes: C.
         patch_frames: 0 for frames that are what the layers read: of the encoder's front, or
             precomputed features. For others, such as log-mel, how many of them are joined to one
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         projector: H, the width of a linear layer before the mean over frames, as in the
             classifiers of transformers; 0 is none, and H the encoder's width.
         classifier_dims: hidden widths of the classifier.
-        time_pooling: with ``patch_frames``, how many frames are averaged before they are joined.
+        time_pooling: with `patch_frames`, how many frames are averaged before they are joined.
     """
 
     encoder: nn.Module
@@ -66,7 +66,7 @@ class Teacher(nn.Module):
         """Encodes and classifies.
 
         Args:
-            frames: (B, T, the encoder's width), or (B, T, N) with ``patch_frames``.
+            frames: (B, T, the encoder's width), or (B, T, N) with `patch_frames`.
             frame_mask: (B, T) bool, True at valid frames.
             dropout_keys: (B,) a key per example; None turns dropout off.
         """

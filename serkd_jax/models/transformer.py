@@ -58,7 +58,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Drops values of (B, n, ...) x; ``keys``, (B,), are of the examples; None drops none."""
+        """Drops values of (B, n, ...) x; `keys`, (B,), are of the examples; None drops none."""
         if keys is None or self.rate == 0:
             return x
         place = zlib.crc32("/".join(self.path).encode())
@@ -86,7 +86,7 @@ class GatedBias(NamedTuple):
 def attention_logits(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: GatedBias | None = None
 ) -> jax.Array:
-    """Scaled products, (..., L, L), at least float32; ``mask`` (..., L) is True at valid keys."""
+    """Scaled products, (..., L, L), at least float32; `mask` (..., L) is True at valid keys."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
         "...qd,...kd->...qk",
@@ -125,14 +125,14 @@ def attend(
     On a GPU, in half precision, it is cuDNN's fused kernel; on a CPU it goes head by head, so that
     a head's weights stay in the cache and are computed again for the gradient rather than kept.
     A gradient can go back through that of cuDNN's kernel, but as far as it is linear: its own
-    derivatives in query, key and value are in ``plain`` alone, and it is not to be vmapped.
+    derivatives in query, key and value are in `plain` alone, and it is not to be vmapped.
 
     Args:
         query: (B, heads, L, D / heads).
         key: the same.
         value: the same.
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
-        form: ``auto`` is as above; ``plain`` is the formula, for any backend and exported models.
+        form: `auto` is as above; `plain` is the formula, for any backend and exported models.
         bias: added to the logits; None adds nothing. With it there is no fused kernel.
     """
     if form != "plain" and jax.default_backend() == "cpu":
@@ -150,7 +150,7 @@ def attention_tangent(
     Args:
         weights: (..., L, L), at least float32.
         heads: query, key and value, (..., L, d).
-        tangents: as ``heads``.
+        tangents: as `heads`.
     """
     (query, key, value), (query_moves, key_moves, value_moves) = heads, tangents
     precise, dtype = weights.dtype, value.dtype
@@ -268,7 +268,7 @@ class SelfAttention(nn.Module):
         num_heads: heads; must divide D.
         dropout: dropout of the attention weights.
         dtype: of the computation, softmax apart; None means that of inputs and parameters.
-        form: see :func:`attend`.
+        form: see `attend`.
         key_bias: whether the keys have a bias, which the softmax does not see; Whisper has none.
     """
 
@@ -296,7 +296,7 @@ class SelfAttention(nn.Module):
             x: (B, L, D) tokens.
             mask: (B, L) bool, True where a token may be attended to; None means all.
             dropout_keys: (B,) a key per example; None turns dropout off.
-            *inputs: of :meth:`bias`.
+            *inputs: of `bias`.
 
         Returns:
             (B, L, D).
@@ -323,7 +323,7 @@ class SelfAttention(nn.Module):
 
 
 def mlp(x: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
-    """Linear layers ``name_0``, ``name_1``, ... with ReLU between; call it in a compact method."""
+    """Linear layers `name_0`, `name_1`, ... with ReLU between; call it in a compact method."""
     for i, width in enumerate(widths):
         x = nn.Dense(width, name=f"{name}_{i}")(nn.relu(x) if i else x)
     return x
@@ -345,8 +345,8 @@ class EncoderLayer(nn.Module):
         activation: the feed-forward activation.
         epsilon: of the layer norms.
         dtype: of the computation; None means that of inputs and parameters.
-        attention_form: see :func:`attend`.
-        attention: what makes the attention, with the arguments of :class:`SelfAttention`.
+        attention_form: see `attend`.
+        attention: what makes the attention, with the arguments of `SelfAttention`.
     """
 
     num_heads: int
@@ -369,9 +369,9 @@ class EncoderLayer(nn.Module):
         dropout_keys: jax.Array | None = None,
         *inputs: Any,
     ) -> jax.Array:
-        """Maps (B, L, D) tokens to (B, L, D); ``mask`` (B, L) is True at valid tokens.
+        """Maps (B, L, D) tokens to (B, L, D); `mask` (B, L) is True at valid tokens.
 
-        ``inputs`` are what an attention of another kind reads beside.
+        `inputs` are what an attention of another kind reads beside.
         """
         norm1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="layer_norm")
         norm2 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_layer_norm")

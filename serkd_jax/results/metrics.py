@@ -18,8 +18,8 @@ def classification_metrics(
         num_classes: C.
 
     Returns:
-        ``ua``: mean recall over the classes that occur in ``labels`` (Eq. 14); ``wa``: accuracy
-        (Eq. 15); ``wf1``: F1 weighted by class size; ``n``; ``confusion``: C x C counts, rows are
+        `ua`: mean recall over the classes that occur in `labels` (Eq. 14); `wa`: accuracy
+        (Eq. 15); `wf1`: F1 weighted by class size; `n`; `confusion`: C x C counts, rows are
         true classes.
     """
     if len(labels) == 0:
@@ -53,7 +53,7 @@ def bootstrap_intervals(
         seed: of the draws.
 
     Returns:
-        ``ua``, ``wa`` and ``wf1``, each (low, high).
+        `ua`, `wa` and `wf1`, each (low, high).
     """
     rng, rows = np.random.default_rng(seed), [row for row in confusion if sum(row)]
     present = [c for c, row in enumerate(confusion) if sum(row)]

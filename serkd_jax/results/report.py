@@ -18,7 +18,7 @@ def write_results(
     params: dict[str, int],
     data: str,
 ) -> str:
-    """Scores the test predictions; writes ``results.json`` and ``results.md``.
+    """Scores the test predictions; writes `results.json` and `results.md`.
 
     Args:
         workdir: where to write.

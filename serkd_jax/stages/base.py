@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Stage(abc.ABC):
     """A stage of training: its parts, and what is said of it, once.
 
-    A stage has an ``init`` of its own that makes its state, a `flax.struct.PyTreeNode` with
-    ``step``, the steps taken, and ``frozen``, what no step changes and no checkpoint keeps.
+    A stage has an `init` of its own that makes its state, a `flax.struct.PyTreeNode` with
+    `step`, the steps taken, and `frozen`, what no step changes and no checkpoint keeps.
 
     Attributes:
         name: of its part of the config, its folder, and its random stream.
@@ -45,7 +45,7 @@ class Stage(abc.ABC):
     def step(
         self, state: Any, batch: Any, rng: jax.Array, axis: str | None = None
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """A training step, pure: the next state and metrics, ``loss`` among them.
+        """A training step, pure: the next state and metrics, `loss` among them.
 
         Args:
             state: the present one.
@@ -62,7 +62,7 @@ class Stage(abc.ABC):
 
     @staticmethod
     def student_params(params: Any) -> Any:
-        """The student's part of a state's ``params``: all."""
+        """The student's part of a state's `params`: all."""
         return params
 
 
@@ -97,8 +97,8 @@ def make_optimizer(
     """AdamW with the config's weight decay, gradient clipping and schedule.
 
     Args:
-        config: ``weight_decay``, of ``decayed`` ``kernels`` alone (not of biases, norms and
-            embeddings) or ``all``; ``clip_norm``, 0 for none; and the keys of `make_schedule`.
+        config: `weight_decay`, of `decayed` `kernels` alone (not of biases, norms and
+            embeddings) or `all`; `clip_norm`, 0 for none; and the keys of `make_schedule`.
         learning_rate: the peak.
         total_steps: length of the stage.
     """
@@ -112,7 +112,7 @@ def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) ->
     """The learning rate by steps taken.
 
     Args:
-        config: ``schedule``, ``constant`` or ``cosine`` (to zero at ``total_steps``); ``warmup``,
+        config: `schedule`, `constant` or `cosine` (to zero at `total_steps`); `warmup`,
             the share of the steps over which the rate rises from 0.
         learning_rate: the peak.
         total_steps: length of the stage.
@@ -131,7 +131,7 @@ def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) ->
 def make_adamw(
     config: ConfigDict, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """AdamW with the config's ``weight_decay`` of what is ``decayed``."""
+    """AdamW with the config's `weight_decay` of what is `decayed`."""
     mask = None if config.decayed == "all" else _kernels
     return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
 

@@ -25,7 +25,7 @@ class Queue(struct.PyTreeNode):
 
 
 def empty_queue(size: int, width: int) -> Queue:
-    """A queue of ``size`` unfilled slots for keys of ``width``."""
+    """A queue of `size` unfilled slots for keys of `width`."""
     return Queue(jnp.zeros((size, width)), jnp.full(size, -1, jnp.int32), jnp.int32(0))
 
 

@@ -71,11 +71,11 @@ class CurriculumState(StudentState):
     """Everything that the curriculum needs to go on: what the training of S' does, and the policy.
 
     Attributes:
-        policy_params: of :class:`Policy`.
+        policy_params: of `Policy`.
         policy_opt_state: of its optimiser.
         episode: the policy's present episode.
         baseline: (E,) running mean of earlier episodes' returns, step by step.
-        observation: (S,) what the policy saw when it chose ``task``.
+        observation: (S,) what the policy saw when it chose `task`.
         task: () int32, the task of the next batch.
         task_accuracy: (K,) running accuracy of S' on each task's batches.
         task_reward: (K,) running reward after each task's batches.
@@ -99,9 +99,9 @@ def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) ->
     Args:
         margins: (n,) the meta-teacher's log-odds of the true class. Its probabilities round to 1.
         labels: (n,) int.
-        config: the config's ``curriculum`` part. ``task_by='difficulty'`` cuts the examples of
-            each class, ranked by their margins, into ``num_tasks`` tiers of equal size, so that
-            no tier favours a class; ``'class'`` makes every class a task, ranked by its mean
+        config: the config's `curriculum` part. `task_by='difficulty'` cuts the examples of
+            each class, ranked by their margins, into `num_tasks` tiers of equal size, so that
+            no tier favours a class; `'class'` makes every class a task, ranked by its mean
             margin.
     """
     if config.task_by == "difficulty":
@@ -131,7 +131,7 @@ class CurriculumStage(Stage):
         policy: picks tasks.
         optimizer: of S'.
         policy_optimizer: of the policy.
-        config: the whole config; ``contrastive`` and ``curriculum`` are read.
+        config: the whole config; `contrastive` and `curriculum` are read.
         total_steps: steps of the stage, for the progress that the policy sees.
     """
 
@@ -168,7 +168,7 @@ class CurriculumStage(Stage):
 
     @staticmethod
     def pick(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Of a step's rows, ``train`` (K, B) and ``quiz`` (B,), those of the state's task."""
+        """Of a step's rows, `train` (K, B) and `quiz` (B,), those of the state's task."""
         return {**rows, "train": rows["train"][state.task]}
 
     @staticmethod
@@ -317,5 +317,5 @@ class CurriculumStage(Stage):
 
 
 def _follow(running: jax.Array, task: jax.Array, value: jax.Array, rate: float) -> jax.Array:
-    """Moves ``running[task]`` towards ``value``."""
+    """Moves `running[task]` towards `value`."""
     return running.at[task].add(rate * (value - running[task]))

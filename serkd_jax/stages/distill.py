@@ -43,9 +43,9 @@ class DistillState(StudentState):
     """Everything that distillation needs to go on: what a student's training does, and T'.
 
     Attributes:
-        params: ``{"student": ..., "adapter": ...}``, trained together; without an adapter, that
+        params: `{"student": ..., "adapter": ...}`, trained together; without an adapter, that
             part is empty.
-        meta_params: of T', the :class:`Classifier`.
+        meta_params: of T', the `Classifier`.
         meta_opt_state: of its optimiser.
     """
 
@@ -67,9 +67,9 @@ def meta_value_and_grad(
     """L^col(θ_T', θ_S+) after the pilot step θ_S+ = θ_S - η ∇_S L(θ_S, θ_T'), Section 3.3.
 
     Args:
-        config: the config's ``meta`` part. ``order`` is ``second_order`` (a gradient through a
-            gradient), ``second_order_forward`` (the same number, by the chain rule written out)
-            or ``first_order`` (θ_S+ is taken as given).
+        config: the config's `meta` part. `order` is `second_order` (a gradient through a
+            gradient), `second_order_forward` (the same number, by the chain rule written out)
+            or `first_order` (θ_S+ is taken as given).
         params: θ_S.
         meta_params: θ_T'.
         gradient: θ_T' -> ∇_S L(θ_S, θ_T'), the mean over the devices.
@@ -110,7 +110,7 @@ class DistillStage(Stage):
 
     Each step (a) takes a pilot step of the student against the present T', (b) updates T' by the
     gradient of Eq. 9 on the quiz batch through that pilot step, and (c) takes the student's real
-    step against the new T'. With ``meta.order='none'`` the third is the only one.
+    step against the new T'. With `meta.order='none'` the third is the only one.
 
     Attributes:
         student: S.
@@ -120,7 +120,7 @@ class DistillStage(Stage):
         classifier: T'.
         optimizer: of the student and the adapter.
         meta_optimizer: of T'.
-        config: the whole config; ``contrastive``, ``distill`` and ``meta`` are read.
+        config: the whole config; `contrastive`, `distill` and `meta` are read.
     """
 
     name = "distill"

@@ -31,7 +31,7 @@ class TeacherState(struct.PyTreeNode):
 
     Attributes:
         step: () int32, steps taken; also the position in the data.
-        params: of :class:`Teacher`.
+        params: of `Teacher`.
         opt_state: of the optimiser.
         frozen: parameters of the encoder's front, for waveforms; `Statistics`, for features.
     """
@@ -52,7 +52,7 @@ class TeacherStage(Stage):
         embed: the frozen front of an encoder, for waveforms; None for stored features.
         normalize: whether each waveform is standardised, as the checkpoint's preprocessor says.
         optimizer: of T.
-        config: the config's ``teacher`` part.
+        config: the config's `teacher` part.
     """
 
     name = "teacher"
@@ -110,7 +110,7 @@ class TeacherStage(Stage):
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def predict(self, state: TeacherState, batch: Batch) -> TeacherOutput:
-        """The forward pass of a batch's ``inputs`` and ``length``, without dropout."""
+        """The forward pass of a batch's `inputs` and `length`, without dropout."""
         frames, mask = self._frames(state.frozen, batch)
         return self.teacher.apply({"params": state.params}, frames, mask)
 

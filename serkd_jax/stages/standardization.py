@@ -23,7 +23,7 @@ class Statistics(struct.PyTreeNode):
 
 
 def no_statistics(width: int) -> Statistics:
-    """Those that leave features of N = ``width`` dimensions as they are."""
+    """Those that leave features of N = `width` dimensions as they are."""
     return Statistics(np.zeros(width, np.float32), np.ones(width, np.float32))
 
 
@@ -57,7 +57,7 @@ def measure_statistics(
         members: (F, n) bool, which of the n utterances are in each set.
 
     Returns:
-        F statistics. The spread is at least ``FLOOR`` of the median dimension's.
+        F statistics. The spread is at least `FLOOR` of the median dimension's.
     """
     count, total, squares = np.zeros((len(members), 1)), 0.0, 0.0
     for rows, features, num_frames in chunks:

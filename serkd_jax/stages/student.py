@@ -32,8 +32,8 @@ class StudentState(struct.PyTreeNode):
         params: of the student.
         batch_stats: its batch statistics; empty if it has none.
         opt_state: of the optimiser.
-        momentum_params: of the momentum encoder, a copy of ``params`` that follows them.
-        momentum_stats: the same of ``batch_stats``.
+        momentum_params: of the momentum encoder, a copy of `params` that follows them.
+        momentum_stats: the same of `batch_stats`.
         queue: labelled keys of earlier batches.
         frozen: what the features are standardised by.
     """
@@ -56,7 +56,7 @@ class StudentStage(Stage):
         student: S.
         new_student: key -> its variables before the first step.
         optimizer: of S.
-        config: the config's ``contrastive`` part.
+        config: the config's `contrastive` part.
     """
 
     name = "student"
@@ -149,7 +149,7 @@ def encode_keys(
     config: ConfigDict,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The momentum encoder's keys of a batch's SpecAugmented ``features``, of all devices.
+    """The momentum encoder's keys of a batch's SpecAugmented `features`, of all devices.
 
     Returns:
         keys (B, P) and their labels (B,), B the global batch.
@@ -203,9 +203,9 @@ def descend(
     """The state after a step of its parameters; the momentum encoder and the queue follow.
 
     Args:
-        stage: one that trains a student, with its ``optimizer``.
+        stage: one that trains a student, with its `optimizer`.
         state: with the fields of `StudentState`.
-        grads: of ``params``, the mean over the devices.
+        grads: of `params`, the mean over the devices.
         batch_stats: of the student, after the step.
         keys: of the batch, of all devices.
         key_labels: theirs.

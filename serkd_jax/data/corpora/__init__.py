@@ -24,7 +24,7 @@ def make_corpus(name: str, **settings) -> SpeechCorpus:
     """Makes a corpus by name; empty settings ('') mean the corpus's own default.
 
     Raises:
-      CorpusError: no such corpus, or a setting it does not know.
+        CorpusError: no such corpus, or a setting it does not know.
     """
     if name not in CORPORA:
         raise CorpusError(f"no corpus is named {name!r}; there are {', '.join(CORPORA)}")

@@ -79,7 +79,7 @@ class SpeechCorpus(abc.ABC):
         """Lists the utterances without decoding audio; read `utterances` instead.
 
         Raises:
-          CorpusError: there is nothing to list, or it makes no sense.
+            CorpusError: there is nothing to list, or it makes no sense.
         """
 
     def check_file(self, utterance: Utterance) -> None:
@@ -90,7 +90,7 @@ class SpeechCorpus(abc.ABC):
         """Float32 (num_samples,) 16 kHz mono audio of an utterance.
 
         Raises:
-          AudioError: the file cannot be used.
+            AudioError: the file cannot be used.
         """
         return read_audio(utterance.path, start=utterance.start, end=utterance.end)
 
@@ -117,7 +117,7 @@ class SpeechCorpus(abc.ABC):
         """The utterances sorted by id.
 
         Raises:
-          CorpusError: see `list_utterances`; or two have the same id.
+            CorpusError: see `list_utterances`; or two have the same id.
         """
         utterances = sorted(self.list_utterances(), key=lambda utterance: utterance.id)
         counts = collections.Counter(utterance.id for utterance in utterances)

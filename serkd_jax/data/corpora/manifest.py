@@ -212,7 +212,7 @@ def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file; EmoBox columns are renamed.
 
     Raises:
-      CorpusError: the file cannot be read or a line makes no sense.
+        CorpusError: the file cannot be read or a line makes no sense.
     """
     for where, row in read_rows(path):
         values = {ALIASES.get(column, column): value for column, value in row.items()}
@@ -223,7 +223,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields ("FILE, line N", row) of a CSV or JSONL file.
 
     Raises:
-      CorpusError: the file cannot be read or a line makes no sense.
+        CorpusError: the file cannot be read or a line makes no sense.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if (kind := path.suffix.lower()) not in readers:
@@ -263,7 +263,7 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
 def _read_stm_speakers(path: Path) -> dict[str, str]:
     """Ids to speakers of EmoBox's `data.seg.wrd.stm`, if it is there.
 
-    Its lines end in ``<id=emodb-15a07Nc,lang=en,spk=male_15,emotion=neutral> neutral``.
+    Its lines end in `<id=emodb-15a07Nc,lang=en,spk=male_15,emotion=neutral> neutral`.
     """
     if not path.is_file():
         return {}

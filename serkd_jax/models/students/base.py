@@ -31,7 +31,7 @@ def size(
     choices: Sequence[str] = (),
     deployed: bool = True,
 ) -> Any:
-    """A field of a student that a recipe sets, and an exported ``config.json`` holds.
+    """A field of a student that a recipe sets, and an exported `config.json` holds.
 
     Args:
         default: its value where nothing is said; its type is the field's. A tuple stands for a
@@ -50,7 +50,7 @@ class Student(nn.Module):
 
     Each kind is a subclass in a file of its own, and a line of `STUDENTS`. It declares its sizes by
     `size`, and makes its output by `classify_and_project`. It may have batch statistics (Flax's
-    ``batch_stats``, with ``axis_name=self.axis``; they are updated where dropout is on), and
+    `batch_stats`, with `axis_name=self.axis`; they are updated where dropout is on), and
     dropout of its own by `serkd_jax.models.transformer.Dropout`.
 
     Attributes:
@@ -81,7 +81,7 @@ class Student(nn.Module):
         """Encodes and classifies.
 
         Args:
-            features: (B, T, N) float, zero after each example's ``num_frames`` frames.
+            features: (B, T, N) float, zero after each example's `num_frames` frames.
             num_frames: (B,) int.
             dropout_keys: (B,) a key per example, in training; None turns dropout off.
         """
@@ -97,7 +97,7 @@ class Student(nn.Module):
 
     @nn.nowrap
     def classify_and_project(self, hidden: jax.Array) -> StudentOutput:
-        """The output of h(., S), (B, R) in float32; call it in a compact ``__call__``."""
+        """The output of h(., S), (B, R) in float32; call it in a compact `__call__`."""
         logits = mlp(hidden, (*self.classifier_dims, self.num_classes), "classifier")
         projection = None
         if self.projection_dims:
@@ -106,7 +106,7 @@ class Student(nn.Module):
 
 
 def sizes(kind: type[Student], deployed: bool = False) -> dict[str, dataclasses.Field]:
-    """The fields of a kind that were declared by `size`; with ``deployed``, of exported models."""
+    """The fields of a kind that were declared by `size`; with `deployed`, of exported models."""
     fields = {x.name: x for x in dataclasses.fields(kind) if "deployed" in x.metadata}
     return {name: x for name, x in fields.items() if x.metadata["deployed"] or not deployed}
 
@@ -114,7 +114,7 @@ def sizes(kind: type[Student], deployed: bool = False) -> dict[str, dataclasses.
 def check_sizes(
     kind: type[Student], values: Mapping[str, Any], deployed: bool = False
 ) -> dict[str, Any]:
-    """The sizes of a kind, as its constructor takes them, from a recipe or a ``config.json``.
+    """The sizes of a kind, as its constructor takes them, from a recipe or a `config.json`.
 
     Raises:
         ValueError: names one that is absent or too many, or is not what was declared.

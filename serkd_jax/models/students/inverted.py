@@ -24,10 +24,10 @@ class InvertedStudent(Student):
         mlp_dim: width of each feed-forward network.
         num_heads: attention heads.
         num_layers: encoder layers.
-        norm: ``pre``, each part of a layer reads normalised tokens and there is no last norm, or
-            ``post``, the sum after each part is normalised, as in iTransformer.
-        readout: what makes h(., S) of the tokens: ``variates``, the mean over D of every token,
-            a number for each variate; ``tokens``, the mean over the tokens; ``flatten``, all.
+        norm: `pre`, each part of a layer reads normalised tokens and there is no last norm, or
+            `post`, the sum after each part is normalised, as in iTransformer.
+        readout: what makes h(., S) of the tokens: `variates`, the mean over D of every token,
+            a number for each variate; `tokens`, the mean over the tokens; `flatten`, all.
         dropout: in the encoder layers.
         inverted: tokens are variates (the paper's model); False gives the ordinary encoder of
             Table 4, whose tokens are frames with sinusoidal positions.
@@ -120,7 +120,7 @@ def read_out(tokens: jax.Array, mask: jax.Array | None, readout: str) -> jax.Arr
     Args:
         tokens: L of them, of width D.
         mask: (B, L) bool, True at valid tokens; None means all.
-        readout: ``variates`` gives (B, L), ``tokens`` (B, D) and ``flatten`` (B, L D).
+        readout: `variates` gives (B, L), `tokens` (B, D) and `flatten` (B, L D).
     """
     if readout == "tokens":
         return tokens.mean(1) if mask is None else masked_mean(tokens, mask)
