@@ -1,1 +1,1 @@
-"""Flax (linen) models: the teacher, the student and the curriculum policy."""
+"""Flax (linen) models: the teacher, the students and the curriculum's policy."""

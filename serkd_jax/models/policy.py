@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 
 class Policy(nn.Module):
-    """(..., S) observation -> (..., K) logits over tasks, tier 0 being the easiest.
+    """Maps an observation (..., S) to logits (..., K) over the tasks, task 0 being the easiest.
 
     Attributes:
         num_tasks: K.
-        width: hidden width.
-        easy_bias: initial logit difference between the easiest and the hardest task; the last
-            layer's kernel starts at zero, so that before any reward only this bias speaks.
+        width: width of the hidden layer.
+        easy_bias: initial difference between the logits of the easiest and the hardest task. The
+            last layer's kernel starts at zero, so that this bias alone decides before any reward.
     """
 
     num_tasks: int

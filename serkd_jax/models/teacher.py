@@ -13,7 +13,7 @@ from serkd_jax.models.transformer import LayerNorm, mlp
 
 
 class TeacherOutput(NamedTuple):
-    """What the teacher says of a batch."""
+    """The teacher's outputs for a batch."""
 
     hidden: jax.Array  # (B, H) pooled (and projected) encoder output, h(., T)
     logits: jax.Array  # (B, C) ŷ(., T)
@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
     Attributes:
         num_classes: C.
-        dims: hidden widths; empty is one linear layer.
+        dims: hidden widths; empty for a single linear layer.
     """
 
     num_classes: int
@@ -32,24 +32,24 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(B, H) -> (B, C) logits."""
+        """Maps hidden vectors (B, H) to logits (B, C)."""
         return mlp(hidden, (*self.dims, self.num_classes), "dense")
 
 
 class Teacher(nn.Module):
-    """Fine-tuned part of the teacher: everything after the frozen front of an encoder.
+    """The trained part of the teacher: everything after the frozen front of an encoder.
 
     Attributes:
-        encoder: the transformer layers, of `serkd_jax.encoders`: a module of (frames, frame_mask,
-            dropout_keys) with a configuration as its `config`.
+        encoder: the transformer layers, from `serkd_jax.encoders`: a module that is called with
+            (frames, frame_mask, dropout_keys) and has a configuration as its `config`.
         num_classes: C.
-        patch_frames: 0 for frames that are what the layers read: of the encoder's front, or
-            precomputed features. For others, such as log-mel, how many of them are joined to one
-            token, to which sinusoidal positions are added.
-        projector: H, the width of a linear layer before the mean over frames, as in the
-            classifiers of transformers; 0 is none, and H the encoder's width.
+        patch_frames: 0 if the layers can read the frames as they are: outputs of the encoder's
+            front, or precomputed features. For other frames, such as log-mel, the number of frames
+            that are joined into a token, to which sinusoidal positions are added.
+        projector: H, the width of a linear projection, as in the classifiers of the library
+            `transformers`; 0 for none, in which case H is the encoder's width.
         classifier_dims: hidden widths of the classifier.
-        time_pooling: with `patch_frames`, how many frames are averaged before they are joined.
+        time_pooling: with `patch_frames`, the number of frames that are averaged before joining.
     """
 
     encoder: nn.Module
@@ -68,11 +68,11 @@ class Teacher(nn.Module):
         Args:
             frames: (B, T, the encoder's width), or (B, T, N) with `patch_frames`.
             frame_mask: (B, T) bool, True at valid frames.
-            dropout_keys: (B,) a key per example; None turns dropout off.
+            dropout_keys: (B,) keys, one per example; None turns dropout off.
         """
         width = self.encoder.config.hidden_size
         if self.patch_frames:
-            # Not as a convolution, whose gradient is slow on a CPU; filled up at the end with 0.
+            # Not a convolution, whose gradient is slow on a CPU. The end is padded with zeros.
             frames = LayerNorm(name="input_norm")(frames)
             frames = jnp.where(frame_mask[..., None], frames, 0)
             frames, frame_mask = average_frames(frames, frame_mask, self.time_pooling)
@@ -90,7 +90,7 @@ class Teacher(nn.Module):
         encoded, _ = self.encoder(frames, frame_mask, dropout_keys)
         encoded = encoded.astype(jnp.promote_types(encoded.dtype, jnp.float32))
         hidden = masked_mean(encoded, frame_mask)
-        if self.projector:  # after the mean, which it commutes with
+        if self.projector:  # after the mean over frames, with which it commutes
             hidden = nn.Dense(self.projector, name="projector")(hidden)
         classifier = Classifier(self.num_classes, self.classifier_dims, name="classifier")
         return TeacherOutput(hidden, classifier(hidden))

@@ -13,18 +13,19 @@ from jax.typing import DTypeLike
 
 from serkd_jax.errors import UserError
 
-# The variance as mean((x - mean)²), like torch; Flax's faster E[x²] - mean² cancels in float32.
+# The variance is mean((x - mean)²), as in torch; Flax's faster E[x²] - mean² cancels in float32.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
-WEIGHTS_AT_ONCE = 2**20  # attention weights that a CPU's cache holds
-MASKED_LOGIT = -1e30  # so low that its softmax is 0, and finite where every token is masked
+WEIGHTS_AT_ONCE = 2**20  # number of attention weights that fit a CPU's cache
+MASKED_LOGIT = -1e30  # softmax gives 0, but stays finite where every token is masked
 
 
 @jax.custom_jvp
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function, x Φ(x), as in HuBERT and Whisper; not the tanh approximation.
+    """Computes GELU by the error function, x Φ(x), as in HuBERT and Whisper; not by tanh.
 
-    In float32 at least. JAX's own, `portable_gelu`, goes by erfc, which takes a GPU twice as long.
+    The computation is at least in float32. JAX's own GELU (see `portable_gelu`) uses erfc, which
+    takes twice as long on a GPU.
     """
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (precise * _normal_cdf(precise)).astype(x.dtype)
@@ -36,7 +37,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 @exact_gelu.defjvp
 def _slope_of_gelu(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
-    """Φ(x) + x φ(x): one array is kept for the gradient, where JAX keeps three."""
+    """Computes Φ(x) + x φ(x), so that the gradient keeps one array, where JAX would keep three."""
     (x,), (tangent,) = primals, tangents
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     density = jnp.exp(-0.5 * precise * precise) / (2 * jnp.pi) ** 0.5
@@ -48,45 +49,45 @@ portable_gelu = functools.partial(jax.nn.gelu, approximate=False)  # LiteRT has 
 
 
 class Dropout(nn.Module):
-    """Dropout whose draws belong to an example, wherever in a batch or on a device it lands.
+    """Dropout whose draws depend on the example, not on its place in a batch or on a device.
 
     Attributes:
-        rate: share of the values that become 0; the others are scaled up.
+        rate: the share of values that become 0; the others are scaled up.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Drops values of (B, n, ...) x; `keys`, (B,), are of the examples; None drops none."""
+        """Drops values of x (B, n, ...) by the examples' `keys` (B,); None turns dropout off."""
         if keys is None or self.rate == 0:
             return x
         place = zlib.crc32("/".join(self.path).encode())
         half = (x.shape[1] + 1) // 2
 
         def draw(key: jax.Array) -> jax.Array:
-            """Two draws of 16 bits from each word; random bits are a good part of a step."""
+            """Makes two draws of 16 bits from each word; random bits take much of a step's time."""
             key = jax.random.fold_in(key, place)
             words = jax.random.bits(key, (half, *x.shape[2:]), jnp.uint32)
             draws = jnp.concatenate([words & 0xFFFF, words >> 16])[: x.shape[1]]
             return draws < round(0x10000 * (1 - self.rate))
 
-        # The barrier keeps XLA from drawing anew in each operation that reads the result.
+        # The barrier keeps XLA from drawing again in each operation that reads the result.
         kept = jax.lax.optimization_barrier(jax.vmap(draw)(keys))
         return jnp.where(kept, x / (1 - self.rate), 0)
 
 
 class GatedBias(NamedTuple):
-    """What WavLM adds to the attention's logits: a bias of the positions, times a gate."""
+    """What WavLM adds to the attention logits: a gate times a bias that depends on positions."""
 
-    gate: jax.Array  # (B, heads, L), of each query
-    bias: jax.Array  # (heads, L, L), of query and key
+    gate: jax.Array  # (B, heads, L), for each query
+    bias: jax.Array  # (heads, L, L), for each pair of query and key
 
 
 def attention_logits(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: GatedBias | None = None
 ) -> jax.Array:
-    """Scaled products, (..., L, L), at least float32; `mask` (..., L) is True at valid keys."""
+    """Returns scaled products (..., L, L), at least float32; `mask` (..., L) is True if valid."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
         "...qd,...kd->...qk",
@@ -97,7 +98,7 @@ def attention_logits(
     if bias is not None:
         logits += bias.gate[..., None].astype(precise) * bias.bias.astype(precise)
     if mask is not None:
-        # As a sum, which on a CPU is faster than a selection.
+        # A sum, which is faster than a selection on a CPU.
         logits += jnp.where(mask, 0.0, MASKED_LOGIT)[..., None, :].astype(precise)
     return logits
 
@@ -108,7 +109,7 @@ def attention_weights(
     mask: jax.Array | None,
     bias: GatedBias | None = None,
 ) -> jax.Array:
-    """Softmax of the logits, in the type of the queries."""
+    """Returns the softmax of the logits, in the dtype of the queries."""
     return nn.softmax(attention_logits(query, key, mask, bias)).astype(query.dtype)
 
 
@@ -120,20 +121,20 @@ def attend(
     form: str = "auto",
     bias: GatedBias | None = None,
 ) -> jax.Array:
-    """Attention in the form that suits the backend.
+    """Computes attention in the form that suits the backend.
 
-    On a GPU, in half precision, it is cuDNN's fused kernel; on a CPU it goes head by head, so that
-    a head's weights stay in the cache and are computed again for the gradient rather than kept.
-    A gradient can go back through that of cuDNN's kernel, but as far as it is linear: its own
-    derivatives in query, key and value are in `plain` alone, and it is not to be vmapped.
+    On a GPU, in half precision, it is cuDNN's fused kernel. On a CPU it is computed head by head,
+    so that a head's weights stay in the cache, and again for the gradient instead of being kept.
+    The gradient of cuDNN's kernel can be differentiated only where it is linear: its derivatives
+    with respect to query, key and value exist only in the form `plain`. It must not be vmapped.
 
     Args:
         query: (B, heads, L, D / heads).
-        key: the same.
-        value: the same.
+        key: (B, heads, L, D / heads).
+        value: (B, heads, L, D / heads).
         mask: (B, L) bool, True at valid tokens, which come first; None means all.
         form: `auto` is as above; `plain` is the formula, for any backend and exported models.
-        bias: added to the logits; None adds nothing. With it there is no fused kernel.
+        bias: added to the logits; None adds nothing. With a bias, the fused kernel is not used.
     """
     if form != "plain" and jax.default_backend() == "cpu":
         return _attend_by_heads(query, key, value, mask, bias)
@@ -145,17 +146,17 @@ def attend(
 def attention_tangent(
     weights: jax.Array, heads: Sequence[jax.Array], tangents: Sequence[jax.Array]
 ) -> jax.Array:
-    """The tangent of weights @ value along those of query, key and value.
+    """Returns the tangent of weights @ value, given the tangents of query, key and value.
 
     Args:
-        weights: (..., L, L), at least float32.
+        weights: (..., L, L) attention weights, at least float32.
         heads: query, key and value, (..., L, d).
-        tangents: as `heads`.
+        tangents: the tangents of `heads`.
     """
     (query, key, value), (query_moves, key_moves, value_moves) = heads, tangents
     precise, dtype = weights.dtype, value.dtype
-    # XLA on a CPU is slow at products with a large matrix that is transposed. The order of the
-    # factors and the barriers, which keep XLA from another one, spare the gradient such products.
+    # On a CPU, XLA is slow at products with a large transposed matrix. The order of the factors
+    # spares the gradient such products; the barriers keep XLA from changing that order.
     fixed, turn = jax.lax.optimization_barrier, functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
     logits_move = jnp.einsum("...qd,...kd->...qk", query_moves, key, preferred_element_type=precise)
     logits_move += jnp.einsum(
@@ -171,7 +172,7 @@ def attention_tangent(
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attention by the kernel, which has a gradient but no tangent."""
+    """Computes attention by cuDNN's kernel, which has a gradient but no tangent."""
     lengths = None if mask is None else mask.sum(1, dtype=jnp.int32)
     tokens_first = (x.swapaxes(1, 2) for x in (query, key, value))
     return jax.nn.dot_product_attention(
@@ -184,7 +185,7 @@ _attend_by_cudnn = jax.custom_jvp(_cudnn)
 
 @_attend_by_cudnn.defjvp
 def _tangent_by_cudnn(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """The gradient is the kernel's own, the tangent that of the formula."""
+    """Takes the gradient from the kernel and the tangent from the formula."""
     *heads, mask = primals
     out, pull_back = jax.vjp(functools.partial(_cudnn, mask=mask), *heads)
 
@@ -200,7 +201,7 @@ def _tangent_by_cudnn(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.A
 
 
 def _cudnn_attends(query: jax.Array) -> bool:
-    """Whether cuDNN's kernel takes such queries: on NVIDIA's GPUs from Ampere on."""
+    """Returns whether cuDNN's kernel takes these queries: on NVIDIA GPUs from Ampere on."""
     device, width = jax.devices()[0], query.shape[-1]
     nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
     half = query.dtype in (jnp.bfloat16, jnp.float16)
@@ -216,7 +217,7 @@ def _attend_by_heads(
     mask: jax.Array | None,
     bias: GatedBias | None,
 ) -> jax.Array:
-    """A head of an example at a time; with a bias, which the examples share, a head of all."""
+    """Attends head by head: one of an example, or with a bias (shared) one of all examples."""
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
     if bias is None:
@@ -233,7 +234,7 @@ def _attend_by_heads(
 
 
 def _by_heads(function: Callable[..., jax.Array], heads: tuple, weights: int) -> jax.Array:
-    """Maps arrays of heads, of so many weights each, as many at once as the cache holds."""
+    """Maps over heads with `weights` attention weights each, as many at once as fit the cache."""
 
     @jax.checkpoint
     def one(head: tuple) -> jax.Array:
@@ -249,7 +250,7 @@ def _by_heads(function: Callable[..., jax.Array], heads: tuple, weights: int) ->
 def _attend_in_head(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """Attention of one (L, d) head."""
+    """Computes the attention of one (L, d) head."""
     return attention_weights(query, key, mask) @ value
 
 
@@ -265,11 +266,12 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention over (B, L, D) tokens.
 
     Attributes:
-        num_heads: heads; must divide D.
-        dropout: dropout of the attention weights.
-        dtype: of the computation, softmax apart; None means that of inputs and parameters.
+        num_heads: number of heads; must divide D.
+        dropout: dropout rate of the attention weights.
+        dtype: dtype of the computation except the softmax; None means that of inputs and
+            parameters.
         form: see `attend`.
-        key_bias: whether the keys have a bias, which the softmax does not see; Whisper has none.
+        key_bias: whether the keys have a bias, which cancels in the softmax; Whisper has none.
     """
 
     num_heads: int
@@ -279,7 +281,7 @@ class SelfAttention(nn.Module):
     key_bias: bool = True
 
     def bias(self, x: jax.Array, *inputs: Any) -> GatedBias | None:
-        """What is added to the logits; attention of other kinds says it."""
+        """Returns what is added to the logits: nothing, unless a subclass overrides it."""
         del x, inputs
 
     @nn.compact
@@ -295,11 +297,11 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, L, D) tokens.
             mask: (B, L) bool, True where a token may be attended to; None means all.
-            dropout_keys: (B,) a key per example; None turns dropout off.
-            *inputs: of `bias`.
+            dropout_keys: (B,) keys, one per example; None turns dropout off.
+            *inputs: further arguments of `bias`.
 
         Returns:
-            (B, L, D).
+            (B, L, D) tokens.
         """
         batch, length, width = x.shape
         if width % self.num_heads:
@@ -323,30 +325,30 @@ class SelfAttention(nn.Module):
 
 
 def mlp(x: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
-    """Linear layers `name_0`, `name_1`, ... with ReLU between; call it in a compact method."""
+    """Applies linear layers `name_0`, `name_1`, ... with ReLU between; for compact methods."""
     for i, width in enumerate(widths):
         x = nn.Dense(width, name=f"{name}_{i}")(nn.relu(x) if i else x)
     return x
 
 
 class EncoderLayer(nn.Module):
-    """One transformer encoder layer, with the norm after (BERT, HuBERT-base) or before each part.
+    """A transformer encoder layer, with the norm after (BERT, HuBERT-base) or before each part.
 
-    Parameter names follow the Hugging Face HuBERT layer.
+    Parameter names follow the HuBERT layer of the library `transformers`.
 
     Attributes:
-        num_heads: attention heads.
+        num_heads: number of attention heads.
         mlp_dim: width of the feed-forward network.
-        pre_norm: normalise the input of each part (HuBERT-large's "stable" layer) instead of
-            the sum after it.
-        dropout: after the attention and after the feed-forward network.
-        attention_dropout: of the attention weights.
-        activation_dropout: after the feed-forward activation.
+        pre_norm: whether to normalise the input of each part (HuBERT-large's "stable" layer)
+            instead of the sum after it.
+        dropout: dropout rate after the attention and after the feed-forward network.
+        attention_dropout: dropout rate of the attention weights.
+        activation_dropout: dropout rate after the feed-forward activation.
         activation: the feed-forward activation.
-        epsilon: of the layer norms.
-        dtype: of the computation; None means that of inputs and parameters.
+        epsilon: the epsilon of the layer norms.
+        dtype: dtype of the computation; None means that of inputs and parameters.
         attention_form: see `attend`.
-        attention: what makes the attention, with the arguments of `SelfAttention`.
+        attention: makes the attention module, with the arguments of `SelfAttention`.
     """
 
     num_heads: int
@@ -371,7 +373,7 @@ class EncoderLayer(nn.Module):
     ) -> jax.Array:
         """Maps (B, L, D) tokens to (B, L, D); `mask` (B, L) is True at valid tokens.
 
-        `inputs` are what an attention of another kind reads beside.
+        `inputs` are the further inputs that another kind of attention reads.
         """
         norm1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="layer_norm")
         norm2 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_layer_norm")

@@ -1,1 +1,1 @@
-"""The four training stages, each a state and a pure `step(state, batch, rng)`."""
+"""The four training stages, each with a state and a pure `step(state, batch, rng)`."""

@@ -1,14 +1,14 @@
-"""SpecAugment on stored features (Park et al. 2019), Section 4.4 of the paper."""
+"""SpecAugment on stored features (Park et al. 2019; Section 4.4 of the paper)."""
 
 import jax
 import jax.numpy as jnp
 
 
 def example_keys(rng: jax.Array, index: jax.Array) -> jax.Array:
-    """One key per example, folded from its own index, so that draws do not depend on batching.
+    """Returns one key per example, so that its draws do not depend on the batch it is in.
 
     Args:
-        rng: a key.
+        rng: the key into which each example's index is folded.
         index: (B,) int, the example's number in the corpus.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
@@ -23,15 +23,15 @@ def spec_augment(
 ) -> jax.Array:
     """Zeroes one block of features and one block of frames of every example.
 
-    Widths are U{0..max}, but at most half of what there is; starts are uniform over the places
-    where the block fits (in time, among the valid frames).
+    The width of a block is drawn from U{0..max}, but is at most half of the features or valid
+    frames. Its start is uniform over the positions where it fits (in time, among the valid frames).
 
     Args:
         keys: (B,) keys, one per example.
-        features: (B, T, N).
-        num_frames: (B,) int, valid frames.
-        max_frequency_width: widest block of features.
-        max_time_width: widest block of frames.
+        features: (B, T, N) features.
+        num_frames: (B,) int, the numbers of valid frames.
+        max_frequency_width: width of the widest block of features.
+        max_time_width: width of the widest block of frames.
     """
     time, variates = features.shape[1:]
 

@@ -1,4 +1,4 @@
-"""What a stage of training is; and what the stages share: batches and the optimiser."""
+"""The base class of the training stages, and the batches and the optimiser that they share."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage(abc.ABC):
-    """A stage of training: its parts, and what is said of it, once.
+    """A stage of training: its models and optimisers, and everything that others need to know.
 
-    A stage has an `init` of its own that makes its state, a `flax.struct.PyTreeNode` with
-    `step`, the steps taken, and `frozen`, what no step changes and no checkpoint keeps.
+    Each stage also has an `init`, with arguments of its own, that makes the initial state: a
+    `flax.struct.PyTreeNode` with a field `step` (the number of steps taken) and a field `frozen`
+    (what no step changes and no checkpoint contains).
 
     Attributes:
-        name: of its part of the config, its folder, and its random stream.
-        starts_from: the stages whose results it begins with.
-        rows: of the results that it gives.
-        student_row: which of them is its student's; empty if it trains none.
+        name: the name of its part of the config, of its folder and of its random stream.
+        starts_from: names of the stages whose results it starts from.
+        rows: the rows that it contributes to the results.
+        student_row: the one of `rows` that is its student's; empty if it trains no student.
     """
 
     name: ClassVar[str]
@@ -39,41 +40,44 @@ class Stage(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def make(cls, programs: Programs) -> Stage:
-        """The stage with the models and optimisers of a config."""
+        """Makes the stage with the models and optimisers of a config."""
 
     @abc.abstractmethod
     def step(
         self, state: Any, batch: Any, rng: jax.Array, axis: str | None = None
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """A training step, pure: the next state and metrics, `loss` among them.
+        """Takes a training step, as a pure function.
 
         Args:
-            state: the present one.
-            batch: of the batch's share that this device has.
-            rng: the stage's key; the step folds in the step number.
+            state: the current state.
+            batch: this device's share of the batch.
+            rng: the stage's key, into which the step folds the step number.
             axis: name of the device axis under pmap.
+
+        Returns:
+            The next state, and metrics by name, with `loss` among them.
         """
 
     @staticmethod
     def pick(state: Any, rows: Any) -> Any:
-        """Of the rows that a step is given, those that make up its batch: all."""
+        """Selects the rows of a step's batch from those that it is given; by default all."""
         del state
         return rows
 
     @staticmethod
     def student_params(params: Any) -> Any:
-        """The student's part of a state's `params`: all."""
+        """Selects the student's part of a state's `params`; by default all."""
         return params
 
 
 class Batch(TypedDict):
-    """Examples of one step; B is the global batch, or a device's share of it.
+    """The examples of one step; B is the size of the global batch, or of a device's share of it.
 
     Attributes:
         inputs: (B, T, N) float16 features, or (B, samples) int16 audio.
-        length: (B,) int32 valid frames, or samples.
-        label: (B,) int32.
-        index: (B,) int32, the example's number in the corpus.
+        length: (B,) int32, the numbers of valid frames or samples.
+        label: (B,) int32, the classes.
+        index: (B,) int32, the examples' numbers in the corpus.
         teacher_hidden: (B, H) float32, h(., T), where the stage needs it.
     """
 
@@ -94,13 +98,14 @@ class QuizBatch(TypedDict):
 def make_optimizer(
     config: ConfigDict, learning_rate: float, total_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW with the config's weight decay, gradient clipping and schedule.
+    """Makes AdamW with the config's weight decay, gradient clipping and schedule.
 
     Args:
-        config: `weight_decay`, of `decayed` `kernels` alone (not of biases, norms and
-            embeddings) or `all`; `clip_norm`, 0 for none; and the keys of `make_schedule`.
-        learning_rate: the peak.
-        total_steps: length of the stage.
+        config: the config's `optimizer` part. `weight_decay` applies to what `decayed` says: only
+            `kernels` (not biases, norms and embeddings) or `all`. `clip_norm` is the largest norm
+            of the gradient, 0 for no clipping. `make_schedule` reads the other keys.
+        learning_rate: the peak of the learning rate.
+        total_steps: number of steps of the stage.
     """
     schedule = make_schedule(config, learning_rate, total_steps)
     if not config.clip_norm:
@@ -109,13 +114,13 @@ def make_optimizer(
 
 
 def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) -> optax.Schedule:
-    """The learning rate by steps taken.
+    """Makes the learning rate as a function of the number of steps taken.
 
     Args:
-        config: `schedule`, `constant` or `cosine` (to zero at `total_steps`); `warmup`,
-            the share of the steps over which the rate rises from 0.
-        learning_rate: the peak.
-        total_steps: length of the stage.
+        config: the config's `optimizer` part. `schedule` is `constant` or `cosine` (to zero at
+            `total_steps`); `warmup` is the share of the steps over which the rate rises from 0.
+        learning_rate: the peak of the learning rate.
+        total_steps: number of steps of the stage.
     """
     warmup_steps = round(config.warmup * total_steps)
     if config.schedule == "cosine":
@@ -131,16 +136,16 @@ def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) ->
 def make_adamw(
     config: ConfigDict, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """AdamW with the config's `weight_decay` of what is `decayed`."""
+    """Makes AdamW with the config's `weight_decay` on the parameters that `decayed` names."""
     mask = None if config.decayed == "all" else _kernels
     return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
 
 
 def _kernels(params: Any) -> Any:
-    """True for each kernel of a tree of parameters, False for the others."""
+    """Returns a tree like `params` that is True at kernels and False elsewhere."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of (B, C) logits whose largest is the (B,) label."""
+    """Returns the share of the (B, C) logits whose maximum is at the (B,) label."""
     return (logits.argmax(-1) == labels).astype(jnp.float32).mean()

@@ -1,8 +1,8 @@
 """Stage 4: the student's curriculum (Section 3.4, Eqs. 10-13).
 
-Tasks are parts of the training set. A policy reads the student's state and picks the task of the
-next batch; the updated student S' trains on it; the policy learns by REINFORCE from how often S'
-beats the frozen meta-teacher T' on a quiz batch, of clips that neither was fitted to.
+Tasks are parts of the training set. A policy observes the student's state and picks the task of
+the next batch, on which the updated student S' trains. The policy learns by REINFORCE from how
+often S' beats the frozen meta-teacher T' on a quiz batch of clips to which neither was fitted.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 class Episode(struct.PyTreeNode):
-    """What the policy saw, did and earned in the episode so far; E steps long.
+    """What the policy has observed, chosen and earned so far in an episode of E steps.
 
     Attributes:
-        observations: (E, S) float32.
-        actions: (E,) int32.
-        rewards: (E,) float32.
+        observations: (E, S) float32, what it observed.
+        actions: (E,) int32, the tasks that it chose.
+        rewards: (E,) float32, what they earned.
     """
 
     observations: jax.Array
@@ -54,12 +54,12 @@ class Episode(struct.PyTreeNode):
 
 
 class Frozen(struct.PyTreeNode):
-    """What the curriculum takes from distillation and leaves as it is.
+    """What the curriculum takes from distillation and does not change.
 
     Attributes:
-        statistics: what the student's features are standardised by.
-        adapter_params: of the distilled student's adapter; empty where it has none.
-        meta_params: of T'.
+        statistics: the statistics by which the student's features are standardised.
+        adapter_params: the parameters of the distilled student's adapter; empty without one.
+        meta_params: the parameters of T'.
     """
 
     statistics: Statistics
@@ -68,14 +68,14 @@ class Frozen(struct.PyTreeNode):
 
 
 class CurriculumState(StudentState):
-    """Everything that the curriculum needs to go on: what the training of S' does, and the policy.
+    """Everything that the curriculum needs in order to resume: a `StudentState`, and the policy.
 
     Attributes:
-        policy_params: of `Policy`.
-        policy_opt_state: of its optimiser.
-        episode: the policy's present episode.
-        baseline: (E,) running mean of earlier episodes' returns, step by step.
-        observation: (S,) what the policy saw when it chose `task`.
+        policy_params: the parameters of `Policy`.
+        policy_opt_state: the state of the policy's optimiser.
+        episode: the policy's current episode.
+        baseline: (E,) running mean of the returns of earlier episodes, for each step of an episode.
+        observation: (S,) what the policy observed when it chose `task`.
         task: () int32, the task of the next batch.
         task_accuracy: (K,) running accuracy of S' on each task's batches.
         task_reward: (K,) running reward after each task's batches.
@@ -94,15 +94,19 @@ class CurriculumState(StudentState):
 
 
 def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """Numbers each training example's task, 0 the easiest.
+    """Assigns each training example to a task, of which number 0 is the easiest.
 
     Args:
-        margins: (n,) the meta-teacher's log-odds of the true class. Its probabilities round to 1.
-        labels: (n,) int.
-        config: the config's `curriculum` part. `task_by='difficulty'` cuts the examples of
-            each class, ranked by their margins, into `num_tasks` tiers of equal size, so that
-            no tier favours a class; `'class'` makes every class a task, ranked by its mean
+        margins: (n,) the meta-teacher's log-odds of the true class; not its probabilities, which
+            round to 1.
+        labels: (n,) int, the classes.
+        config: the config's `curriculum` part. `task_by='difficulty'` ranks the examples of each
+            class by their margins and cuts them into `num_tasks` tiers of equal size, so that no
+            tier favours a class; `task_by='class'` makes every class a task, ranked by its mean
             margin.
+
+    Returns:
+        (n,) int32, the number of each example's task.
     """
     if config.task_by == "difficulty":
         task = np.empty(len(labels), np.int32)
@@ -121,18 +125,18 @@ def assign_tasks(margins: np.ndarray, labels: np.ndarray, config: ConfigDict) ->
 
 @dataclass(frozen=True)
 class CurriculumStage(Stage):
-    """S' trains on Eq. 10, earns Eq. 13, and the policy chooses and learns.
+    """Trains S' on Eq. 10 with tasks chosen by a policy, which learns from the reward of Eq. 13.
 
     Attributes:
         student: S'.
-        adapter: maps F(., S') to the teacher's width; None where it has that.
-        hidden_width: of F(., S').
+        adapter: maps F(., S') to the teacher's width; None where F(., S') already has it.
+        hidden_width: the width of F(., S').
         classifier: T'.
-        policy: picks tasks.
-        optimizer: of S'.
-        policy_optimizer: of the policy.
-        config: the whole config; `contrastive` and `curriculum` are read.
-        total_steps: steps of the stage, for the progress that the policy sees.
+        policy: picks the tasks.
+        optimizer: the optimiser of S'.
+        policy_optimizer: the policy's optimiser.
+        config: the whole config, of which `contrastive` and `curriculum` are read.
+        total_steps: number of steps of the stage, for the progress that the policy observes.
     """
 
     name = "curriculum"
@@ -152,7 +156,10 @@ class CurriculumStage(Stage):
 
     @classmethod
     def make(cls, programs: Programs) -> CurriculumStage:
-        """From the models of a config; the policy's rate is constant: it steps once an episode."""
+        """Makes the stage with the models of a config.
+
+        The policy's learning rate is constant, since it takes only one step per episode.
+        """
         config = programs.config
         return cls(
             programs.student,
@@ -168,20 +175,20 @@ class CurriculumStage(Stage):
 
     @staticmethod
     def pick(state: CurriculumState, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Of a step's rows, `train` (K, B) and `quiz` (B,), those of the state's task."""
+        """Selects the state's task from a step's rows, `train` (K, B) and `quiz` (B,)."""
         return {**rows, "train": rows["train"][state.task]}
 
     @staticmethod
     def frozen(distilled: DistillState) -> Frozen:
-        """What it leaves as distillation ended with it."""
+        """Returns what the curriculum takes from distillation and does not change."""
         return Frozen(distilled.frozen, distilled.params["adapter"], distilled.meta_params)
 
     def init(self, rng: jax.Array, distilled: DistillState) -> CurriculumState:
-        """State before the first step: S' is a clone of the distilled student, T' is frozen.
+        """Makes the state before the first step: S' is a clone of the distilled student.
 
         Args:
-            rng: key of the policy's initial parameters and of the first task.
-            distilled: the state that distillation ended with.
+            rng: the key of the policy's initial parameters and of the first task.
+            distilled: the state at the end of distillation.
         """
         params, config = distilled.params["student"], self.config.curriculum
         num_tasks = self.policy.num_tasks
@@ -214,7 +221,7 @@ class CurriculumStage(Stage):
     def step(
         self, state: CurriculumState, batch: QuizBatch, rng: jax.Array, axis: str | None = None
     ) -> tuple[CurriculumState, dict[str, jax.Array]]:
-        """Trains S', observes, rewards, and lets the policy choose and learn."""
+        """Trains S' on the current task, rewards the policy for it, and lets it choose the next."""
         config = self.config.curriculum
         train_rng, task_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         task, slot = state.task, state.step % config.episode_steps
@@ -244,7 +251,7 @@ class CurriculumStage(Stage):
     def _train_student(
         self, state: CurriculumState, batch: Batch, rng: jax.Array, axis: str | None
     ) -> tuple[CurriculumState, jax.Array, dict[str, jax.Array]]:
-        """One step of S' on Eq. 10; also the mean of F(., S') over the batch."""
+        """Takes a step of S' on Eq. 10; also returns the mean of F(., S') over the batch."""
         frozen, contrastive = state.frozen, self.config.contrastive
         dropout_rng, mask_rng = jax.random.split(rng)
         features = standardize(batch["inputs"], batch["length"], frozen.statistics)
@@ -276,7 +283,7 @@ class CurriculumStage(Stage):
         return state, embedding, metrics
 
     def _reward(self, state: CurriculumState, quiz: Batch, axis: str | None) -> jax.Array:
-        """Eq. 13 on the quiz batch, both models frozen."""
+        """Returns Eq. 13 on the quiz batch, with both models frozen."""
         features = standardize(quiz["inputs"], quiz["length"], state.frozen.statistics)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits = self.student.apply(variables, features, quiz["length"]).logits
@@ -286,10 +293,10 @@ class CurriculumStage(Stage):
         return parallel.device_mean(losses.reward(logits, teacher_logits, quiz["label"]), axis)
 
     def _update_policy(self, state: CurriculumState) -> CurriculumState:
-        """REINFORCE on the finished episode."""
+        """Takes a step of the policy by REINFORCE on the finished episode."""
         config = self.config.curriculum
         returns = losses.discounted_returns(state.episode.rewards, config.discount)
-        # There is nothing to hold the first episode against: it only sets the baseline.
+        # There is nothing to compare the first episode with: it only sets the baseline.
         first = state.step <= config.episode_steps
         baseline = jnp.where(first, returns, state.baseline)
         advantages = returns - baseline
@@ -309,7 +316,7 @@ class CurriculumStage(Stage):
         )
 
     def _sample_task(self, policy_params: Any, observation: jax.Array, rng: jax.Array) -> jax.Array:
-        """The next task, () int32: of the policy, or for the ablation any, all equally likely."""
+        """Draws the next task, () int32, from the policy, or uniformly for the ablation."""
         logits = self.policy.apply({"params": policy_params}, observation)
         if self.config.curriculum.sampling == "uniform":
             logits = jnp.zeros_like(logits)
@@ -317,5 +324,5 @@ class CurriculumStage(Stage):
 
 
 def _follow(running: jax.Array, task: jax.Array, value: jax.Array, rate: float) -> jax.Array:
-    """Moves `running[task]` towards `value`."""
+    """Moves `running[task]` towards `value` by the share `rate` of the difference."""
     return running.at[task].add(rate * (value - running[task]))

@@ -1,6 +1,6 @@
 """Stage 3: distillation with the meta-teacher (Sections 3.2.2 and 3.3, Eqs. 4-9).
 
-The teacher's encoder is frozen, so its hidden vectors h(., T) come with the batch. What is left
+The teacher's encoder is frozen, so its hidden vectors h(., T) come with the batch. What remains
 of the meta-teacher T' is its classifier, which reads h(., T) or the student's adapted h(., S).
 """
 
@@ -40,13 +40,13 @@ Params = dict[str, Any]  # {"student": ..., "adapter": ...}
 
 
 class DistillState(StudentState):
-    """Everything that distillation needs to go on: what a student's training does, and T'.
+    """Everything that distillation needs in order to resume: a `StudentState`, and T'.
 
     Attributes:
-        params: `{"student": ..., "adapter": ...}`, trained together; without an adapter, that
-            part is empty.
-        meta_params: of T', the `Classifier`.
-        meta_opt_state: of its optimiser.
+        params: `{"student": ..., "adapter": ...}`, trained together; the `adapter` part is empty
+            where there is no adapter.
+        meta_params: the parameters of T', which is a `Classifier`.
+        meta_opt_state: the state of its optimiser.
     """
 
     params: Params
@@ -64,24 +64,26 @@ def meta_value_and_grad(
     quiz_loss: Callable[[Any, Any], jax.Array],
     axis: str | None,
 ) -> tuple[jax.Array, Any]:
-    """L^col(θ_T', θ_S+) after the pilot step θ_S+ = θ_S - η ∇_S L(θ_S, θ_T'), Section 3.3.
+    """Computes L^col(θ_T', θ_S+) after the pilot step, and its gradient (Section 3.3).
+
+    The pilot step is θ_S+ = θ_S - η ∇_S L(θ_S, θ_T').
 
     Args:
         config: the config's `meta` part. `order` is `second_order` (a gradient through a
-            gradient), `second_order_forward` (the same number, by the chain rule written out)
-            or `first_order` (θ_S+ is taken as given).
+            gradient), `second_order_forward` (the same value, by the chain rule written out) or
+            `first_order` (θ_S+ is taken as a constant).
         params: θ_S.
         meta_params: θ_T'.
-        gradient: θ_T' -> ∇_S L(θ_S, θ_T'), the mean over the devices.
+        gradient: θ_T' -> ∇_S L(θ_S, θ_T'), averaged over the devices.
         slope_along: (v, θ_T') -> v · ∇_S L(θ_S, θ_T').
         quiz_loss: (θ_T', θ_S) -> L^col, Eq. 9.
         axis: name of the device axis under pmap.
 
     Returns:
-        The loss and its gradient in θ_T', means over the devices.
+        The loss and its gradient with respect to θ_T', averaged over the devices.
 
     Raises:
-        UserError: there is no such order.
+        UserError: `order` is none of these.
     """
     rate = config.pilot_learning_rate
 
@@ -106,21 +108,21 @@ def meta_value_and_grad(
 
 @dataclass(frozen=True)
 class DistillStage(Stage):
-    """A new student learns from the teacher, and the meta-teacher from the student's quiz.
+    """Trains a new student on the teacher, and the meta-teacher on the student's quiz.
 
-    Each step (a) takes a pilot step of the student against the present T', (b) updates T' by the
+    Each step (a) takes a pilot step of the student against the current T', (b) updates T' by the
     gradient of Eq. 9 on the quiz batch through that pilot step, and (c) takes the student's real
-    step against the new T'. With `meta.order='none'` the third is the only one.
+    step against the new T'. With `meta.order='none'` there is only (c).
 
     Attributes:
         student: S.
-        new_student: key -> its variables before the first step.
-        adapter: maps h(., S) to the teacher's width; None where it has that.
-        hidden_width: of h(., S).
+        new_student: key -> S's variables before the first step.
+        adapter: maps h(., S) to the teacher's width; None where h(., S) already has it.
+        hidden_width: the width of h(., S).
         classifier: T'.
-        optimizer: of the student and the adapter.
-        meta_optimizer: of T'.
-        config: the whole config; `contrastive`, `distill` and `meta` are read.
+        optimizer: the optimiser of the student and the adapter.
+        meta_optimizer: the optimiser of T'.
+        config: the whole config, of which `contrastive`, `distill` and `meta` are read.
     """
 
     name = "distill"
@@ -139,7 +141,7 @@ class DistillStage(Stage):
 
     @classmethod
     def make(cls, programs: Programs) -> DistillStage:
-        """From the models of a config; T' learns as long as the student does."""
+        """Makes the stage with the models of a config; T' is trained as long as the student."""
         return cls(
             programs.student,
             programs.new_student,
@@ -153,15 +155,15 @@ class DistillStage(Stage):
 
     @staticmethod
     def student_params(params: Params) -> Any:
-        """Without the adapter's."""
+        """Selects the student's parameters, without the adapter's."""
         return params["student"]
 
     def init(self, rng: jax.Array, statistics: Statistics, teacher_classifier: Any) -> DistillState:
-        """State before the first step: a new student, and T' cloned from the teacher.
+        """Makes the state before the first step: a new student, and T' cloned from the teacher.
 
         Args:
-            rng: a key.
-            statistics: what the student's features are standardised by.
+            rng: the key of the initial parameters.
+            statistics: the statistics by which the student's features are standardised.
             teacher_classifier: parameters of the fine-tuned teacher's classifier.
         """
         student_rng, adapter_rng = jax.random.split(rng)
@@ -188,7 +190,7 @@ class DistillStage(Stage):
     def step(
         self, state: DistillState, batch: QuizBatch, rng: jax.Array, axis: str | None = None
     ) -> tuple[DistillState, dict[str, jax.Array]]:
-        """A step of T' on Eq. 9, and one of the student on Eq. 4."""
+        """Takes a step of T' on Eq. 9, and one of the student on Eq. 4."""
         train, quiz, contrastive = batch["train"], batch["quiz"], self.config.contrastive
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         features = standardize(train["inputs"], train["length"], state.frozen)
@@ -198,17 +200,17 @@ class DistillStage(Stage):
         )
         run = partial(self._run, state.batch_stats, train, features, dropout_keys, axis)
         objective = partial(self._objective, train, keys, key_labels, state.queue)
-        # The pilot step and the real one go back through one forward pass: they differ in θ_T',
-        # which the student's outputs do not depend on.
+        # The pilot step and the real one share a forward pass: they differ only in θ_T', on which
+        # the student's outputs do not depend.
         outputs, pull_back, batch_stats = jax.vjp(run, state.params, has_aux=True)
 
         def gradient(meta_params: Any) -> tuple[Any, dict[str, jax.Array]]:
-            """∇_S of Eq. 4 at θ_S, and its parts by name."""
+            """Returns ∇_S of Eq. 4 at θ_S, and the parts of Eq. 4 by name."""
             of_outputs, metrics = jax.grad(objective, has_aux=True)(outputs, meta_params)
             return parallel.device_mean((pull_back(of_outputs)[0], metrics), axis)
 
         def slope_along(direction: Params, meta_params: Any) -> jax.Array:
-            """Of Eq. 4 at θ_S."""
+            """Returns the directional derivative of Eq. 4 at θ_S."""
 
             def loss(params: Params) -> jax.Array:
                 return objective(run(params)[0], meta_params)[0]
@@ -249,7 +251,7 @@ class DistillStage(Stage):
         axis: str | None,
         params: Params,
     ) -> tuple[tuple[StudentOutput, jax.Array], Any]:
-        """The student's outputs in training and its hidden vectors adapted; batch statistics."""
+        """Returns the student's outputs in training, its adapted h(., S), and batch statistics."""
         out, batch_stats = run_student(
             self.student, params["student"], batch_stats, batch, features, dropout_keys, axis
         )
@@ -264,7 +266,7 @@ class DistillStage(Stage):
         outputs: tuple[StudentOutput, jax.Array],
         meta_params: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Eq. 4 of the student's outputs, and its parts by name."""
+        """Returns Eq. 4 for the student's outputs, and its parts by name."""
         (out, hidden), config = outputs, self.config.distill
         student_loss, metrics = student_objective(
             out, batch["label"], keys, key_labels, queue, self.config.contrastive
@@ -287,7 +289,7 @@ class DistillStage(Stage):
         meta_params: Any,
         params: Params,
     ) -> jax.Array:
-        """Eq. 9."""
+        """Returns Eq. 9 on the quiz batch."""
         variables = {"params": params["student"], "batch_stats": batch_stats}
         out = self.student.apply(variables, features, quiz["length"])
         hidden = adapt(self.adapter, params["adapter"], out.hidden)

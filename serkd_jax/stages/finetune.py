@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class TeacherState(struct.PyTreeNode):
-    """Everything that fine-tuning needs to go on.
+    """Everything that fine-tuning needs in order to resume.
 
     Attributes:
-        step: () int32, steps taken; also the position in the data.
-        params: of `Teacher`.
-        opt_state: of the optimiser.
-        frozen: parameters of the encoder's front, for waveforms; `Statistics`, for features.
+        step: () int32, the number of steps taken; also the position in the data.
+        params: the parameters of `Teacher`.
+        opt_state: the optimiser's state.
+        frozen: for waveforms, the parameters of the encoder's front; for features, `Statistics`.
     """
 
     step: jax.Array
@@ -44,14 +44,14 @@ class TeacherState(struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class TeacherStage(Stage):
-    """Cross-entropy of the teacher, Eq. 1.
+    """Trains the teacher on cross-entropy, Eq. 1.
 
     Attributes:
         teacher: T.
-        new_params: key -> its parameters before the first step, pretrained layers included.
+        new_params: key -> T's parameters before the first step, pretrained layers included.
         embed: the frozen front of an encoder, for waveforms; None for stored features.
         normalize: whether each waveform is standardised, as the checkpoint's preprocessor says.
-        optimizer: of T.
+        optimizer: T's optimiser.
         config: the config's `teacher` part.
     """
 
@@ -67,7 +67,7 @@ class TeacherStage(Stage):
 
     @classmethod
     def make(cls, programs: Programs) -> TeacherStage:
-        """From the models of a config."""
+        """Makes the stage with the models of a config."""
         return cls(
             programs.teacher,
             programs.new_teacher_params,
@@ -78,14 +78,14 @@ class TeacherStage(Stage):
         )
 
     def init(self, rng: jax.Array, frozen: Any) -> TeacherState:
-        """State before the first step."""
+        """Makes the state before the first step."""
         params = self.new_params(rng)
         return TeacherState(jnp.int32(0), params, self.optimizer.init(params), frozen)
 
     def step(
         self, state: TeacherState, batch: Batch, rng: jax.Array, axis: str | None = None
     ) -> tuple[TeacherState, dict[str, jax.Array]]:
-        """A step on Eq. 1."""
+        """Takes a step on Eq. 1."""
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         frames, mask = self._frames(state.frozen, batch)
         frames = spec_augment(
@@ -110,12 +110,12 @@ class TeacherStage(Stage):
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def predict(self, state: TeacherState, batch: Batch) -> TeacherOutput:
-        """The forward pass of a batch's `inputs` and `length`, without dropout."""
+        """Runs the forward pass on a batch's `inputs` and `length`, without dropout."""
         frames, mask = self._frames(state.frozen, batch)
         return self.teacher.apply({"params": state.params}, frames, mask)
 
     def _frames(self, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(B, T, N) float32 frames that the trained layers read, and their (B, T) mask."""
+        """Returns the (B, T, N) float32 frames that the trained layers read, and their mask."""
         inputs, length = batch["inputs"], batch["length"]
         if self.embed is None:
             mask = jnp.arange(inputs.shape[1]) < length[:, None]

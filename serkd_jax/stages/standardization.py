@@ -1,4 +1,4 @@
-"""Features with mean 0 and spread 1 in every dimension, over the frames of a training part."""
+"""Standardises features to mean 0 and spread 1 per dimension, over a training part's frames."""
 
 from collections.abc import Iterable
 
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-FLOOR = 1e-3  # of the median spread: what varies less is rounding, not to be blown up
+FLOOR = 1e-3  # share of the median spread; smaller variation is rounding, not to be amplified
 
 
 class Statistics(struct.PyTreeNode):
-    """What features are standardised by.
+    """The mean and spread by which features are standardised.
 
     Attributes:
         mean: (N,) float32.
-        spread: (N,) float32 standard deviation, floored; positive.
+        spread: (N,) float32, the standard deviation; positive, since it has a lower bound.
     """
 
     mean: jax.Array | np.ndarray
@@ -23,7 +23,7 @@ class Statistics(struct.PyTreeNode):
 
 
 def no_statistics(width: int) -> Statistics:
-    """Those that leave features of N = `width` dimensions as they are."""
+    """Returns statistics that leave features of N = `width` dimensions unchanged."""
     return Statistics(np.zeros(width, np.float32), np.ones(width, np.float32))
 
 
@@ -31,12 +31,12 @@ def standardize(features: jax.Array, num_frames: jax.Array, statistics: Statisti
     """Standardises every dimension; padding stays 0.
 
     Args:
-        features: (B, T, N) of any float dtype.
-        num_frames: (B,) int, valid frames.
-        statistics: of the fold's training part.
+        features: (B, T, N) features of any float dtype.
+        num_frames: (B,) int, the numbers of valid frames.
+        statistics: mean and spread over the fold's training part.
 
     Returns:
-        (B, T, N) float32, or float64 if one of them is.
+        (B, T, N) float32, or float64 if the features or the statistics are.
     """
     valid = jnp.arange(features.shape[1]) < num_frames[:, None]
     precise = jnp.promote_types(features.dtype, jnp.float32)
@@ -47,17 +47,18 @@ def standardize(features: jax.Array, num_frames: jax.Array, statistics: Statisti
 def measure_statistics(
     chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], members: np.ndarray
 ) -> list[Statistics]:
-    """Mean and spread over the valid frames of several sets of utterances, in one pass.
+    """Measures mean and spread over the valid frames of several sets of utterances, in one pass.
 
-    The sums are in float64, where those of float16 values and of their squares are all but exact.
+    The sums are in float64, in which sums of float16 values and of their squares are almost exact.
 
     Args:
-        chunks: (row numbers (m,), features (m, T, N) that are 0 after the valid frames, valid
-            frames (m,)) of all utterances, some at a time.
+        chunks: all utterances, some at a time, as (row numbers (m,), features (m, T, N) that are
+            0 after the valid frames, numbers of valid frames (m,)).
         members: (F, n) bool, which of the n utterances are in each set.
 
     Returns:
-        F statistics. The spread is at least `FLOOR` of the median dimension's.
+        The statistics of the F sets. Each spread is at least `FLOOR` times the median over the
+        dimensions.
     """
     count, total, squares = np.zeros((len(members), 1)), 0.0, 0.0
     for rows, features, num_frames in chunks:

@@ -1,4 +1,4 @@
-"""Stage 2: the undistilled student with its contrastive branch (Section 3.2.1, Eqs. 2-3)."""
+"""Stage 2: training the student with its contrastive branch (Section 3.2.1, Eqs. 2-3)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class StudentState(struct.PyTreeNode):
-    """Everything that the student's training needs to go on.
+    """Everything that the student's training needs in order to resume.
 
     Attributes:
-        step: () int32, steps taken; also the position in the data.
-        params: of the student.
-        batch_stats: its batch statistics; empty if it has none.
-        opt_state: of the optimiser.
-        momentum_params: of the momentum encoder, a copy of `params` that follows them.
-        momentum_stats: the same of `batch_stats`.
+        step: () int32, the number of steps taken; also the position in the data.
+        params: the student's parameters.
+        batch_stats: the student's batch statistics; empty if it has none.
+        opt_state: the optimiser's state.
+        momentum_params: the momentum encoder's parameters, a moving average of the student's.
+        momentum_stats: the momentum encoder's batch statistics, a moving average likewise.
         queue: labelled keys of earlier batches.
-        frozen: what the features are standardised by.
+        frozen: the statistics by which the features are standardised.
     """
 
     step: jax.Array
@@ -50,12 +50,12 @@ class StudentState(struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class StudentStage(Stage):
-    """Cross-entropy and supervised contrastive loss of the student, Eqs. 2-3.
+    """Trains the student on cross-entropy and supervised contrastive loss, Eqs. 2-3.
 
     Attributes:
         student: S.
-        new_student: key -> its variables before the first step.
-        optimizer: of S.
+        new_student: key -> S's variables before the first step.
+        optimizer: S's optimiser.
         config: the config's `contrastive` part.
     """
 
@@ -70,7 +70,7 @@ class StudentStage(Stage):
 
     @classmethod
     def make(cls, programs: Programs) -> StudentStage:
-        """From the models of a config."""
+        """Makes the stage with the models of a config."""
         return cls(
             programs.student,
             programs.new_student,
@@ -79,7 +79,7 @@ class StudentStage(Stage):
         )
 
     def init(self, rng: jax.Array, statistics: Statistics) -> StudentState:
-        """State before the first step, on features of these statistics."""
+        """Makes the state before the first step, for features with these statistics."""
         variables = self.new_student(rng)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return StudentState(
@@ -96,7 +96,7 @@ class StudentStage(Stage):
     def step(
         self, state: StudentState, batch: Batch, rng: jax.Array, axis: str | None = None
     ) -> tuple[StudentState, dict[str, jax.Array]]:
-        """A step on Eq. 2."""
+        """Takes a step on Eq. 2."""
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         features = standardize(batch["inputs"], batch["length"], state.frozen)
         keys, key_labels = encode_keys(
@@ -129,7 +129,11 @@ def run_student(
     dropout_keys: jax.Array,
     axis: str | None,
 ) -> tuple[StudentOutput, Any]:
-    """The outputs of S in training, and its batch statistics after it, over all devices."""
+    """Runs the student in training mode.
+
+    Returns:
+        The outputs, and the updated batch statistics, averaged over all devices.
+    """
     out, changed = student.clone(axis=axis).apply(
         {"params": params, "batch_stats": batch_stats},
         features,
@@ -149,10 +153,10 @@ def encode_keys(
     config: ConfigDict,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The momentum encoder's keys of a batch's SpecAugmented `features`, of all devices.
+    """Computes the momentum encoder's keys for the SpecAugmented features of all devices.
 
     Returns:
-        keys (B, P) and their labels (B,), B the global batch.
+        Keys (B, P) and their labels (B,), where B is the size of the global batch.
     """
     masked = spec_augment(
         example_keys(rng, batch["index"]),
@@ -174,7 +178,11 @@ def student_objective(
     queue: Queue,
     config: ConfigDict,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Eq. 2 (and Eq. 11) of one batch against its keys and the queue, with its parts by name."""
+    """Computes Eq. 2 (and Eq. 11) for one batch, against its keys and those in the queue.
+
+    Returns:
+        The loss, and its parts and the accuracy by name.
+    """
     contrastive = losses.supervised_contrastive(
         out.projection,
         labels,
@@ -200,16 +208,19 @@ def descend(
     key_labels: jax.Array,
     momentum: float,
 ) -> Any:
-    """The state after a step of its parameters; the momentum encoder and the queue follow.
+    """Takes an optimiser step, and updates the momentum encoder and the queue after it.
 
     Args:
-        stage: one that trains a student, with its `optimizer`.
-        state: with the fields of `StudentState`.
-        grads: of `params`, the mean over the devices.
-        batch_stats: of the student, after the step.
-        keys: of the batch, of all devices.
-        key_labels: theirs.
-        momentum: of the momentum encoder.
+        stage: a stage that trains a student, with its `optimizer`.
+        state: a state with the fields of `StudentState`.
+        grads: the gradient with respect to `state.params`, averaged over the devices.
+        batch_stats: the student's batch statistics after the step.
+        keys: the batch's keys, from all devices.
+        key_labels: the labels of `keys`.
+        momentum: the momentum encoder's momentum.
+
+    Returns:
+        The next state.
     """
     updates, opt_state = stage.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -226,7 +237,7 @@ def descend(
 
 
 def predict(student: Student, trained: tuple[Any, Statistics], batch: Batch) -> StudentOutput:
-    """The forward pass of (variables, statistics) on a batch, without dropout."""
+    """Runs a student's forward pass without dropout; `trained` is (variables, statistics)."""
     variables, statistics = trained
     features = standardize(batch["inputs"], batch["length"], statistics)
     return student.apply(variables, features, batch["length"])

@@ -1,4 +1,4 @@
-"""What all students share: how their sizes are declared, what they take and what they give."""
+"""What all students share: how they declare their sizes, and their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.typing import DTypeLike
 from serkd_jax.losses import l2_normalize
 from serkd_jax.models.transformer import mlp
 
-LONGEST = 8  # list of sizes
+LONGEST = 8  # entries in a list of sizes
 
 
 class StudentOutput(NamedTuple):
-    """What the student says of a batch."""
+    """The student's outputs for a batch."""
 
-    hidden: jax.Array  # (B, R) encoder output as it is read out, h(., S)
+    hidden: jax.Array  # (B, R) encoder output after the readout, h(., S)
     logits: jax.Array  # (B, C) ŷ(., S)
     projection: jax.Array | None  # (B, P) L2-normalised contrastive embedding, z
 
@@ -31,38 +31,38 @@ def size(
     choices: Sequence[str] = (),
     deployed: bool = True,
 ) -> Any:
-    """A field of a student that a recipe sets, and an exported `config.json` holds.
+    """Declares a field of a student that recipes set and that an exported `config.json` contains.
 
     Args:
-        default: its value where nothing is said; its type is the field's. A tuple stands for a
-            list of integers.
-        least: of a number, or of each in a list.
-        most: the same.
-        choices: what a text may be.
-        deployed: whether the exported model has it; False for what training alone reads.
+        default: the default, whose type is the field's type. A tuple stands for a list of integers.
+        least: the least value of the number, or of each number in the list.
+        most: the greatest value likewise.
+        choices: the values that a text may have.
+        deployed: whether the exported model has the field; False if only training reads it.
     """
     rule = {"least": least, "most": most, "choices": tuple(choices), "deployed": deployed}
     return dataclasses.field(default=default, metadata=rule)
 
 
 class Student(nn.Module):
-    """A student: (B, T, N) features -> `StudentOutput`.
+    """A student, which maps features (B, T, N) to a `StudentOutput`.
 
-    Each kind is a subclass in a file of its own, and a line of `STUDENTS`. It declares its sizes by
-    `size`, and makes its output by `classify_and_project`. It may have batch statistics (Flax's
-    `batch_stats`, with `axis_name=self.axis`; they are updated where dropout is on), and
-    dropout of its own by `serkd_jax.models.transformer.Dropout`.
+    Each kind is a subclass in a file of its own, with a line in `STUDENTS`. It declares its sizes
+    with `size` and makes its output with `classify_and_project`. It may have batch statistics
+    (Flax's `batch_stats`, with `axis_name=self.axis`, updated when dropout is on), and dropout of
+    its own with `serkd_jax.models.transformer.Dropout`.
 
     Attributes:
         num_classes: C.
         classifier_dims: hidden widths of the classifier.
-        projection_dims: widths of the contrastive projection, the last being P; training alone
-            needs it, and empty is none.
-        dtype: of the encoder's computation; None means that of inputs and parameters.
-        remat: whether activations are computed again for the gradient, not kept, where it can.
-        portable: whether it keeps to operations that every export format knows.
-        axis: name of the device axis that batch statistics are averaged over; None is one device.
-        description: class attribute, what the model card calls it, with its article.
+        projection_dims: widths of the contrastive projection, the last being P. Only training needs
+            the projection; empty for none.
+        dtype: dtype of the encoder's computation; None means that of inputs and parameters.
+        remat: whether to compute activations again for the gradient instead of keeping them, where
+            the student can.
+        portable: whether to use only operations that every export format knows.
+        axis: name of the device axis over which batch statistics are averaged; None for one device.
+        description: class attribute; what the model card calls the student, with an article.
     """
 
     num_classes: int
@@ -81,23 +81,26 @@ class Student(nn.Module):
         """Encodes and classifies.
 
         Args:
-            features: (B, T, N) float, zero after each example's `num_frames` frames.
-            num_frames: (B,) int.
-            dropout_keys: (B,) a key per example, in training; None turns dropout off.
+            features: (B, T, N) float, zero after the first `num_frames` frames of each example.
+            num_frames: (B,) int, the numbers of valid frames.
+            dropout_keys: (B,) keys in training, one per example; None turns dropout off.
         """
         raise NotImplementedError
 
     def check(self, frames: int, variates: int = 1) -> None:
-        """Raises a ValueError where its sizes do not fit each other, or T and N; or are too many.
+        """Checks that the sizes fit each other and T and N, and are not too large.
 
         Args:
             frames: T.
-            variates: N; 1 where it is not known yet.
+            variates: N; 1 if it is not known yet.
+
+        Raises:
+            ValueError: they do not fit, or are too large.
         """
 
     @nn.nowrap
     def classify_and_project(self, hidden: jax.Array) -> StudentOutput:
-        """The output of h(., S), (B, R) in float32; call it in a compact `__call__`."""
+        """Makes the output from h(., S), (B, R) in float32; call it in a compact `__call__`."""
         logits = mlp(hidden, (*self.classifier_dims, self.num_classes), "classifier")
         projection = None
         if self.projection_dims:
@@ -106,7 +109,7 @@ class Student(nn.Module):
 
 
 def sizes(kind: type[Student], deployed: bool = False) -> dict[str, dataclasses.Field]:
-    """The fields of a kind that were declared by `size`; with `deployed`, of exported models."""
+    """Returns the fields that a kind declares with `size`; `deployed`: only those of exports."""
     fields = {x.name: x for x in dataclasses.fields(kind) if "deployed" in x.metadata}
     return {name: x for name, x in fields.items() if x.metadata["deployed"] or not deployed}
 
@@ -114,10 +117,10 @@ def sizes(kind: type[Student], deployed: bool = False) -> dict[str, dataclasses.
 def check_sizes(
     kind: type[Student], values: Mapping[str, Any], deployed: bool = False
 ) -> dict[str, Any]:
-    """The sizes of a kind, as its constructor takes them, from a recipe or a `config.json`.
+    """Checks the sizes in a recipe or a `config.json`, and returns them for the constructor.
 
     Raises:
-        ValueError: names one that is absent or too many, or is not what was declared.
+        ValueError: a size is missing, unknown or not allowed; the message names it.
     """
     declared = sizes(kind, deployed)
     if unknown := ", ".join(values.keys() - declared.keys()):
@@ -134,7 +137,7 @@ def check_sizes(
 
 
 def _rule(field: dataclasses.Field) -> tuple[Callable[[Any], bool], str]:
-    """Whether a value is allowed, and in words which are."""
+    """Returns a predicate of the allowed values, and a description of them."""
     least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
     kind = type(field.default)
     if choices:
@@ -157,19 +160,19 @@ def _rule(field: dataclasses.Field) -> tuple[Callable[[Any], bool], str]:
 
 
 class Adapter(nn.Module):
-    """Maps h(., S) to the teacher's width, for Eqs. 8, 9 and 12, where it has another.
+    """Maps h(., S) to the teacher's width for Eqs. 8, 9 and 12, where its own width differs.
 
-    Used in training alone; it is not part of the deployed student.
+    It is used only in training and is not part of the deployed student.
     """
 
     width: int
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(B, R) -> (B, width)."""
+        """Maps hidden vectors (B, R) to (B, width)."""
         return nn.Dense(self.width, name="dense")(hidden)
 
 
 def adapt(adapter: Adapter | None, params: Any, hidden: jax.Array) -> jax.Array:
-    """h(., S) in the teacher's width; without an adapter it has that."""
+    """Returns h(., S) in the teacher's width, which it already has if there is no adapter."""
     return hidden if adapter is None else adapter.apply({"params": params}, hidden)

@@ -17,25 +17,25 @@ from serkd_jax.models.transformer import Dropout, EncoderLayer, exact_gelu, port
 
 
 class InvertedStudent(Student):
-    """(B, T, N) features -> (B, N, T) -> Dense -> (B, N, D) -> encoder -> mean over D -> classes.
+    """Features (B, T, N) -> (B, N, T) -> Dense -> (B, N, D) -> encoder -> mean over D -> classes.
 
     Attributes:
         width: D, the encoding dimension.
         mlp_dim: width of each feed-forward network.
-        num_heads: attention heads.
-        num_layers: encoder layers.
-        norm: `pre`, each part of a layer reads normalised tokens and there is no last norm, or
-            `post`, the sum after each part is normalised, as in iTransformer.
-        readout: what makes h(., S) of the tokens: `variates`, the mean over D of every token,
-            a number for each variate; `tokens`, the mean over the tokens; `flatten`, all.
-        dropout: in the encoder layers.
-        inverted: tokens are variates (the paper's model); False gives the ordinary encoder of
-            Table 4, whose tokens are frames with sinusoidal positions.
-        variate_embedding: adds a learned vector per variate to its token. Without it the model
-            cannot tell one variate from another but by its course in time.
-        use_norm: iTransformer's standardisation of every series over its valid frames.
-        time_pooling: frames averaged to one time point before the embedding; 1 is the paper's.
-            More leaves the embedding fewer weights to learn from a small corpus.
+        num_heads: number of attention heads.
+        num_layers: number of encoder layers.
+        norm: `pre`, where each part of a layer reads normalised tokens and there is no final norm,
+            or `post`, where the sum after each part is normalised, as in iTransformer.
+        readout: how h(., S) is made from the tokens: `variates`, the mean over D of every token,
+            one number per variate; `tokens`, the mean over the tokens; `flatten`, all values.
+        dropout: dropout rate in the encoder layers.
+        inverted: whether tokens are variates (the paper's model). False gives the ordinary encoder
+            of Table 4, whose tokens are frames with sinusoidal positions.
+        variate_embedding: whether a learned vector per variate is added to its token. Without it
+            the model can tell variates apart only by their course in time.
+        use_norm: whether to standardise every series over its valid frames, as in iTransformer.
+        time_pooling: number of frames averaged to a time point before the embedding; 1 in the
+            paper. With more, the embedding has fewer weights to learn from a small corpus.
     """
 
     width: int = size(512, 2, 8192)
@@ -52,11 +52,11 @@ class InvertedStudent(Student):
 
     @property
     def description(self) -> str:
-        """Of which of the two it is."""
+        """The name of the kind of transformer, with an article."""
         return "an inverted transformer" if self.inverted else "a transformer"
 
     def check(self, frames: int, variates: int = 1) -> None:
-        """See `Student`; attention and the classifier's first kernel are the largest that grow."""
+        """See `Student`; attention weights and the classifier's first kernel limit the size."""
         if self.width % self.num_heads:
             raise ValueError(
                 f"student.width {self.width} is not divisible by num_heads {self.num_heads}"
@@ -115,10 +115,10 @@ class InvertedStudent(Student):
 
 
 def read_out(tokens: jax.Array, mask: jax.Array | None, readout: str) -> jax.Array:
-    """h(., S): one vector of an example from its (B, L, D) encoded tokens.
+    """Makes h(., S), one vector per example, from the encoded tokens.
 
     Args:
-        tokens: L of them, of width D.
+        tokens: (B, L, D) encoded tokens.
         mask: (B, L) bool, True at valid tokens; None means all.
         readout: `variates` gives (B, L), `tokens` (B, D) and `flatten` (B, L D).
     """
