@@ -1,4 +1,4 @@
-"""What a recipe may say: choices, checks, and which keys say where and not what."""
+"""The allowed values of a recipe's keys, and which keys do not affect what a run computes."""
 
 import json
 from functools import reduce
@@ -24,7 +24,7 @@ CHOICES = {
     "curriculum.task_by": ("difficulty", "class"),
     "curriculum.sampling": ("policy", "uniform"),
 }
-# The least and the greatest value of numbers, by the last part of their keys; None is no bound.
+# The least and greatest values of numbers, by the last part of their keys; None means no bound.
 RANGES: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(("seed", "num_devices", "patch_frames", "projector", "beta"), (0, None)),
     **dict.fromkeys(("max_frequency_mask", "max_time_mask", "clip_norm"), (0, None)),
@@ -41,24 +41,24 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "temperature": (1e-3, None),
 }
 
-# Of the config's student, all that is not a size of its kind.
+# The keys of the config's `student` part that are not sizes of its kind.
 STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
-# Config keys that say where and how a run is done, not what it computes.
+# Config keys that say where and how a run is carried out, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "protocol.file")
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
 PLACE_KEYS += ("steps_per_dispatch", "remat")
 
 
 def chosen_stages(config: ConfigDict) -> list[str]:
-    """The names in `config.stages`, separated by commas."""
+    """Returns the names in `config.stages`, which are separated by commas."""
     return [name.strip() for name in config.stages.split(",")]
 
 
 def check_config(config: ConfigDict) -> None:
-    """Refuses, before anything is computed, what no stage could run.
+    """Refuses configs that no stage could run, before anything is computed.
 
     Raises:
-        UserError: names the key and what it may be.
+        UserError: names the key and its allowed values.
     """
     for key, choices in CHOICES.items():
         value = reduce(getattr, key.split("."), config)
@@ -66,7 +66,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
     sizes = {f"student.{key}" for key in config.student if key not in STUDENT_SETTINGS}
     for key, value in _flatten(config.to_dict()).items():
-        if key in sizes:  # which the student's kind checks
+        if key in sizes:  # checked by the student's kind, below
             continue
         least, greatest = RANGES.get(key.rpartition(".")[2], (None, None))
         if least is not None and not (least <= value and (greatest is None or value <= greatest)):
@@ -108,14 +108,14 @@ def check_config(config: ConfigDict) -> None:
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:
-    """The type of the models' computation; for `auto` float32 on a CPU, else bfloat16."""
+    """Returns the dtype of the models' computation: `auto` is float32 on a CPU, else bfloat16."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def make_student(config: ConfigDict, num_classes: int, **options: Any) -> Student:
-    """The student of a config, S.
+    """Makes the student of a config, S.
 
     Args:
         config: the whole config.
@@ -123,7 +123,7 @@ def make_student(config: ConfigDict, num_classes: int, **options: Any) -> Studen
         **options: fields of `Student` that no recipe sets.
 
     Raises:
-        ValueError: it has no such sizes.
+        ValueError: the sizes are not those of the student's kind, or are not allowed.
     """
     values = {k: v for k, v in config.student.items() if k not in STUDENT_SETTINGS}
     kind = find_student(config.student.kind)
@@ -131,17 +131,17 @@ def make_student(config: ConfigDict, num_classes: int, **options: Any) -> Studen
 
 
 def quiz_batch_size(config: ConfigDict) -> int:
-    """Of the distillation's quiz; by default that of a training batch."""
+    """Returns the batch size of the distillation's quiz; by default that of training."""
     return config.meta.quiz_batch_size or config.batch_size
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """What the run computes: every value but those of `PLACE_KEYS`, by dotted keys."""
+    """Returns what defines a run's results: all values except `PLACE_KEYS`, by dotted keys."""
     return {k: v for k, v in _flatten(config.to_dict()).items() if k not in PLACE_KEYS}
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots; values as JSON gives them back."""
+    """Joins nested keys with dots; values become what JSON would read back."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):

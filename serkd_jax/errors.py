@@ -13,20 +13,20 @@ class UserError(ValueError):
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """For `absl.app.run`: a mistake on the command line ends the program with one line.
+    """Parses flags for `absl.app.run`; a mistake ends the program with a message of one line.
 
     Args:
         argv: the command line.
 
     Returns:
-        Those of its words that are no flags.
+        The words of the command line that are not flags.
     """
     from absl import flags
 
     try:
         words = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.to_dict  # the file of a recipe is missed no earlier
+            _ = flags.FLAGS.config.to_dict  # only this opens the recipe, which may not exist
         return words
     except (flags.Error, OSError) as error:
         *_, told = (line.strip() for line in str(error).splitlines() if line.strip())

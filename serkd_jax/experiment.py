@@ -1,6 +1,6 @@
-"""The pipeline: records, features, then per fold the four stages of Section 3, then results.
+"""The pipeline: records, features, then for each fold the stages of Section 3, then results.
 
-Every part that is done is reused. `Experiment.run_fold` is the paper's order of training.
+Parts that are already done are reused. `Experiment.run_fold` has the paper's order of training.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from serkd_jax.stages.student import StudentStage, StudentState
 from serkd_jax.training import Training, train
 
 RETRAIN = "delete it, and what is missing is computed again"
-# In the order of training, and of the rows in the results.
+# In the order of training, which is also the order of the rows in the results.
 STAGES: tuple[type[Stage], ...] = (TeacherStage, StudentStage, DistillStage, CurriculumStage)
 ROWS = tuple(row for kind in STAGES for row in kind.rows)
 
@@ -48,14 +48,14 @@ class Experiment:
 
     Attributes:
         config: the recipe.
-        workdir: where everything goes.
-        programs: models and compiled steps.
-        table: what the records say of each utterance; rows of all else are rows of it.
-        folds: the rows of each part.
+        workdir: the folder to which everything is written.
+        programs: the models and the compiled steps.
+        table: what the records say about each utterance; all row numbers are rows of this table.
+        folds: the folds, with the row numbers of their parts.
         features: the student's inputs.
-        teacher_inputs: the teacher's, waveforms or features.
-        data_report: what a reader of the results must know of the data, as Markdown.
-        profile: whether the first fold's stages trace some of their steps.
+        teacher_inputs: the teacher's inputs, waveforms or features.
+        data_report: what a reader of the results must know about the data, as Markdown.
+        profile: whether the stages of the first fold trace some of their steps.
     """
 
     def __init__(
@@ -77,7 +77,11 @@ class Experiment:
         self.steps_per_epoch = programs.steps_per_epoch
 
     def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The chosen stages of a fold; returns test labels and predictions of all rows so far."""
+        """Runs the chosen stages of a fold.
+
+        Returns:
+            Test labels and predicted classes, for each row of the results that there is so far.
+        """
         saved = self._directory(fold, "predictions.npz")
         logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
         stages = chosen_stages(self.config)
@@ -102,12 +106,13 @@ class Experiment:
                 predicted = self._student_logits(fold, CurriculumStage, updated, test)
                 logits["updated_student"] = predicted
             logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
-            parallel.wait_for_processes(f"fold {fold.name} predicted")  # all know what is saved
+            # All processes have looked for the file before it is written.
+            parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
         return {row: (logits["label"], logits[row].argmax(-1)) for row in ROWS if row in logits}
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
-        """Stage 1; the hidden vectors and logits of every utterance are computed once."""
+        """Runs stage 1, and computes the hidden vectors and logits of every utterance once."""
         programs, examples = self.programs, self.teacher_inputs
         reads_waveforms = self.config.teacher.input == "waveform"
         frozen = programs.embed_params if reads_waveforms else self._teacher_statistics[fold.name]
@@ -122,7 +127,8 @@ class Experiment:
         )
         saved = self._directory(fold, "teacher/outputs.npz")
         arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
-        parallel.wait_for_processes(f"fold {fold.name} teacher")  # all know what is saved
+        # All processes have looked for the file before it is written.
+        parallel.wait_for_processes(f"fold {fold.name} teacher")
         if not arrays:
             out = programs.teacher_predict(state, examples, np.arange(len(self.table)))
             arrays = {"ids": self.table.ids, "hidden": out.hidden, "logits": out.logits}
@@ -130,7 +136,7 @@ class Experiment:
         return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
     def train_student(self, fold: Fold) -> StudentState:
-        """Stage 2."""
+        """Runs stage 2: the student alone."""
         statistics = self.statistics[fold.name]
         return self._train(
             fold,
@@ -142,7 +148,7 @@ class Experiment:
         )
 
     def distill(self, fold: Fold, teacher: TeacherState, hidden: np.ndarray) -> DistillState:
-        """Stage 3: a new student, while the meta-teacher learns from its quiz results."""
+        """Runs stage 3: a new student, and the meta-teacher, which learns from its quiz results."""
 
         def rows_of(steps: range) -> dict[str, np.ndarray]:
             quiz = self._stream(fold, DistillStage, steps, "quiz", quiz_batch_size(self.config))
@@ -161,12 +167,12 @@ class Experiment:
     def train_updated_student(
         self, fold: Fold, distilled: DistillState, hidden: np.ndarray
     ) -> CurriculumState:
-        """Stage 4: S' on the tasks that the policy picks."""
+        """Runs stage 4: S' trains on the tasks that the policy picks."""
         rows_of_task = self._tasks(fold, distilled, hidden)
         size, seed = self.config.batch_size, self._seed(fold, CurriculumStage, "train")
 
         def rows_of(steps: range) -> dict[str, np.ndarray]:
-            """Batches of all tasks: which one a step takes, the policy says on the device."""
+            """Returns batches of all tasks, since the policy picks a step's task on the device."""
             train = [
                 [
                     sample_rows(rows, size, step, [*seed, task])
@@ -187,7 +193,7 @@ class Experiment:
         )
 
     def run(self) -> str:
-        """Does what is left to do of the chosen stages; returns the scores as Markdown."""
+        """Runs what remains of the chosen stages, and returns the scores as Markdown."""
         predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
         return report.write_results(
             self.workdir,
@@ -201,13 +207,13 @@ class Experiment:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """Of the student's features in each fold's training part, by the fold's name."""
+        """Statistics of the student's features over each fold's training part, by fold name."""
         width = self.programs.feature_shape[1]
         return self._measure(self.features, width, self.config.student.standardize)
 
     @cached_property
     def _teacher_statistics(self) -> dict[str, Statistics]:
-        """The same of the teacher's features."""
+        """Statistics of the teacher's features over each fold's training part, by fold name."""
         config = self.config.teacher
         same = self.teacher_inputs is self.features
         if same and config.standardize == self.config.student.standardize:
@@ -225,7 +231,7 @@ class Experiment:
         return dict(zip(names, measured, strict=True))
 
     def _tasks(self, fold: Fold, distilled: DistillState, hidden: np.ndarray) -> list[np.ndarray]:
-        """The training rows of every curriculum task, ranked by the meta-teacher."""
+        """Returns the training rows of each curriculum task, as the meta-teacher ranks them."""
         logits = self.programs.classify(distilled.meta_params, hidden[fold.train])
         labels = self.table.labels[fold.train]
         margins = np.asarray(losses.true_class_margin(logits, labels))
@@ -250,16 +256,16 @@ class Experiment:
         rows_of: Callable[[range], Any],
         logits: Callable[[Any, np.ndarray], np.ndarray] | None = None,
     ) -> Any:
-        """Trains a stage that starts from what its `init` takes beside a key.
+        """Trains a stage on a fold, and returns the state of its selected epoch.
 
         Args:
-            fold: whose parts it sees.
-            kind: of the stage.
-            frozen: what no step changes.
-            start: what `init` takes.
-            examples: what it trains on.
+            fold: the fold whose parts the stage uses.
+            kind: the stage's class.
+            frozen: the part of the state that no step changes.
+            start: the arguments of the stage's `init` after the key.
+            examples: the examples that the stage trains on.
             rows_of: steps -> the rows that they train on.
-            logits: (state, rows) -> logits to validate by; by default those of its student.
+            logits: (state, rows) -> logits for validation; by default those of the stage's student.
         """
         stage, rng = self.programs.stage(kind), self._rng(fold, kind)
         labels = self.table.labels[fold.validation]
@@ -303,7 +309,7 @@ class Experiment:
     def _student_logits(
         self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
     ) -> np.ndarray:
-        """(n, C) logits of the utterances `rows` by the student in a stage's state."""
+        """Returns (n, C) logits for the utterances `rows`, from the student in a stage's state."""
         variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
         trained = variables, self.statistics[fold.name]
         return self.programs.student_predict(trained, self.features, rows).logits
@@ -311,7 +317,7 @@ class Experiment:
     def _stream(
         self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0
     ) -> np.ndarray:
-        """Row numbers (steps, B) of a stage's batches from a part of the fold."""
+        """Returns row numbers (steps, B) of a stage's batches from a part of the fold."""
         seed = self._seed(fold, kind, part)
         return stream_rows(getattr(fold, part), size or self.config.batch_size, steps, seed)
 
@@ -329,15 +335,15 @@ class Experiment:
 def prepare_experiment(
     config: ConfigDict, workdir: str | Path, profile: bool = False
 ) -> Experiment:
-    """Prepares records and features (or finds them), makes the folds, and claims the workdir.
+    """Finds or makes records and features, makes the folds, and claims the workdir.
 
     Args:
         config: the recipe.
-        workdir: where everything goes.
-        profile: whether the first fold's stages trace some of their steps.
+        workdir: the folder to which everything is written.
+        profile: whether the stages of the first fold trace some of their steps.
 
     Raises:
-        UserError: bad data or configuration, or a workdir that holds another run.
+        UserError: the data or the configuration are bad, or the workdir holds another run.
     """
     check_config(config)
     check_stages(config)
@@ -363,7 +369,7 @@ def prepare_experiment(
     samples = num_samples(max_frames)
     width = frontend.width + reads_its_own * teacher_frontend.width
     bytes_of_all = 2 * len(table) * (max_frames * width + samples * reads_waveforms)
-    # Enough batches for the largest fold's training part, so that all folds share programs.
+    # Enough steps for the largest training part of any fold, so that all folds share programs.
     largest = max(len(fold.train) for fold in folds)
     programs = Programs(
         config,
@@ -402,10 +408,10 @@ def prepare_experiment(
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Refuses `config.stages` that are not there, or lack what they start from.
+    """Refuses unknown names in `config.stages`, and stages without those that they start from.
 
     Raises:
-        UserError: names the key and what it may be.
+        UserError: names the key and its allowed values.
     """
     chosen, kinds = chosen_stages(config), {kind.name: kind for kind in STAGES}
     for name in chosen:
@@ -419,14 +425,14 @@ def check_stages(config: ConfigDict) -> None:
 
 
 def _number(name: str) -> int:
-    """Of a random stream that is known by its name."""
+    """Returns the number of the random stream of this name."""
     return zlib.crc32(name.encode())
 
 
 def _model_notes(
     config: ConfigDict, programs: Programs, frontends: Sequence[Frontend]
 ) -> list[str]:
-    """What a reader of the results must know of the models and the encoders."""
+    """Returns what a reader of the results must know about the models and the encoders."""
     distills = {"distill", "curriculum"} & {*chosen_stages(config)}
     assumptions = [frontend.assumption for frontend in frontends]
     if checkpoint := programs.checkpoint:
@@ -436,7 +442,7 @@ def _model_notes(
 
 
 def _hidden_note(programs: Programs) -> str:
-    """How Eqs. 8, 9 and 12 compare the student's hidden vectors with the teacher's."""
+    """Says how Eqs. 8, 9 and 12 compare the student's hidden vectors with the teacher's."""
     student, teacher = programs.student_hidden, programs.teacher_hidden
     told = f"h(., S) has {student} numbers and h(., T) {teacher}: Eqs. 8, 9 and 12 read h(., S)"
     if programs.adapter:
@@ -445,7 +451,7 @@ def _hidden_note(programs: Programs) -> str:
 
 
 def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], splits: str) -> None:
-    """Writes what this run is, or refuses a workdir in which another one has trained."""
+    """Writes the description of this run, or refuses a workdir in which another has trained."""
     path = workdir / "run.json"
     mine = sources | settings_of(config)
     if any(workdir.glob("fold_*")) and path.exists():

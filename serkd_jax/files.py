@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Of several processes, the first writes them."""
+"""Files that are complete or do not exist. If there are several processes, the first writes."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from serkd_jax.errors import UserError
 
 
 def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
-    """Writes a file, and the folders above it; with `by_each`, every process writes its own."""
+    """Writes a file, making its folders; with `by_each`, every process writes its own file."""
     if not (by_each or parallel.is_first_process()):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,15 +28,15 @@ def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes what JSON can say, indented."""
+    """Writes a value as indented JSON."""
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """What JSON says.
+    """Reads a JSON file.
 
     Raises:
-        UserError: the file is missing or damaged; ends with the remedy.
+        UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -47,17 +47,17 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes named arrays as .npz."""
+    """Writes named arrays as an .npz file."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_file(path, buffer.getvalue())
 
 
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
-    """Named arrays of an .npz, without pickles.
+    """Reads named arrays from an .npz file, without pickles.
 
     Raises:
-        UserError: the file is missing or damaged; ends with the remedy.
+        UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -160,9 +160,9 @@ def reinforce(policy_logits: jax.Array, actions: jax.Array, advantages: jax.Arra
     Args:
         policy_logits: (E, K) the policy's logits at each step.
         actions: (E,) int, the tasks that were sampled.
-        advantages: (E,) discounted returns minus a baseline, taken as constants. The expected
-            gradient is -1/E times that of the expected return, as long as the baseline does not
-            depend on the actions of this episode (as the episode's own mean return would).
+        advantages: (E,) discounted returns minus a baseline, taken as constants. On average the
+            gradient is -1/E times the policy gradient, as long as the baseline does not depend on
+            the actions of this episode (as the episode's own mean return would).
     """
     advantages = jax.lax.stop_gradient(advantages)
     return -(true_class_log_probability(policy_logits, actions) * advantages).mean()

@@ -1,4 +1,4 @@
-"""The models and compiled stages of a config, which all folds share."""
+"""The models and the compiled stages of a config, which all folds share."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from serkd_jax.stages.finetune import TeacherStage
 
 
 class Programs:
-    """Everything that is made once from a config and compiled at its first use.
+    """Everything that is made once from a config and compiled on first use.
 
     Attributes:
         config: the whole config.
         num_classes: C.
-        feature_shape: (T, N) of the student's features.
-        teacher_width: of the teacher's features, if it reads any.
-        steps_per_epoch: of every stage.
-        devices: where the steps run.
-        resident: whether the examples are on the devices, or come with every call.
+        feature_shape: (T, N), the shape of the student's features.
+        teacher_width: the width of the teacher's features, if it reads any.
+        steps_per_epoch: number of steps in an epoch of any stage.
+        devices: the devices on which the steps run.
+        resident: whether the examples stay on the devices; otherwise they come with every call.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Programs:
     # Stages ------------------------------------------------------------------------------------
 
     def stage(self, kind: type[Stage]) -> Any:
-        """The stage of this kind, with its parts."""
+        """Returns the stage of this kind, with its models and optimisers."""
         if kind not in self._stages:
             self._stages[kind] = kind.make(self)
         return self._stages[kind]
 
     def steps(self, kind: type[Stage]) -> Callable:
-        """Its compiled steps, see `parallel.compile_steps`."""
+        """Returns the compiled steps of the stage of this kind; see `parallel.compile_steps`."""
         if kind not in self._steps:
             stage = self.stage(kind)
             self._steps[kind] = parallel.compile_steps(
@@ -76,18 +76,18 @@ class Programs:
         return self._steps[kind]
 
     def total_steps(self, stage: str) -> int:
-        """Of all epochs of the stage of this name."""
+        """Returns the number of steps in all epochs of the stage of this name."""
         return self.config[stage].epochs * self.steps_per_epoch
 
     def make_optimizer(
         self, stage: str, learning_rate: float | None = None
     ) -> optax.GradientTransformation:
-        """AdamW over a stage's steps, at its learning rate or another one."""
+        """Makes AdamW for a stage's steps, with the stage's learning rate or the given one."""
         rate = self.config[stage].learning_rate if learning_rate is None else learning_rate
         return make_optimizer(self.config.optimizer, rate, self.total_steps(stage))
 
     def learning_rate(self, stage: str) -> optax.Schedule:
-        """Steps taken -> the rate of a stage's next step."""
+        """Returns the schedule of a stage: number of steps taken -> rate of the next step."""
         rate, total = self.config[stage].learning_rate, self.total_steps(stage)
         return make_schedule(self.config.optimizer, rate, total)
 
@@ -95,13 +95,13 @@ class Programs:
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:
-        """The pretrained encoder that the teacher starts from; None from scratch."""
+        """The pretrained encoder from which the teacher starts; None if it starts from scratch."""
         config = self.config.teacher
         return load_encoder(config.model, config.revision or None) if config.model else None
 
     @property
     def weights_hash(self) -> str:
-        """Of the checkpoint that the teacher starts from; empty if it starts from scratch."""
+        """The hash of the checkpoint from which the teacher starts; empty if from scratch."""
         return self.checkpoint.sha256 if self.checkpoint else ""
 
     @cached_property
@@ -121,7 +121,7 @@ class Programs:
 
     @property
     def _layers_config(self) -> Any:
-        """Of the checkpoint's layers, or of layers from scratch; the dropout is the recipe's."""
+        """The configuration of the teacher's layers, with the recipe's dropout."""
         config = self.config.teacher
         if self.checkpoint:
             architecture = self.checkpoint.config
@@ -147,7 +147,7 @@ class Programs:
 
     @property
     def embed_params(self) -> Any:
-        """Of the frozen front."""
+        """The parameters of the encoder's frozen front."""
         return self.checkpoint.params["embed"]
 
     @property
@@ -181,7 +181,7 @@ class Programs:
         return jax.jit(init)
 
     def new_teacher_params(self, rng: jax.Array) -> Any:
-        """Parameters before fine-tuning, with pretrained layers where a checkpoint is named."""
+        """Makes parameters before fine-tuning, with the checkpoint's layers if there is one."""
         params = self._new_teacher_params(rng)
         if self.checkpoint:
             return {**params, "encoder": self.checkpoint.params["encoder"]}
@@ -189,14 +189,14 @@ class Programs:
 
     @cached_property
     def teacher_predict(self) -> Callable:
-        """(state, examples, rows) -> hidden vectors and logits."""
+        """The compiled function (state, examples, rows) -> hidden vectors and logits."""
         return self._compile_predict(self.stage(TeacherStage).predict)
 
     # Student (Section 3.2.1) -------------------------------------------------------------------
 
     @cached_property
     def student(self) -> Student:
-        """S, and S' of the curriculum."""
+        """The model of S, and of S' in the curriculum."""
         options = {"dtype": self.dtype, "remat": self.config.remat}
         return make_student(self.config, self.num_classes, **options)
 
@@ -209,7 +209,7 @@ class Programs:
 
     @cached_property
     def new_student(self) -> Callable[[jax.Array], Any]:
-        """Key -> new variables of S."""
+        """The compiled function key -> new variables of S."""
         shape = (1, *self.feature_shape)
 
         def init(rng: jax.Array) -> Any:
@@ -219,14 +219,14 @@ class Programs:
 
     @cached_property
     def student_predict(self) -> Callable:
-        """((variables, statistics), examples, rows) -> the student's outputs."""
+        """The compiled function ((variables, statistics), examples, rows) -> student's outputs."""
         return self._compile_predict(partial(student.predict, self.student))
 
     # What distillation and the curriculum add (Sections 3.2.2 to 3.4) --------------------------
 
     @cached_property
     def adapter(self) -> Adapter | None:
-        """Maps h(., S) to the teacher's width; none where it has that."""
+        """The module that maps h(., S) to the teacher's width; None where it already has it."""
         same = self.student_hidden == self.teacher_hidden
         return None if same else Adapter(self.teacher_hidden)
 
@@ -237,12 +237,12 @@ class Programs:
 
     @cached_property
     def classify(self) -> Callable[[Any, Any], jax.Array]:
-        """(T' parameters, (n, H) hidden vectors) -> (n, C) logits."""
+        """The compiled function (parameters of T', hidden vectors (n, H)) -> logits (n, C)."""
         return jax.jit(lambda params, hidden: self.classifier.apply({"params": params}, hidden))
 
     @cached_property
     def policy(self) -> Policy:
-        """Picks the next task."""
+        """The curriculum's policy, which picks the next task."""
         config = self.config.curriculum
         num_tasks = self.num_classes if config.task_by == "class" else config.num_tasks
         return Policy(num_tasks, config.policy_width, config.easy_bias)
@@ -250,10 +250,10 @@ class Programs:
     # -------------------------------------------------------------------------------------------
 
     def count_parameters(self) -> dict[str, int]:
-        """Of teacher and student, as in Table 7.
+        """Counts the parameters of teacher and student, as in Table 7.
 
-        A teacher of waveforms counts with its frozen front, as published (see `Checkpoint`).
-        Front-ends of stored features do not count.
+        The count of a teacher that reads waveforms includes its frozen front, with the encoder's
+        published size (see `Checkpoint`). Front-ends of stored features are not counted.
         """
         teacher = jax.eval_shape(self._new_teacher_params, jax.random.key(0))
         student = jax.eval_shape(self.new_student, jax.random.key(0))["params"]
@@ -267,12 +267,12 @@ class Programs:
 
     @property
     def dtype(self) -> str | None:
-        """Of the models' computation; parameters and losses are float32. None is float32, too."""
+        """The dtype of the models' computation; None means float32, as in parameters and losses."""
         name = choose_dtype(self.config, self.devices[0])
         return None if name == "float32" else name
 
     def _compile_predict(self, predict: Callable) -> Callable:
-        """The program; returns a function of (params, examples, rows)."""
+        """Compiles a prediction into a function of (params, examples, rows)."""
         compiled = parallel.compile_predict(predict, self.devices, shared_data=self.resident)
 
         def run(params: Any, examples: Examples, rows: np.ndarray) -> Any:

@@ -1,4 +1,4 @@
-"""The loop around every stage's steps: progress, metrics, checkpoints, selection, resume."""
+"""The loop around the steps of every stage: progress, metrics, checkpoints, selection, resuming."""
 
 import json
 import math
@@ -22,30 +22,30 @@ from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
 
-History = dict[str, list[float]]  # a metric's values in the steps of the epoch so far
+History = dict[str, list[float]]  # each metric's values in the steps of the epoch so far
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the loop needs to know of one stage of one fold.
+    """What the loop needs to know about one stage of one fold.
 
     Attributes:
-        title: for the progress bar.
-        epochs: how often validation, selection and checkpoints happen.
-        steps_per_epoch: steps between them.
-        steps_per_dispatch: steps that are taken at once, at most; between, a notice of preemption
-            is heeded.
-        devices: where the steps run.
+        title: title of the progress bar.
+        epochs: number of epochs; validation, selection and a checkpoint follow each.
+        steps_per_epoch: number of steps in an epoch.
+        steps_per_dispatch: the most steps that are taken at once; the loop reacts to a notice of
+            preemption only between dispatches.
+        devices: the devices on which the steps run.
         init: makes the state before the first step.
-        frozen: the state's part that no step changes; checkpoints do not have it.
+        frozen: the part of the state that no step changes and no checkpoint contains.
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
             `serkd_jax.distributed.parallel.compile_steps`.
-        take: steps -> (data, rows) of `steps_per_dispatch` steps, from the first of these.
+        take: steps -> (data, rows) of `steps_per_dispatch` steps, beginning with the first of them.
         validate: state -> validation metrics.
-        selection_metric: the validation metric whose best epoch is the stage's result, or
-            `last` for the last epoch.
-        rng: the stage's key; the step folds in the step number.
-        learning_rate: steps taken -> that of the next one.
+        selection_metric: the validation metric whose best epoch is the stage's result, or `last`
+            for the last epoch.
+        rng: the stage's key, into which the step folds the step number.
+        learning_rate: number of steps taken -> learning rate of the next one.
         profile: whether to trace some steps.
     """
 
@@ -66,13 +66,12 @@ class Training:
 
 
 def train(run: Training, directory: Path) -> Any:
-    """Trains what is left of a stage and returns the state of its selected epoch.
+    """Trains what remains of a stage, and returns the state of its selected epoch.
 
-    Writes `checkpoints/` (the latest epoch and the best one, by their last step),
-    `metrics.jsonl` (a line an epoch) and TensorBoard events to `directory`; with `profile`
-    also a trace of the second dispatch, or of the only one, for TensorBoard's profiler or Perfetto.
-    Stopped at any moment and called again, it goes on from the last step that was saved, and ends
-    with the same numbers.
+    Writes to `directory`: `checkpoints/` (the latest and the best epoch, named by their last step),
+    `metrics.jsonl` (one line per epoch) and TensorBoard events; with `profile` also a trace of the
+    second dispatch, or of the only one, for TensorBoard's profiler or Perfetto. If it is stopped at
+    any moment and called again, it resumes from the last saved step and ends with the same numbers.
 
     Raises:
         UserError: a loss is not finite, or a checkpoint cannot be read.
@@ -89,7 +88,7 @@ def train(run: Training, directory: Path) -> Any:
                 state = state.replace(frozen=run.frozen)
             else:
                 state, history = run.init(), {}
-            # A copy: the steps donate their state, and what made this one may be used again.
+            # A copy: steps donate their state, but the arrays it was made from may be used again.
             state = parallel.replicate(jax.tree.map(jnp.array, state), run.devices)
             _train_epochs(run, state, done, history, checkpoints, directory)
         checkpoints.wait_until_finished()
@@ -105,7 +104,7 @@ def _train_epochs(
     checkpoints: ocp.CheckpointManager,
     directory: Path,
 ) -> None:
-    """Takes the steps after `done`; `history` is that of the epoch that `done` is in."""
+    """Takes the steps after `done`; `history` holds the metrics of its epoch so far."""
     start, begun = time.monotonic(), done
     planned = list(_dispatches(run, done))
     traced = planned[:2][-1] if run.profile and parallel.is_first_process() else None
@@ -113,7 +112,7 @@ def _train_epochs(
         dispatches = read_ahead(lambda steps: (steps, *run.take(steps)), iter(planned))
         for steps, data, rows in dispatches:
             count = len(steps)
-            # The first dispatch would show the compiler.
+            # A trace of the first dispatch would show the compiler.
             with jax.profiler.trace(directory) if steps == traced else nullcontext():
                 state, metrics = run.steps(state, data, rows, np.int32(count), run.rng)
                 metrics = jax.device_get(metrics)
@@ -141,7 +140,7 @@ def _train_epochs(
 
 
 def _dispatches(run: Training, done: int) -> Iterator[range]:
-    """The steps after `done` in parts that are dispatched at once and end with the epochs."""
+    """Yields the steps after `done` in dispatches, none of which crosses the end of an epoch."""
     for epoch in range(done // run.steps_per_epoch, run.epochs):
         end = (epoch + 1) * run.steps_per_epoch
         while done < end:
@@ -160,7 +159,7 @@ def _check_finite(run: Training, epoch: int, row: dict[str, float]) -> None:
 
 
 class _Logs:
-    """Progress bar, metrics.jsonl and TensorBoard events, of the first process."""
+    """Progress bar, `metrics.jsonl` and TensorBoard events; only the first process has them."""
 
     def __init__(self, run: Training, directory: Path, done: int):
         self._first = parallel.is_first_process()
@@ -188,12 +187,12 @@ class _Logs:
             self._board.close()
 
     def advance(self, steps: range, history: History) -> None:
-        """Moves the bar."""
+        """Advances the progress bar."""
         self._bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
         self._bar.update(len(steps))
 
     def write(self, epoch: int, step: int, row: dict[str, float]) -> None:
-        """Adds an epoch."""
+        """Logs the metrics of an epoch."""
         if self._first:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
@@ -203,13 +202,13 @@ class _Logs:
 
 class _Checkpoints(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Left to `preemption`: JAX counts the calls, and is not to be asked with other numbers."""
+        """Leaves this to `preemption`: JAX counts the calls, so Orbax must not add its own."""
         del step
         return False
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
-    """Keeps the latest step that was saved, to go on from, and the epoch of the best score."""
+    """Makes a manager that keeps the last saved step, for resuming, and the best-scored epoch."""
 
     def score(metrics: dict[str, float]) -> float:
         return metrics["score"]
@@ -228,8 +227,8 @@ def _save(
     history: History,
     metrics: dict[str, float] | None,
 ) -> None:
-    """Saves NumPy arrays, which any number of devices and processes can take up again."""
-    history = dict(history)  # it is written while the next steps add to the other
+    """Saves NumPy arrays, from which any number of devices and processes can resume."""
+    history = dict(history)  # a copy: it is written while the next steps extend the original
     arrays = jax.device_get(state.replace(frozen=None))
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(history)
@@ -238,10 +237,13 @@ def _save(
 
 
 def load_selected(directory: Path) -> dict[str, Any]:
-    """The trained part of a finished stage's selected epoch, as nested dicts of NumPy arrays.
+    """Loads the selected epoch of a finished stage, without what is frozen.
+
+    Returns:
+        The state as nested dicts of NumPy arrays.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no checkpoint, or it cannot be read.
     """
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} has no checkpoints: train the stage, or name another workdir")
@@ -254,7 +256,7 @@ def load_selected(directory: Path) -> dict[str, Any]:
 def _restore(
     checkpoints: ocp.CheckpointManager, title: str, step: int, template: Any = None
 ) -> tuple[Any, History]:
-    """The state after `step` as NumPy arrays, and the metrics of the epoch so far."""
+    """Loads the state after `step` as NumPy arrays, and the metrics of its epoch so far."""
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(template), history=ocp.args.JsonRestore()
     )
@@ -270,7 +272,7 @@ def _restore(
 
 
 def _truncate_log(log: Path, done: int) -> None:
-    """Drops the lines of epochs that were logged but not saved, and a half-written last line."""
+    """Drops lines of epochs that were logged but not saved, and an incomplete last line."""
     if not log.exists():
         return
     kept = []
