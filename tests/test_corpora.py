@@ -51,7 +51,7 @@ def test_emodb_file_of_another_name_is_skipped_and_reported(emodb, tmp_path):
 
 def test_emodb_folder_that_is_missing_empty_or_not_given_is_an_error(tmp_path):
     for folder, problem in [
-        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path / "nowhere", "is not a folder"),
         (tmp_path, "holds no file named like"),
         ("", "needs data_dir"),
     ]:

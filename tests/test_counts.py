@@ -61,7 +61,7 @@ def check(corpus, utterances, strict=True):
 def refused(corpus, utterances):
     """What strict says of them."""
     source = corpus.PUBLISHED.source
-    with pytest.raises(CountsError, match=f"has not the counts of {source}\n") as error:
+    with pytest.raises(CountsError, match=f"does not have the counts of {source}\n") as error:
         check(corpus, utterances)
     return str(error.value)
 
@@ -206,7 +206,7 @@ def test_the_command_with_strict_fails_on_a_part_of_the_corpus(iemocap, tmp_path
         "--corpus=iemocap", "--strict", f"--data_dir={iemocap}", f"--cache_dir={tmp_path}"
     )
     assert done.returncode == 1
-    assert "error: strict: this copy of iemocap has not the counts of Table 1" in done.stderr
+    assert "error: strict: this copy of iemocap does not have the counts of Table 1" in done.stderr
     assert "4 / 384 (-380)" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

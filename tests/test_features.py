@@ -422,7 +422,7 @@ def test_a_folder_of_other_features_is_not_touched(audio_folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
     for other in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
-        with pytest.raises(RecordsError, match=f"{other.name} holds files that are no features"):
+        with pytest.raises(RecordsError, match=f"{other.name} holds files that are not features"):
             extract(source, Recorder(), other)
 
 

@@ -127,7 +127,7 @@ def test_faulty_manifest_files_and_maps_are_told(tmp_path, three_wavs):
         (lambda: Manifest(str(tmp_path / "none.csv")), "no such file"),
         (lambda: Manifest(""), "give `manifest`"),
         (lambda: Manifest(str(latin)), "save it as UTF-8"),
-        (lambda: Manifest(str(latin), data_dir="/nowhere"), "/nowhere is no folder"),
+        (lambda: Manifest(str(latin), data_dir="/nowhere"), "/nowhere is not a folder"),
         (
             lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "map.json")),
             r"line 2: label 'x' is not in .*map\.json; it has sad",

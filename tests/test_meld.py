@@ -109,7 +109,7 @@ def test_a_missing_annotation_file_is_noted_and_the_rest_is_used(copy, tmp_path)
 def test_a_folder_without_annotations_is_told_what_data_dir_must_be(tmp_path):
     for folder, problem in [
         ("", "needs data_dir, the folder MELD.Raw"),
-        (tmp_path / "nowhere", r"nowhere is no folder; data_dir must be MELD\.Raw"),
+        (tmp_path / "nowhere", r"nowhere is not a folder; data_dir must be MELD\.Raw"),
         (tmp_path, r"must hold train_sent_emo\.csv, dev_sent_emo\.csv and test_sent_emo\.csv"),
     ]:
         with pytest.raises(CorpusError, match=problem):
@@ -244,7 +244,7 @@ def test_the_known_flaws_are_skipped_counted_and_named(built, meld):
         reason = reasons.pop(f"{part}_{stem}")
         assert reason.startswith(f"{folders[part]}/{stem}.mp4: {problem}")
     assert reasons == {
-        name: f"{folders['test']}/{name[5:]}: no utterance, test_sent_emo.csv does not list it"
+        name: f"{folders['test']}/{name[5:]}: not an utterance, test_sent_emo.csv does not list it"
         for name in NO_UTTERANCES
     }
 

@@ -1,1 +1,1 @@
-"""Waveforms: decoding, checks and log-mel frames; NumPy, neither JAX nor TensorFlow."""
+"""Waveforms: decoding, checks and log-mel frames, in NumPy, without JAX and TensorFlow."""

@@ -1,4 +1,4 @@
-"""Audio files as 16 kHz mono waveforms."""
+"""Reads audio files as 16 kHz mono waveforms."""
 
 import contextlib
 import itertools
@@ -17,17 +17,17 @@ from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, check_audio
 from serkd_jax.errors import UserError
 
 BLOCK = 2**16  # frames that are decoded at once
-END_TOLERANCE = 0.25  # seconds by which a file may be shorter than it, or a manifest, says
+END_TOLERANCE = 0.25  # seconds by which a file may be shorter than its header or a manifest says
 
-# What libsndfile does not read.
+# Formats that libsndfile does not read.
 FFMPEG_SUFFIXES = (".mp4", ".m4a", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".aac", ".amr")
 FFMPEG_SUFFIXES += (".wma", ".wv")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
 SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 
-# libsndfile reads what is left of a truncated WAV without complaint; only its log tells.
+# libsndfile reads the rest of a truncated WAV without an error; only its log shows it.
 _SHORT_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_LENGTH = 0x7FFF_0000  # sizes above are what streaming writers (ffmpeg pipes) put down
+_UNKNOWN_LENGTH = 0x7FFF_0000  # streaming writers (ffmpeg pipes) write sizes above this
 
 
 def read_audio(
@@ -37,20 +37,20 @@ def read_audio(
     start: float = 0.0,
     end: float | None = None,
 ) -> np.ndarray:
-    """Reads the audio of a file, in any format, rate and channel count.
+    """Reads the audio of a file of any format, rate and channel count.
 
-    libsndfile reads what it knows and averages the channels. Of videos and of what else is in
-    `FFMPEG_SUFFIXES`, FFmpeg decodes the first audio track and mixes it as `ffmpeg -ac 1` does.
-    Other rates than 16 kHz are resampled by soxr.
+    libsndfile decodes the formats that it knows, and the channels are averaged. For videos and the
+    other formats in `FFMPEG_SUFFIXES`, FFmpeg decodes the first audio track and mixes it down like
+    `ffmpeg -ac 1`. Rates other than 16 kHz are resampled by soxr.
 
     Args:
-        path: of the file.
-        max_samples: of the audio returned; of a longer file, no more than the beginning is decoded.
-        start: seconds, where to begin.
-        end: seconds, where to stop; None means the end of the file.
+        path: the file.
+        max_samples: the most samples to return; only the beginning of a longer file is decoded.
+        start: where to begin, in seconds.
+        end: where to stop, in seconds; None means the end of the file.
 
     Returns:
-        float32 (num_samples,), 16 kHz mono, full scale is 1.
+        float32 (num_samples,), 16 kHz mono; full scale is 1.
 
     Raises:
         AudioError: the file is missing, unreadable, truncated, empty, shorter than 400 samples,
@@ -58,10 +58,10 @@ def read_audio(
     """
     path = check_file(path)
     if not 0 <= start < (math.inf if end is None else end):
-        raise AudioError(f"{path}: cannot read from {start:g} s to {end} s; mend start and end")
+        raise AudioError(f"{path}: cannot read from {start:g} s to {end} s; correct start and end")
     seconds = math.inf if end is None else end - start
     if max_samples is not None:
-        # A tenth of a second more: the resampler looks ahead.
+        # A tenth of a second more, since the resampler looks ahead.
         seconds = min(seconds, max_samples / SAMPLE_RATE + 0.1)
     decode = _decode_ffmpeg if path.suffix.lower() in FFMPEG_SUFFIXES else _decode_libsndfile
     try:
@@ -83,10 +83,10 @@ def read_audio(
 
 
 def check_file(path: str | os.PathLike) -> Path:
-    """Returns the path if there is a file with something in it.
+    """Returns the path if there is a file that is not empty.
 
     Raises:
-        AudioError: there is none, or it has no bytes.
+        AudioError: there is no file, or it is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,13 +97,13 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
-    """Mono float32 audio and its rate."""
+    """Decodes a file to mono float32 audio; also returns its rate."""
     with soundfile.SoundFile(path) as file:
         log, rate = file.extra_info, file.samplerate
         if start:
             file.seek(min(round(start * rate), file.frames))
         left = seconds if math.isinf(seconds) else round(seconds * rate)
-        # In blocks: a header may promise more than there is, or memory for.
+        # In blocks, since a header may claim more than there is, or than fits in memory.
         blocks = [np.zeros(0, np.float32)]
         while left > 0 and len(
             block := file.read(min(BLOCK, left), dtype="float32", always_2d=True)
@@ -124,24 +124,24 @@ def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.nda
 def _frames(
     container: av.container.InputContainer, stream: av.AudioStream
 ) -> Iterator[av.AudioFrame]:
-    """The frames of a track; packets that cannot be decoded are dropped, as ffmpeg drops them."""
+    """Yields the frames of a track; like ffmpeg, it drops packets that cannot be decoded."""
     for packet in container.demux(stream):
         with contextlib.suppress(av.FFmpegError):
             yield from packet.decode()
 
 
 def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
-    """Mono float32 audio of the first audio track, and its rate."""
+    """Decodes the first audio track of a file to mono float32 audio; also returns its rate."""
     with av.open(str(path)) as container:
         if not container.streams.audio:
             raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
         stream = container.streams.audio[0]
         stated = float((stream.duration or 0) * (stream.time_base or 0))
-        if container.format.name in ("aac", "amr"):  # which have no header: FFmpeg guesses
+        if container.format.name in ("aac", "amr"):  # without a header, FFmpeg guesses
             stated = 0.0
-        mono = av.AudioResampler(format="s32", layout="mono")  # of floats it would mix louder
+        mono = av.AudioResampler(format="s32", layout="mono")  # with floats it would mix louder
         chunks, count, rate = [np.zeros(0, np.int32)], 0, stream.rate
-        for frame in itertools.chain(_frames(container, stream), [None]):  # None: what is left
+        for frame in itertools.chain(_frames(container, stream), [None]):  # None flushes the rest
             for mixed in mono.resample(frame):
                 rate = mixed.sample_rate  # HE-AAC's is twice what its header says
                 chunks.append(mixed.to_ndarray()[0])
@@ -161,7 +161,7 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
 
 
 def find_audio(folder: Path) -> Iterator[Path]:
-    """The audio files below a folder, by their suffixes.
+    """Yields the audio files below a folder, by their suffixes.
 
     Raises:
         UserError: a folder in it cannot be listed.
@@ -177,5 +177,5 @@ def find_audio(folder: Path) -> Iterator[Path]:
 
 
 def is_litter(path: Path) -> bool:
-    """Whether macOS left this file: `._NAME`, or anything in `__MACOSX`, holds no data of NAME."""
+    """Returns whether macOS left this file: `._NAME` or something in `__MACOSX`, without audio."""
     return path.name.startswith("._") or "__MACOSX" in path.parts

@@ -1,6 +1,6 @@
-"""The log-mel front-end in NumPy alone, so that it also runs where nothing else is installed.
+"""The log-mel front-end in pure NumPy, so that it also runs where nothing else is installed.
 
-Frames are those of wav2vec 2.0: n samples at 16 kHz give (n - 400) // 320 + 1 of them, 50 a second.
+Frames are those of wav2vec 2.0: n samples at 16 kHz give (n - 400) // 320 + 1 frames, 50 a second.
 """
 
 import functools
@@ -20,17 +20,17 @@ VERSION = 1
 
 
 def num_frames(num_samples: int | np.ndarray) -> int | np.ndarray:
-    """Whole 25 ms frames, 20 ms apart, in `num_samples` samples at 16 kHz."""
+    """Returns the number of whole 25 ms frames, 20 ms apart, in `num_samples` samples at 16 kHz."""
     return (num_samples - WINDOW) // HOP + 1
 
 
 def num_samples(num_frames: int) -> int:
-    """Samples at 16 kHz that `num_frames` frames span."""
+    """Returns the number of samples at 16 kHz that `num_frames` frames span."""
     return (num_frames - 1) * HOP + WINDOW
 
 
 def fingerprint(num_mels: int) -> str:
-    """All that the features depend on."""
+    """Returns everything on which the features depend."""
     return (
         f"logmel-v{VERSION}-{num_mels}-{WINDOW}-{HOP}-{FFT_LENGTH}"
         f"-{MIN_HZ:g}-{LOG_FLOOR:g}-{LOG_SCALE:g}"
@@ -38,10 +38,10 @@ def fingerprint(num_mels: int) -> str:
 
 
 def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
-    """Log-mel spectrogram: (log10(max(mel power, 1e-8)) + 8) / 5.
+    """Computes the log-mel spectrogram: (log10(max(mel power, 1e-8)) + 8) / 5.
 
     It is exactly 0 for digital silence, so that zero padding means silence, and about 0.5 to 2 for
-    speech. The map is fixed; no corpus statistics enter, so nothing leaks from test data.
+    speech. The mapping is fixed and uses no corpus statistics, so nothing leaks from test data.
 
     Args:
         waveform: float32 (num_samples,), 16 kHz, at least 400 samples.
@@ -52,7 +52,7 @@ def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
     """
     frames = np.lib.stride_tricks.sliding_window_view(waveform, WINDOW)[::HOP]
     hann = np.hanning(WINDOW + 1)[:-1]
-    # Rounded to single precision, as transformers does, whose numbers these are.
+    # Rounded to single precision, to give the same numbers as the library `transformers`.
     spectrum = np.fft.rfft(frames * hann, FFT_LENGTH).astype(np.complex64)
     power = np.abs(spectrum, dtype=np.float64) ** 2
     mel = np.maximum(power @ mel_filters(num_mels), 10**LOG_FLOOR)
@@ -61,7 +61,7 @@ def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
 
 @functools.cache
 def mel_filters(num_mels: int, fft_length: int = FFT_LENGTH, min_hz: float = MIN_HZ) -> np.ndarray:
-    """Triangles on Slaney's mel scale, each of the same area (Slaney 1998), up to 8 kHz.
+    """Makes triangular filters on Slaney's mel scale (Slaney 1998), of equal area, up to 8 kHz.
 
     Returns:
         float64 (fft_length // 2 + 1, num_mels).
@@ -76,7 +76,7 @@ def mel_filters(num_mels: int, fft_length: int = FFT_LENGTH, min_hz: float = MIN
 
 
 def _hertz_to_mel(hertz: np.ndarray) -> np.ndarray:
-    """Linear up to 1000 Hz, 15 mel, and logarithmic above."""
+    """Converts linearly up to 1000 Hz, which is 15 mel, and logarithmically above."""
     above = 15 + 27 / np.log(6.4) * np.log(np.maximum(hertz, 1000) / 1000)
     return np.where(hertz < 1000, 3 * hertz / 200, above)
 

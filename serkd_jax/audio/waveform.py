@@ -1,4 +1,4 @@
-"""16 kHz mono waveforms in memory: what makes one unusable, and 16-bit storage. NumPy alone."""
+"""16 kHz mono waveforms in memory: checks, and conversion for 16-bit storage, in pure NumPy."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from serkd_jax.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz
 FULL_SCALE = 32_768  # of 16-bit samples
-MIN_SAMPLES = 400  # one 25 ms frame, the shortest signal that an encoder or a log-mel frame can see
+MIN_SAMPLES = 400  # one 25 ms frame, the shortest input of encoders and of the log-mel front-end
 SILENCE_PEAK = 1e-4  # about three steps of 16-bit audio
-LOUDEST_PEAK = 10  # decoders overshoot full scale a little; more is another scale
+LOUDEST_PEAK = 10  # decoders may overshoot full scale a little; more means another scale
 
 
 class AudioError(UserError):
-    """An audio file that cannot be used; the message names it, the problem and the remedy."""
+    """An audio file cannot be used; the message names it, the problem and the remedy."""
 
 
 def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
@@ -43,10 +43,10 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
 
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Float audio of full scale 1 as int16, clipped; exact for 16-bit sources at 16 kHz."""
+    """Converts float audio of full scale 1 to int16, clipped; exact for 16-bit 16 kHz sources."""
     return np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def to_float(audio: np.ndarray) -> np.ndarray:
-    """The inverse of `to_int16`: int16 (num_samples,) as float32 of full scale 1."""
+    """Converts int16 (num_samples,) to float32 of full scale 1, the inverse of `to_int16`."""
     return audio.astype(np.float32) / FULL_SCALE

@@ -1,1 +1,1 @@
-"""Corpora, audio records and feature records; only writing these needs TensorFlow."""
+"""Corpora, audio records and feature records; only writing records needs TensorFlow."""

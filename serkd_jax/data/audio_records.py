@@ -1,4 +1,4 @@
-"""Audio records: a corpus as TFRecords; `tfds.builder_from_directory` opens them, or `reader`."""
+"""Audio records: a corpus as TFRecords, to be read by `reader` or `tfds.builder_from_directory`."""
 
 import contextlib
 import fcntl
@@ -26,7 +26,7 @@ from serkd_jax.data.reader import UTTERANCE_TEXTS, RecordsError
 from serkd_jax.errors import UserError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners; errors still show
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its notice; TF only writes files here
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no notice of it; TF only writes files here
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -37,18 +37,18 @@ logging.getLogger("absl").addFilter(
     lambda record: "`FeatureConnector.dtype` is deprecated" not in record.getMessage()
 )
 
-SPLIT = "utterances"  # the TFDS split of a corpus that has none of its own
-PARALLEL_FROM = 512  # recordings; of fewer, starting processes takes as long as decoding
+SPLIT = "utterances"  # the TFDS split of a corpus without splits of its own
+PARALLEL_FROM = 512  # recordings; for fewer, starting processes takes as long as decoding
 CHUNK = 256  # recordings that are decoded before the first of them is written
 
 
 def text_features(names: Iterable[str]) -> dict[str, tfds.features.FeatureConnector]:
-    """For TFDS: text by these names."""
+    """Makes TFDS features for texts with these names."""
     return {name: tfds.features.Text() for name in names}
 
 
 def label_feature(class_names: Collection[str]) -> dict[str, tfds.features.FeatureConnector]:
-    """For TFDS: `label` as a class's number; nothing if there are no classes."""
+    """Makes the TFDS feature `label`, the number of a class; nothing if there are no classes."""
     names = list(class_names)
     return {"label": tfds.features.ClassLabel(names=names)} if names else {}
 
@@ -56,11 +56,11 @@ def label_feature(class_names: Collection[str]) -> dict[str, tfds.features.Featu
 class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes a corpus as int16 audio at 16 kHz, in the order of the ids.
 
-    The TFDS splits are the corpus's own, or one that is called `utterances`. Files that cannot be
-    used are left out, and named with the reason in `skipped-*.jsonl` beside the records.
+    The TFDS splits are the corpus's own, or a single one called `utterances`. Files that cannot be
+    used are left out; `skipped-*.jsonl` beside the records lists them with the reasons.
     """
 
-    CORPUS: ClassVar[type[Release]]  # what `tfds build` makes of the manual folder
+    CORPUS: ClassVar[type[Release]]  # the corpus that `tfds build` reads from the manual folder
     VERSION = tfds.core.Version(SpeechCorpus.VERSION)
 
     def __init_subclass__(cls, **kwargs):
@@ -102,12 +102,12 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def download_and_prepare(
         self, *, download_config: tfds.download.DownloadConfig | None = None, **kwargs
     ) -> None:
-        """Writes the records; by Apache Beam if the config names a runner or options for it."""
+        """Writes the records; with Apache Beam if the config has a runner or options for it."""
         config = download_config or tfds.download.DownloadConfig()
         self._use_beam = bool(config.beam_runner or config.beam_options)
         try:
             super().download_and_prepare(download_config=config, **kwargs)
-        except Exception as error:  # Beam raises whatever a worker did
+        except Exception as error:  # Beam raises whatever a worker raised
             if not self._use_beam or isinstance(error, UserError):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -179,27 +179,27 @@ class Emodb(AudioRecords):
 
 @contextlib.contextmanager
 def _parallel_map(size: int) -> Iterator[Callable]:
-    """`map` by a process for each core; threads decode videos slower than no threads do."""
+    """Gives a `map` with a process per core; threads would decode videos slower than none."""
     if size < PARALLEL_FROM:
         yield map
         return
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    spawn = multiprocessing.get_context("spawn")  # not forked: TensorFlow and JAX have threads
+    spawn = multiprocessing.get_context("spawn")  # not fork: TensorFlow and JAX have threads
     try:
         with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
             yield partial(pool.map, chunksize=4)
     except BrokenProcessPool as error:
         raise RecordsError(
-            "a process that decodes audio was killed, probably for lack of memory; or a script of "
-            "your own calls this without `if __name__ == '__main__':`"
+            "a process that decodes audio was killed, probably for lack of memory; or your own "
+            "script calls this without `if __name__ == '__main__':`"
         ) from error
 
 
 def _beam_examples(
     corpus: SpeechCorpus, utterances: list[Utterance], skipped_path: tfds.core.Path
 ) -> Any:
-    """A Beam transform that gives the (index, record) of the usable utterances."""
+    """Makes a Beam transform that yields (index, record) of the usable utterances."""
     import apache_beam as beam  # the extra `beam`
 
     def read(indexed: tuple[int, Utterance]) -> Iterator[Any]:
@@ -227,8 +227,8 @@ def _write_skipped(path: tfds.core.Path, skipped: list[dict[str, str]]) -> None:
 def write_records(corpus: SpeechCorpus, root: Path, beam_options: str = "") -> None:
     """Writes the audio records of a corpus below `root`; see `prepare.prepare_records`.
 
-    Their folder appears when it is whole: TFDS writes into a temporary one and renames it. Where
-    another process prepares the same corpus, this one waits for it.
+    Their folder appears when it is complete: TFDS writes into a temporary folder and renames it.
+    If another process is preparing the same corpus, this one waits for it.
     """
     folder = root / corpus.name / corpus.VERSION  # TFDS's layout
     config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -238,7 +238,7 @@ def write_records(corpus: SpeechCorpus, root: Path, beam_options: str = "") -> N
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            for leftover in folder.parent.glob("incomplete.*"):  # of a run that was killed
+            for leftover in folder.parent.glob("incomplete.*"):  # from a run that was killed
                 shutil.rmtree(leftover)
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it "downloads"

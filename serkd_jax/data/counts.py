@@ -1,4 +1,4 @@
-"""What a copy of a corpus holds, beside what the paper or its authors counted."""
+"""Compares the contents of a copy of a corpus with the counts that were published."""
 
 from collections.abc import Sequence
 
@@ -13,23 +13,23 @@ from serkd_jax.errors import UserError
 
 
 class CountsError(UserError):
-    """A corpus that is not the one that was published."""
+    """A copy of a corpus that differs from what was published."""
 
 
 def check_counts(
     table: Table, corpus: SpeechCorpus, strict: bool, most_named: int | None = None
 ) -> str:
-    """The report on a corpus: counts as a Markdown table, then what was left out and why.
+    """Reports on a corpus: counts as a Markdown table, then what was left out and why.
 
     Args:
-        table: of the records.
-        corpus: what they were made of, listed.
-        strict: whether other counts than the published ones are an error. Utterances that no copy
-            of the corpus has (`KNOWN_FLAWS`) are not.
-        most_named: how many skipped files the report names; None means all.
+        table: the table of the corpus's audio records.
+        corpus: the corpus from which the records were made; it must have been listed.
+        strict: whether counts that differ from the published ones are an error. Utterances that no
+            copy of the corpus has (`KNOWN_FLAWS`) do not count as a difference.
+        most_named: how many skipped files the report names at most; None means all.
 
     Raises:
-        CountsError: strict, and the counts differ, or none are published.
+        CountsError: `strict` is set, and the counts differ or none are published.
     """
     if corpus.PUBLISHED:
         lines, differ = _compared_counts(table, corpus)
@@ -41,14 +41,14 @@ def check_counts(
     report = "\n\n".join(["\n".join(lines), *corpus.notes, *_skipped(skipped, most_named)])
     if strict and differ:
         raise CountsError(
-            f"strict: this copy of {corpus.name} has not the counts of {corpus.PUBLISHED.source}"
-            f"\n\n{report}"
+            f"strict: this copy of {corpus.name} does not have the counts of "
+            f"{corpus.PUBLISHED.source}\n\n{report}"
         )
     return report
 
 
 def _count(table: Table, column: str, rows: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Utterances (len(rows), len(classes)) of each value of a column; '' has one, "all"."""
+    """Counts utterances by the values `rows` of a column and by class; "" has one value, "all"."""
     values = _values(table, column)
     names = np.array(table.class_names, str)[table.labels]
     return np.array([[np.sum((values == r) & (names == c)) for c in classes] for r in rows])
@@ -68,7 +68,7 @@ def _plain_counts(table: Table) -> list[str]:
 
 
 def _compared_counts(table: Table, corpus: SpeechCorpus) -> tuple[list[str], bool]:
-    """The table "here / published", and whether they differ by more than what is known."""
+    """Makes the table "here / published"; also returns whether unknown differences remain."""
     published = corpus.PUBLISHED
     rows, classes = list(published.rows), list(published.classes)
     expected = np.array(list(published.rows.values()))
@@ -102,7 +102,7 @@ def _skipped(skipped: list[dict[str, str]], most_named: int | None) -> list[str]
 
 
 def _with_sums(counts: np.ndarray) -> np.ndarray:
-    """(rows, classes) with a column of totals and, of several rows, a row of sums."""
+    """Adds a column of totals to (rows, classes) and, if there are several rows, a row of sums."""
     if len(counts) > 1:
         counts = np.vstack([counts, counts.sum(axis=0)])
     return np.hstack([counts, counts.sum(axis=1, keepdims=True)])
@@ -111,7 +111,7 @@ def _with_sums(counts: np.ndarray) -> np.ndarray:
 def _markdown(
     column: str, rows: Sequence[str], classes: Sequence[str], cells: list[list[str]]
 ) -> list[str]:
-    """A Markdown table that can be read on a terminal too."""
+    """Makes a Markdown table that is also readable on a terminal."""
     titles = [row or f"no {column}" for row in rows] + ["sum"] * (len(rows) > 1)
     lines = [[column, *classes, "total"]]
     lines += [[title, *row] for title, row in zip(titles, cells, strict=True)]
@@ -121,7 +121,7 @@ def _markdown(
 
 
 def data_notes(table: Table, folds: Sequence[Fold], max_frames: int) -> list[str]:
-    """What a reader of the results must know of speakers, parts, classes and lengths."""
+    """Returns what a reader of the results must know about speakers, parts, classes and lengths."""
     notes = [speaker_note(folds, table.speakers)]
     for fold in folds:
         if unused := len(table) - sum(map(len, fold.parts.values())):

@@ -1,4 +1,4 @@
-"""Which examples a step sees, and how they come to the devices."""
+"""Which examples a step sees, and how they get to the devices."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +10,15 @@ import numpy as np
 
 from serkd_jax.distributed import parallel
 
-SHARE_OF_MEMORY = 0.4  # of a device, for the examples; the rest is for states and activations
+SHARE_OF_MEMORY = 0.4  # of a device for the examples; the rest is for states and activations
 
 
 def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[int]) -> np.ndarray:
-    """The batches (len(steps), B) of `steps` from an endless stream of shuffled passes over rows.
+    """Returns batches (len(steps), B) from an endless stream of shuffled passes over the rows.
 
-    A function of (seed, step), so that a resumed run sees the same. Every pass holds each row
-    once; a batch may end one pass and begin the next, so that no row is left out and any number
-    of rows is enough.
+    They are a function of (seed, step), so that a resumed run sees the same batches. Every pass has
+    each row once. A batch may span the end of one pass and the beginning of the next, so that no
+    row is left out and any number of rows is enough.
     """
     positions = np.arange(steps.start * batch_size, steps.stop * batch_size)
     passes = positions // len(rows)
@@ -28,7 +28,7 @@ def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[
 
 
 def sample_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-    """A batch drawn anew at `step`, each row at most once more often than any other."""
+    """Draws a batch for `step`, in which no row occurs more than once more often than another."""
     rng = np.random.default_rng([*seed, step])
     passes = -(-batch_size // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:batch_size]
@@ -39,11 +39,11 @@ class Examples:
     """What steps see of the utterances, row by row: on the devices, or read when needed.
 
     Attributes:
-        columns: (n, ...) arrays by their name in `serkd_jax.stages.common.Batch`, of all
-            utterances; without `inputs` if these are read.
-        devices: of all processes.
-        read: (m,) rows -> their (m, ...) inputs, from records; None if `columns` has them, a
-            copy on each device.
+        columns: (n, ...) arrays of all n utterances, by their names in
+            `serkd_jax.stages.base.Batch`; without `inputs` if these are read from records.
+        devices: the devices of all processes.
+        read: rows (m,) -> their inputs (m, ...) from records; None if `columns` has the inputs and
+            each device a copy of the columns.
     """
 
     columns: dict[str, Any]
@@ -51,13 +51,13 @@ class Examples:
     read: Callable[[np.ndarray], np.ndarray] | None = None
 
     def with_columns(self, **columns: np.ndarray) -> "Examples":
-        """The same with more columns."""
+        """Returns the same examples with more columns."""
         if self.read is None:
             columns = parallel.replicate(columns, self.devices)
         return replace(self, columns=self.columns | columns)
 
     def chunks(self, size: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Row numbers, inputs and lengths of all utterances, `size` at a time; NumPy arrays."""
+        """Yields row numbers, inputs and lengths of all utterances as NumPy arrays of `size`."""
 
         def read(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             rows = np.arange(start, min(start + size, len(self.columns["length"])))
@@ -68,11 +68,11 @@ class Examples:
         return read_ahead(read, range(0, len(self.columns["length"]), size))
 
     def take(self, rows: Any) -> tuple[Any, Any]:
-        """What a program of `serkd_jax.distributed.parallel` needs for a tree of (..., B) `rows`.
+        """Prepares a tree of rows (..., B) for a program of `serkd_jax.distributed.parallel`.
 
         Returns:
-            Columns, and the rows' places in them: the whole corpus, or what this process's share
-            of the rows needs, with an axis for the devices.
+            Columns, and the places of the rows in them. The columns are those of the whole corpus,
+            or have only what this process's share of the rows needs, with an axis for the devices.
         """
         shares = jax.tree.map(lambda x: parallel.share_of_batch(x, self.devices), rows)
         if self.read is None:
@@ -91,13 +91,13 @@ class Examples:
 
 
 def are_resident(choice: str, num_bytes: int, devices: list[jax.Device]) -> bool:
-    """Whether the examples are to be on the devices: as chosen, or for `auto` if they fit."""
+    """Returns whether the examples go on the devices: as chosen, or for `auto` if they fit."""
     fits = num_bytes <= SHARE_OF_MEMORY * parallel.memory_of_device(devices)
     return bool(parallel.of_first_process(choice == "device" or (choice == "auto" and fits)))
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Yields what is read of each item, while a thread reads the next one."""
+    """Yields `read(item)` for each item, while a thread already reads the next one."""
     with ThreadPoolExecutor(1) as reader:
         reading = None
         for item in items:
@@ -117,9 +117,10 @@ def predict_rows(
 ) -> Any:
     """Runs a program of `parallel.compile_predict` over any number of rows.
 
+    The last batch is padded with copies of the last row, so that only one shape is compiled.
+
     Returns:
-        A tree of (len(rows), ...) NumPy arrays. The last batch is filled up with copies of the
-        last row, so that there is one shape to compile.
+        A tree of (len(rows), ...) NumPy arrays.
     """
     filled = np.pad(rows, (0, -len(rows) % batch_size), mode="edge")
     batches = np.split(filled, len(filled) // batch_size)
@@ -127,5 +128,5 @@ def predict_rows(
     outputs: list[Any] = []
     for data, places in read_ahead(examples.take, batches):
         outputs.append(predict(params, data, places))
-        outputs[-2:-1] = jax.device_get(outputs[-2:-1])  # so that no more than two are in memory
+        outputs[-2:-1] = jax.device_get(outputs[-2:-1])  # at most two are in device memory
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *jax.device_get(outputs))

@@ -1,13 +1,13 @@
-"""Feature records, written: a front-end run over any number of utterances, with resume.
+"""Writes feature records: runs a front-end over any number of utterances, and can resume.
 
-Utterances, in the order of their ids, fall into shards of a fixed size; a shard is what is read,
-batched, written and resumed. While one is computed, the next is decoded and the last is written,
-so memory depends on the size of a shard and not, names apart, on that of the corpus. A process that
-was killed loses the shards that it was working on.
+The utterances, sorted by id, are divided into shards of a fixed size, and a shard is the unit that
+is read, batched, written and resumed. While one shard is computed, the next is decoded and the
+previous one is written, so memory depends on the size of a shard and not on that of the corpus
+(except for the names). A process that is killed loses the shards that it was working on.
 
-Several processes (`parallel.join_processes`) each take every so manyth shard. What is in a shard
-depends neither on them, nor on the number of devices, nor on where an earlier run was stopped; on
-other kinds of devices, features are rounded otherwise.
+Of n processes (`parallel.join_processes`), each takes every n-th shard. The content of a shard
+depends neither on the number of processes or devices, nor on where an earlier run was stopped; only
+another kind of device rounds features differently.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def write_features(
     settings: dict,
     skip_bad: bool,
 ) -> None:
-    """Writes this process's shards, and the first process the description; see `prepare`."""
+    """Writes this process's shards; the first process also writes the description."""
     schema = tfds.features.FeaturesDict(
         {
             **text_features(source.texts),
@@ -68,7 +68,7 @@ def write_features(
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A TFRecord file of the utterances `rows`, and until the folder is whole, a report of them."""
+    """A TFRecord file of the utterances `rows`, and a report on it until the folder is complete."""
 
     path: Path
     rows: range
@@ -78,11 +78,11 @@ class _Shard:
         return self.path.with_name(f"{self.path.name}.json")
 
     def report(self) -> dict:
-        """{"num_examples", "num_samples", "num_cut", "skipped"}."""
+        """Reads the report: {"num_examples", "num_samples", "num_cut", "skipped"}."""
         return read_json(self._report_path, f"delete {self.path}, which it describes")
 
     def write(self, records: Iterable[bytes], report: dict) -> None:
-        """Writes both; the shard is whole once it has its name, and has its report then."""
+        """Writes the report, then the shard, which gets its name only when it is complete."""
         partial = self.path.with_name(f"{self.path.name}.tmp")
         try:
             with tf.io.TFRecordWriter(str(partial)) as writer:
@@ -100,7 +100,7 @@ class _Shard:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What is done to each shard."""
+    """The extraction of the features of shards."""
 
     source: Source
     frontend: Frontend
@@ -109,16 +109,16 @@ class _Job:
     skip_bad: bool
 
     def run(self, shards: Sequence[_Shard]) -> None:
-        """Writes those of the shards that are not there."""
+        """Writes those of the shards that do not exist yet."""
         todo = [shard for shard in shards if not shard.path.exists()]
-        count = self.frontend.num_devices  # shards at once, so that each device has full batches
+        count = self.frontend.num_devices  # shards at a time, so that each device has full batches
         windows = [todo[start : start + count] for start in range(0, len(todo), count)]
         title = f"{self.source.name}: {self.frontend.name}"
         with _Progress(title, shards, todo) as progress, ThreadPoolExecutor(1) as writer:
             writing: list[Future] = []
             for window, clips in zip(windows, read_ahead(self._read, windows), strict=True):
                 features = self._extract(clips, progress)
-                for written in writing:  # of the window before: no more than two are in memory
+                for written in writing:  # the previous window: at most two are in memory
                     written.result()
                 writing = [
                     writer.submit(self._write, *shard)
@@ -128,14 +128,14 @@ class _Job:
                 written.result()
 
     def _read(self, shards: Sequence[_Shard]) -> list[list[Clip]]:
-        """The clips of each shard, with one frame too many where they are longer than allowed."""
+        """Reads the clips of each shard; too long ones with one frame too many, to be counted."""
         limit = num_samples(self.max_frames + 1)
         return [self.source.read(shard.rows, limit) for shard in shards]
 
     def _extract(
         self, shards: list[list[Clip]], progress: "_Progress"
     ) -> list[dict[int, np.ndarray | str]]:
-        """For each shard, the features of each clip, or why there are none."""
+        """Returns, for each shard, the features of each clip or the reason why there are none."""
         results: list[dict[int, np.ndarray | str]] = [{} for _ in shards]
         places = []
         for k, clips in enumerate(shards):
@@ -158,17 +158,17 @@ class _Job:
         return results
 
     def _problem(self, features: np.ndarray) -> str:
-        """What is wrong with the features of an utterance; empty if nothing is."""
+        """Returns what is wrong with the features of an utterance; empty if nothing is."""
         width = self.frontend.width
         if features.shape[1:] != (width,) or not 0 < len(features) <= self.max_frames:
             return (
                 f"features of shape {features.shape}, expected (1 to {self.max_frames}, {width}); "
-                "mend the front-end"
+                "correct the front-end"
             )
         if not np.isfinite(features).all():
             return (
                 "NaN or infinite features; listen to it and remove it from the corpus, or check "
-                "the front-end's weights"
+                "the weights of the front-end"
             )
         return ""
 
@@ -191,7 +191,7 @@ class _Job:
 
     def _serialize(self, values: dict, features: np.ndarray) -> bytes:
         example = {**values, "features": features, "num_frames": len(features)}
-        # Protobuf orders a map's keys anew in each process unless told not to.
+        # Unless told otherwise, Protobuf orders a map's keys differently in each process.
         proto = tf.train.Example.FromString(self.schema.serialize_example(example))
         return proto.SerializeToString(deterministic=True)
 
@@ -214,7 +214,7 @@ class _Progress:
         self._bar.close()
 
     def count(self, samples: int, skipped: bool) -> None:
-        """One file more, of so many samples."""
+        """Counts one more file, which has `samples` samples."""
         self._samples += samples
         self._skipped += skipped
         seconds = self._samples / SAMPLE_RATE
@@ -237,7 +237,7 @@ def _make_shards(folder: Path, dataset: str, count: int, size: int) -> list[_Sha
 def _describe(
     folder: Path, schema: tfds.features.FeaturesDict, shards: Sequence[_Shard], settings: dict
 ) -> None:
-    """Adds what `tfds.builder_from_directory` needs, and what a reader wants to know."""
+    """Writes the metadata that `tfds.builder_from_directory` needs and that readers want."""
     reports = [shard.report() for shard in shards]
     skipped = [skip for report in reports for skip in report["skipped"]]
     lengths = [report["num_examples"] for report in reports]
@@ -268,7 +268,7 @@ def _describe(
         disable_shuffling=True,
     )
     for path in folder.iterdir():
-        if ".tfrecord-" not in path.name:  # shards and reports were synced when written
+        if ".tfrecord-" not in path.name:  # shards and reports are already synced
             _sync(path)
 
 

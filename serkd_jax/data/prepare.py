@@ -1,7 +1,7 @@
-"""Records and features of a corpus: found, or made. Only making them imports TensorFlow.
+"""Finds or makes the records and features of a corpus. Only making them imports TensorFlow.
 
-Features are written into `incomplete.NAME`, which is renamed to `NAME` when all shards are there
-and described: a folder without the prefix is whole. So it is with records, by TFDS.
+Features are written into `incomplete.NAME`, which is renamed to `NAME` when all shards and their
+description are written: a folder without the prefix is complete. TFDS does the same for records.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from serkd_jax.data.sources import Frontend, RecordsSource, Source
 from serkd_jax.distributed import parallel
 from serkd_jax.files import read_json, write_json
 
-SETTINGS, LOCK = "settings.json", "lock"  # of an unfinished folder
-SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large, if all utterances are as long as they may be
+SETTINGS, LOCK = "settings.json", "lock"  # files of an unfinished folder
+SHARD_FRAMES = 200_000  # 400 MB of HuBERT-large features, if all utterances have the full length
 
 
 def prepare_records(
     corpus: SpeechCorpus, cache_dir: str | os.PathLike, beam_options: str = ""
 ) -> Path:
-    """Writes the audio records of a corpus, unless they are there, and returns their folder.
+    """Writes the audio records of a corpus, unless they exist, and returns their folder.
 
-    A script that calls this needs `if __name__ == "__main__":`, since large corpora are decoded by
-    processes of its own.
+    A script that calls this needs `if __name__ == "__main__":`, since large corpora are decoded in
+    child processes.
 
     Args:
-        corpus: what to write.
-        cache_dir: where; the same for `--config.cache_dir`.
-        beam_options: comma-separated options of a Beam pipeline, e.g. runner=DirectRunner; if there
-            are none, this machine's cores share the work.
+        corpus: the corpus to write.
+        cache_dir: the folder below which to write, as in `--config.cache_dir`.
+        beam_options: comma-separated options of a Beam pipeline, e.g. `runner=DirectRunner`; if
+            empty, this machine's cores share the work.
 
     Raises:
         CorpusError: the corpus cannot be listed, or none of its files can be used.
@@ -63,15 +63,15 @@ def prepare_records(
 def open_examples(
     folder: Path, name: str, length: int, table: Table, devices: list[jax.Device], resident: bool
 ) -> Examples:
-    """The utterances of a corpus with one array of records as their inputs.
+    """Makes examples of all utterances, with one array of the records as their inputs.
 
     Args:
-        folder: audio records or features.
+        folder: the folder of audio records or feature records.
         name: `audio` or `features`.
-        length: samples or frames; what is longer is cut.
-        table: of the corpus.
-        devices: of all processes.
-        resident: whether they are put on the devices, or read from the records when needed.
+        length: number of samples or frames; longer utterances are cut.
+        table: the corpus's table.
+        devices: the devices of all processes.
+        resident: whether to put the inputs on the devices; otherwise they are read when needed.
 
     Raises:
         RecordsError: the folder does not hold the table's utterances, or is damaged.
@@ -98,20 +98,21 @@ def prepare_features(
     *,
     shard_size: int = 0,
 ) -> Path:
-    """Writes the features of all utterances of a corpus, unless they are there.
+    """Writes the features of all utterances of a corpus, unless they exist.
 
     Args:
-        records_dir: audio records, from `prepare_records`.
-        frontend: see `serkd_jax.encoders.frontends`.
+        records_dir: the folder of audio records, from `prepare_records`.
+        frontend: the front-end, see `serkd_jax.encoders.frontends`.
         max_frames: T, at 50 frames a second.
-        cache_dir: the folder is made in `cache_dir/features/`.
+        cache_dir: the features' folder is made in `cache_dir/features/`.
         shard_size: see `extract_features`.
 
     Returns:
-        Their folder.
+        The features' folder.
 
     Raises:
-        RecordsError: the front-end gave NaN, infinity or a wrong shape; names the utterance.
+        RecordsError: the front-end returned NaN, infinity or a wrong shape for the utterance that
+            the message names.
     """
     source = RecordsSource(records_dir)
     settings = [source.fingerprint, frontend.fingerprint, max_frames, shard_size]
@@ -130,23 +131,24 @@ def extract_features(
     shard_size: int = 0,
     skip_bad: bool = False,
 ) -> None:
-    """Writes the features of all utterances of a source into a folder, unless they are there.
+    """Writes the features of all utterances of a source into a folder, unless they exist.
 
-    Features are float16 (num_frames, frontend.width), cut at `max_frames`, not padded. A record
-    holds them with `num_frames` and what the source says of the utterance. `metadata.json` says
-    what they were made with and which utterances were skipped, with the reasons.
+    Features are float16 (num_frames, frontend.width), cut at `max_frames` and not padded. A record
+    also has `num_frames` and what the source says about the utterance. `metadata.json` says how
+    the features were made and which utterances were skipped, with the reasons.
 
     Args:
         source: the utterances.
-        frontend: see `serkd_jax.encoders.frontends`.
-        max_frames: frames read of an utterance, at 50 a second; the rest of a longer one is not.
-        folder: must not be there, or be what an earlier call with the same arguments has made.
-        shard_size: utterances in a file; 0 means as many as make up 200,000 frames, at most 256.
+        frontend: the front-end, see `serkd_jax.encoders.frontends`.
+        max_frames: the most frames of an utterance, at 50 a second; what follows is not read.
+        folder: the folder to make; if it exists, it must be from an earlier call with the same
+            arguments.
+        shard_size: utterances per file; 0 means as many as make up 200,000 frames, at most 256.
         skip_bad: whether to skip utterances whose features are NaN, infinite or of a wrong shape.
 
     Raises:
         RecordsError: the folder holds something else, no utterance can be used, or there are bad
-            features and they are not to be skipped.
+            features and `skip_bad` is not set.
     """
     shard_size = shard_size or int(np.clip(SHARD_FRAMES // max_frames, 1, 256))
     settings = {
@@ -170,11 +172,11 @@ def extract_features(
 
 
 def _is_done(folder: Path, settings: dict) -> bool:
-    """Whether a folder holds these features; refuses one that holds anything else."""
+    """Returns whether a folder holds these features; refuses one that holds anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / "metadata.json").exists():
-        raise RecordsError(f"{folder} holds files that are no features: name another folder")
+        raise RecordsError(f"{folder} holds files that are not features: name another folder")
     _check_settings(folder, describe(folder).metadata, settings)
     _clean(folder)
     return True
@@ -182,14 +184,14 @@ def _is_done(folder: Path, settings: dict) -> bool:
 
 @contextlib.contextmanager
 def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
-    """Holds the folder to work in: a new one, or that of an earlier run with the same settings."""
+    """Locks the folder to work in: a new one, or that of an earlier run with the same settings."""
     path = work / SETTINGS
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             try:
                 work.mkdir(parents=True, exist_ok=True)
                 if folder.exists():
-                    folder.rmdir()  # empty: now rather than when all is computed
+                    folder.rmdir()  # it is empty; better to fail now than after the computation
                 lock = held.enter_context((work / LOCK).open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

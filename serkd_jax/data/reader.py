@@ -1,9 +1,9 @@
-"""Audio and feature records, read: TFRecord files, and TFDS's description of them.
+"""Reads audio and feature records: TFRecord files, and TFDS's description of them.
 
-Without TensorFlow, which takes seconds and hundreds of megabytes to import: only what writes
-records (`audio_records`, `feature_records`) needs it. A TFRecord file is a sequence of 8 bytes of
-length, 4 of their checksum, a serialised `tf.train.Example` of that length and 4 of its checksum.
-`tests/test_reader.py` compares all of it with TensorFlow and TFDS.
+This needs no TensorFlow, whose import takes seconds and hundreds of megabytes; only the modules
+that write records (`audio_records`, `feature_records`) do. A TFRecord file is a sequence of records
+of 8 bytes for a length, 4 for their checksum, a serialised `tf.train.Example` of that length and 4
+bytes for its checksum. `tests/test_reader.py` compares all of this with TensorFlow and TFDS.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from serkd_jax.errors import UserError
 
 HEADER, FOOTER = 12, 4  # bytes around a record
-UTTERANCE_TEXTS = ("id", "speaker", "session", "split", "fold")  # of every audio record
+UTTERANCE_TEXTS = ("id", "speaker", "session", "split", "fold")  # in every audio record
 
 
 class RecordsError(UserError):
@@ -35,9 +35,10 @@ class Field:
     """How the values of one name are stored.
 
     Attributes:
-        list_name: of `tf.train.Feature`: bytes_list, int64_list or float_list.
-        dtype: of the array or number; None for text.
-        shape: of an array, -1 where it differs between examples; None for a number or text.
+        list_name: the field of `tf.train.Feature`: bytes_list, int64_list or float_list.
+        dtype: the dtype of the array or number; None for text.
+        shape: the shape of an array, -1 where it differs between examples; None for a number or
+            text.
     """
 
     list_name: str
@@ -45,7 +46,7 @@ class Field:
     shape: tuple[int, ...] | None = None
 
     def decode(self, feature: Any) -> Any:
-        """The value in a `tf.train.Feature`: a str, a NumPy number or a read-only array."""
+        """Reads a `tf.train.Feature` as a str, a NumPy number or a read-only array."""
         (value,) = getattr(feature, self.list_name).value
         if self.dtype is None:
             return value.decode()
@@ -56,13 +57,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Description:
-    """What the JSON files of a folder say.
+    """The contents of the JSON files of a folder.
 
     Attributes:
-        name: of the dataset.
-        fields: of each example, by name.
-        class_names: of the numbers in `label`; empty where that is text, or not there.
-        shards: the TFRecord files and how many examples each has, in the stored order: by the
+        name: the name of the dataset.
+        fields: the fields of each example, by name.
+        class_names: the names of the numbers in `label`; empty if `label` is text or missing.
+        shards: the TFRecord files and the number of examples in each, in the stored order: by the
             name of the split, then by number.
         metadata: what the writer added.
     """
@@ -75,13 +76,13 @@ class Description:
 
     @property
     def num_examples(self) -> int:
-        """Of all shards."""
+        """The number of examples in all shards."""
         return sum(count for _, count in self.shards)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the records say of each utterance, audio apart; all columns are sorted by id."""
+    """What the records say about each utterance, except its audio; columns are sorted by id."""
 
     ids: np.ndarray  # (n,) str
     labels: np.ndarray  # (n,) int32, index into class_names
@@ -97,7 +98,7 @@ class Table:
         return len(self.ids)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """What a protocol may split by, as `serkd_jax.data.splits.make_folds` names it."""
+        """Returns the columns of `serkd_jax.data.splits.make_folds`, by the names it uses."""
         return {
             "id": self.ids,
             "speaker": self.speakers,
@@ -111,7 +112,7 @@ def describe(folder: str | os.PathLike) -> Description:
     """Reads what TFDS has written beside the examples.
 
     Raises:
-        RecordsError: the folder holds no whole dataset.
+        RecordsError: the folder holds no complete dataset.
     """
     folder = Path(folder)
     with _readable_errors(folder):
@@ -173,7 +174,7 @@ def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator
 
 
 def load_skipped(folder: str | os.PathLike) -> list[dict[str, str]]:
-    """{"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
+    """Reads {"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
     lines = [
         line
         for path in Path(folder).glob("skipped-*.jsonl")
@@ -183,10 +184,10 @@ def load_skipped(folder: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def load_table(folder: str | os.PathLike) -> Table:
-    """Reads everything but the audio of audio records.
+    """Reads everything except the audio from audio records.
 
     Raises:
-        RecordsError: the folder is no records folder, or is damaged.
+        RecordsError: the folder does not hold audio records, or is damaged.
     """
     names = ("id", "label", "speaker", "session", "split", "fold", "num_samples")
     examples = list(read_examples(folder, names))
@@ -213,13 +214,13 @@ def load_arrays(
     """Loads one array of every example, cut or zero-padded to one length.
 
     Args:
-        folder: audio or feature records.
-        name: audio, or features.
-        length: samples, or frames.
+        folder: the folder of audio or feature records.
+        name: `audio` or `features`.
+        length: number of samples or frames.
 
     Returns:
-        ids (n,) str, sorted; arrays (n, length, ...) in their own dtype; their lengths (n,) int32,
-        at most `length`.
+        Ids (n,) str, sorted; arrays (n, length, ...) in their stored dtype; and their lengths (n,)
+        int32, at most `length`.
 
     Raises:
         RecordsError: the folder is missing or damaged.
@@ -238,16 +239,16 @@ def load_arrays(
 def load_lengths(
     folder: str | os.PathLike, name: str, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and lengths as of `load_arrays`; `name` is num_samples, or num_frames."""
+    """Loads ids and lengths as `load_arrays` does; `name` is `num_samples` or `num_frames`."""
     examples = list(read_examples(folder, ("id", name)))
     ids = np.array([example["id"] for example in examples], str)
     return ids, np.array([min(example[name], length) for example in examples], np.int32)
 
 
 class RandomReader:
-    """One array of any examples, in any order, for corpora that fit in no memory.
+    """Reads one array of any examples in any order, for corpora that do not fit in memory.
 
-    Called with (m,) row numbers, as `read_examples` counts them, it gives the arrays
+    It is called with row numbers (m,), as `read_examples` counts them, and returns their arrays
     (m, length, ...), cut or zero-padded.
     """
 
@@ -270,7 +271,7 @@ class RandomReader:
         self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """Reads them.
+        """Reads the arrays of these rows.
 
         Raises:
             RecordsError: a file is damaged.
@@ -289,14 +290,14 @@ class RandomReader:
 
 
 def _records(file: BinaryIO) -> Iterator[bytes]:
-    """The records from where the file stands."""
+    """Yields the records from the file's current position on."""
     while header := file.read(HEADER):
         size = _record_size(header)
         yield _check_record(file.read(size + FOOTER), size)
 
 
 def _record_places(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Where each record begins, and its size."""
+    """Yields the start and the size of each record."""
     while header := file.read(HEADER):
         start, size = file.tell(), _record_size(header)
         yield start, size
@@ -310,7 +311,7 @@ def _record_size(header: bytes) -> int:
 
 
 def _check_record(stored: bytes, size: int) -> bytes:
-    """The record, of a record and its checksum."""
+    """Returns the record from a record with its checksum, after checking it."""
     if len(stored) < size + FOOTER:
         raise ValueError("truncated record")
     if stored[size:] != _checksum(stored[:size]):
@@ -319,7 +320,7 @@ def _check_record(stored: bytes, size: int) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """CRC-32C, masked as TensorFlow does it."""
+    """Returns the CRC-32C, masked as in TensorFlow."""
     crc = google_crc32c.value(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return masked.to_bytes(4, "little")
@@ -340,7 +341,7 @@ def _parse(record: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
 
 @functools.cache
 def _example_class() -> type[message.Message]:
-    """`tf.train.Example`, in a pool of its own: TensorFlow may be there, too."""
+    """Makes the class of `tf.train.Example`, in its own pool in case TensorFlow is loaded too."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="serkd")
     kinds = descriptor_pb2.FieldDescriptorProto
     optional, repeated = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED

@@ -1,4 +1,4 @@
-"""Utterances to extract features from: the audio records of a corpus, or plain audio files."""
+"""Sources of utterances for feature extraction: a corpus's audio records, or plain audio files."""
 
 import hashlib
 import itertools
@@ -17,41 +17,41 @@ from serkd_jax.data.corpora import CorpusError
 from serkd_jax.data.corpora.manifest import find_file, read_manifest
 from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
 
-COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest, carried along
+COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest; they go into records
 
 
 class Clip(NamedTuple):
     """The audio of one utterance."""
 
-    values: dict[str, Any]  # what its record says, features apart; always has "id"
+    values: dict[str, Any]  # the contents of its record, except features; always has "id"
     waveform: np.ndarray | None  # float32 (num_samples,), 16 kHz; None if it cannot be used
-    problem: str = ""  # why not
+    problem: str = ""  # why it cannot be used
 
 
 class Source(Protocol):
     """A fixed list of utterances."""
 
-    name: str  # of the TFDS dataset: lower case and underscores
+    name: str  # the name of the TFDS dataset: lower case and underscores
     fingerprint: str  # changes with the utterances
-    texts: Sequence[str]  # names in `Clip.values`, "id" among them
-    class_names: Sequence[str]  # of the number "label" there; empty where it is text, or not there
+    texts: Sequence[str]  # names of the texts in `Clip.values`, with "id"
+    class_names: Sequence[str]  # if "label" is a number there, the names of the classes; else empty
 
     def __len__(self) -> int:
-        """How many there are, unusable ones included."""
+        """Returns the number of utterances, including unusable ones."""
 
     def read(self, rows: range, max_samples: int) -> list[Clip]:
-        """The utterances `rows`, each cut at `max_samples`. Called from one thread."""
+        """Reads the utterances `rows`, each cut at `max_samples`; called from only one thread."""
 
 
 class Frontend(Protocol):
-    """What feature extraction needs of a front-end."""
+    """What feature extraction needs from a front-end."""
 
     name: str
     width: int  # N, the number of feature variates
     settings: dict[str, Any]  # for people, in JSON types
-    fingerprint: str  # changes with everything that the output depends on, rounding apart
-    num_devices: int  # how many it computes on
-    assumption: str  # about the model, where its files leave something open; else empty
+    fingerprint: str  # changes with everything that affects the output, except rounding
+    num_devices: int  # number of devices on which it computes
+    assumption: str  # made about the model where its files leave something open; else empty
 
     def __call__(
         self,
@@ -62,20 +62,25 @@ class Frontend(Protocol):
         """Yields (i, features of waveform i), float16 (<= max_frames, width), in any order.
 
         Args:
-            waveforms: float32 (num_samples,), 16 kHz; what is beyond max_frames is not looked at.
-            max_frames: at 50 frames a second.
-            groups: of the waveforms; features do not depend, to the last bit, on what is in other
-                groups, nor on how many devices of a kind there are. None means one group.
+            waveforms: float32 (num_samples,), 16 kHz; anything beyond `max_frames` is ignored.
+            max_frames: the most frames of an utterance, at 50 frames a second.
+            groups: the number of each waveform's group. Features do not depend, to the last bit, on
+                the contents of other groups, nor on the number of devices of the same kind. None
+                means one group.
         """
 
 
 class RecordsSource:
-    """The audio records that `prepare.prepare_records` has written."""
+    """The audio records that `prepare.prepare_records` wrote."""
 
     texts = UTTERANCE_TEXTS
 
     def __init__(self, records_dir: str | os.PathLike):
-        """Raises a RecordsError if the folder is missing or damaged."""
+        """Opens the records.
+
+        Raises:
+            RecordsError: the folder is missing or damaged.
+        """
         described = describe(records_dir)
         self.records_dir, self.name = records_dir, described.name
         self.class_names = described.class_names
@@ -100,7 +105,7 @@ class RecordsSource:
 
 
 class AudioFiles:
-    """Audio files below a folder, or of a manifest; the id of each is its path as seen from there.
+    """Audio files below a folder or in a manifest; ids are paths relative to it.
 
     The columns label, speaker, session, split and fold of a manifest go into the records as text.
     """
@@ -108,15 +113,15 @@ class AudioFiles:
     name, class_names = "audio_files", ()
 
     def __init__(self, place: str | os.PathLike, data_dir: str | os.PathLike | None = None):
-        """Lists the files; decodes nothing.
+        """Lists the files without decoding any.
 
         Args:
-            place: a folder, or a CSV or JSONL manifest with a column path.
-            data_dir: where the relative paths of a manifest begin; None means beside it.
+            place: a folder, or a CSV or JSONL manifest with a column `path`.
+            data_dir: the folder to which the paths of a manifest are relative; None means its own.
 
         Raises:
-            CorpusError: there is nothing to list, a row has no path, two have the same, or a name
-                is not UTF-8.
+            CorpusError: there is nothing to list, a row has no path, two rows have the same path,
+                or a name is not UTF-8.
         """
         place = Path(place)
         if place.is_dir():
@@ -142,7 +147,7 @@ class AudioFiles:
         return len(self.ids)
 
     def read(self, rows: range, max_samples: int) -> list[Clip]:
-        """See `Source`; several threads decode, except what FFmpeg reads: they would be slower."""
+        """See `Source`; several threads decode, except with FFmpeg, where they would be slower."""
 
         def read_one(row: int) -> Clip:
             values = self._values(self.ids[row])
@@ -171,15 +176,17 @@ class AudioFiles:
 
 
 def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:
-    """The columns of each path."""
+    """Reads the columns of each path."""
     rows, places = {}, {}
     for where, values in read_manifest(manifest):
         if not (key := values.get("path")):
             raise CorpusError(f"{where}: no path; this row has {', '.join(values)}")
         if key in places:
-            raise CorpusError(f"{where}: {key} is also at {places[key]}; leave one row away")
+            raise CorpusError(f"{where}: {key} is also at {places[key]}; remove one row")
         if values.get("start") or values.get("end"):
-            raise CorpusError(f"{where}: parts of files have no features here; cut the file first")
+            raise CorpusError(
+                f"{where}: features of parts of files are not supported; cut the file first"
+            )
         places[key] = where
         rows[key] = {name: values[name] for name in COLUMNS if values.get(name)}
     return rows

@@ -1,4 +1,4 @@
-"""Test folds, and the validation and quiz parts of their training data; and who is in both."""
+"""Test folds, the parts of their training data, and speakers that are in both."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from serkd_jax.errors import UserError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 PARTS = ("train", "quiz", "reward", "validation", "test")
-# Protocols whose scores are of speakers that the models have never heard.
+# Protocols that test on speakers that the models have never heard.
 SPEAKER_INDEPENDENT = ("speaker", "session")
 
 
@@ -22,11 +22,11 @@ class Fold:
 
     Attributes:
         name: `1`, `2`, ...
-        held_out: what the test part consists of, for people.
-        train: rows that the stages train on.
-        quiz: rows of the training data that the meta-teacher is fitted to, and no student.
-        reward: rows of the training data that nothing is fitted to: they reward the policy.
-        validation: rows that select epochs.
+        held_out: a description of the test part, for people.
+        train: rows on which the stages train.
+        quiz: rows of the training data to which the meta-teacher is fitted, but no student.
+        reward: rows of the training data to which nothing is fitted; they reward the policy.
+        validation: rows on which epochs are selected.
         test: rows that are scored once, at the end.
     """
 
@@ -50,19 +50,21 @@ def make_folds(
     """Makes the folds that a protocol asks for, and checks them.
 
     Args:
-        labels: (n,) int classes.
+        labels: (n,) int, the classes.
         columns: `id`, `speaker`, `session`, `fold` and `split`, n strings each.
-        config: `split_by`: `speaker`, `session` or `fold` hold out `groups_per_fold`
-            of that column's values in turn; `split` is one fold by the corpus's own train, dev
-            and test; `random` is `num_folds` stratified folds that ignore speakers; `file`
-            reads `file`, which `folds_as_json` made. `validation` and `quiz` are shares of
-            the training data, stratified by class; with `speakers_apart` they are of speakers
-            that the rest of the training data does not have. Half of `quiz` is the reward part.
-        seed: of the random choices.
+        config: the config's `protocol` part. `split_by` is one of: `speaker`, `session` or `fold`,
+            to hold out `groups_per_fold` of that column's values in turn; `split`, for one fold by
+            the corpus's own train, dev and test; `random`, for `num_folds` stratified folds that
+            ignore speakers; `file`, to read the folds from `file`, which `folds_as_json` made.
+            `validation` and `quiz` are shares of the training data, stratified by class; with
+            `speakers_apart` their speakers do not occur in the rest of the training data. Half of
+            `quiz` becomes the reward part.
+        seed: the seed of the random choices.
 
     Raises:
-        UserError: a column is missing or has one value, a part would be empty, or the test part
-            has an utterance, or in a speaker-independent protocol a speaker, that is trained on.
+        UserError: a column is missing or has only one value, a part would be empty, or the test
+            part has an utterance, or in a speaker-independent protocol a speaker, that is trained
+            on.
     """
     if len(np.unique(labels)) < 2:
         raise UserError("all utterances are of one class: there is nothing to tell apart")
@@ -85,7 +87,7 @@ def make_folds(
 
 
 def folds_as_json(folds: Sequence[Fold], ids: np.ndarray) -> str:
-    """JSON of fold name -> {held_out, and of each part the list of its ids}."""
+    """Returns the folds as JSON: fold name -> {held_out, and for each part the list of its ids}."""
     described = {
         fold.name: {"held_out": fold.held_out}
         | {part: ids[rows].tolist() for part, rows in fold.parts.items()}
@@ -95,7 +97,7 @@ def folds_as_json(folds: Sequence[Fold], ids: np.ndarray) -> str:
 
 
 def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
-    """What a reader of the scores must know of speakers that are trained on and tested."""
+    """Says what a reader of the scores must know about speakers in both training and test."""
     speakers = np.asarray(speakers)
     shared = [_heard_before(fold, speakers) for fold in folds]
     unknown = int((speakers == "").sum())
@@ -141,7 +143,7 @@ def _draw_folds(
         _refuse_empty("speakers_apart=True", "speaker", speakers)
     folds = []
     for number, (held_out, test, validation) in enumerate(parts, start=1):
-        # Of its own: the draws of other folds depend on the labels that this one tests.
+        # A generator per fold: the draws of other folds depend on the labels of this test part.
         rng = np.random.default_rng([seed, 1, number])
         taken = test if validation is None else np.concatenate([test, validation])
         train = np.setdiff1d(np.arange(len(labels)), taken)
@@ -157,10 +159,10 @@ def _draw_folds(
 
 
 def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tuple]:
-    """Test parts that hold out `groups_per_fold` of the column's values each."""
+    """Makes test parts that each hold out `groups_per_fold` of the column's values."""
     values = np.asarray(values)
     _refuse_empty(f"split_by={column}", column, values)
-    # Fold 10 comes after fold 9.
+    # Sorted by number, so that fold 10 comes after fold 9.
     names = sorted(set(values.tolist()), key=lambda n: (int(n) if n.isdecimal() else 0, n))
     if len(names) <= groups_per_fold:
         raise UserError(
@@ -175,7 +177,7 @@ def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tu
 
 
 def _official_split(values: Sequence[str]) -> tuple:
-    """The corpus's own test part, and its validation part where it has one."""
+    """Returns the corpus's own test part, and its validation part if it has one."""
     values = np.asarray([v.lower() for v in values])
     _refuse_empty("split_by=split", "split", values)
     unknown = sorted(set(values.tolist()) - {"train", "test", *VALIDATION_NAMES})
@@ -198,7 +200,7 @@ def _refuse_empty(setting: str, column: str, values: np.ndarray) -> None:
 
 
 def _deal(labels: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Deals each class's rows to `num_folds` parts of equal size; (n,) part numbers."""
+    """Deals each class's rows to `num_folds` parts of equal size; returns (n,) part numbers."""
     part = np.empty(len(labels), int)
     dealt = 0
     for label in np.unique(labels):
@@ -215,15 +217,15 @@ def _draw_share(
     share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """About `share` of each class among `rows`; of whole speakers where these are given."""
+    """Draws about `share` of each class among `rows`; if speakers are given, whole speakers."""
     if speakers is not None and share > 0 and len(rows):
         return _whole_speakers(rows, labels, speakers, share, rng)
     classes, sizes = np.unique(labels[rows], return_counts=True)
     wanted = share * sizes
-    # At least one where the class has two.
+    # At least one, if the class has two.
     counts = np.maximum(np.floor(wanted), (share > 0) & (sizes > 1)).astype(int)
-    # The largest remainders make up the share of all, so that, rare classes apart, how many are
-    # drawn does not depend on the labels. No class gives its last row.
+    # The classes with the largest remainders give one more, so that the total (rare classes apart)
+    # is the share of all rows whatever the labels are. No class gives its last row.
     missing = max(round(share * len(rows)) - counts.sum(), 0)
     largest = np.argsort(counts - wanted, kind="stable")
     counts[largest[(sizes - counts)[largest] > 1][:missing]] += 1
@@ -241,7 +243,7 @@ def _whole_speakers(
     share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """All rows of some speakers: of 100 draws the nearest to `share` of every class."""
+    """Takes all rows of some speakers: of 100 draws, the one nearest to `share` of every class."""
     names, speaker = np.unique(speakers[rows], return_inverse=True)
     if len(names) < 2:
         raise UserError(
@@ -261,7 +263,7 @@ def _whole_speakers(
 
 
 def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
-    """The folds that `folds_as_json` made, of the same utterances; some may be in no part."""
+    """Reads folds that `folds_as_json` made of these utterances; some may be in no part."""
     try:
         described = {
             str(int(name)): (str(fold["held_out"]), [list(map(str, fold[part])) for part in PARTS])
@@ -308,7 +310,7 @@ def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
 
 
 def _heard_before(fold: Fold, speakers: np.ndarray) -> list[str]:
-    """The speakers, where known, of both the test part and the rest of the fold."""
+    """Returns the speakers, where known, that are in both the test part and the rest of a fold."""
     fitted = np.concatenate([rows for part, rows in fold.parts.items() if part != "test"])
     both = set(speakers[fitted].tolist()) & set(speakers[fold.test].tolist())
     return sorted(both - {""})

@@ -1,7 +1,8 @@
 """Speech emotion corpora, by name.
 
-To add a corpus, subclass `SpeechCorpus` in a file of its own, say in `list_utterances` what there
-is, and name the class here. For one that a manifest can list, no code is needed: `Manifest`.
+To add a corpus, subclass `SpeechCorpus` in a file of its own, list its utterances in
+`list_utterances`, and name the class here. A corpus that a manifest can list needs no code, see
+`Manifest`.
 """
 
 import inspect
@@ -21,10 +22,10 @@ CORPORA: dict[str, type[SpeechCorpus]] = {
 
 
 def make_corpus(name: str, **settings) -> SpeechCorpus:
-    """Makes a corpus by name; empty settings ('') mean the corpus's own default.
+    """Makes a corpus by name; an empty setting ('') means the corpus's own default.
 
     Raises:
-        CorpusError: no such corpus, or a setting it does not know.
+        CorpusError: there is no such corpus, or it has no such setting.
     """
     if name not in CORPORA:
         raise CorpusError(f"no corpus is named {name!r}; there are {', '.join(CORPORA)}")
@@ -39,7 +40,7 @@ def make_corpus(name: str, **settings) -> SpeechCorpus:
 
 
 def corpus_of(config: ConfigDict) -> SpeechCorpus:
-    """The corpus that a recipe names, with those of its settings that are set."""
+    """Makes the corpus that a recipe names, with the settings that the recipe gives."""
     keys = ("data_dir", "manifest", "label_map", "speaker_pattern")
     given = {key: config[key] for key in keys if config.get(key)}
     return make_corpus(config.corpus, **given, **config.get("synthetic", {}))

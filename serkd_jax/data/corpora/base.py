@@ -1,7 +1,7 @@
-"""What every corpus is: utterances with labels, and how to read their audio.
+"""The base class of corpora: utterances with labels, and how to read their audio.
 
-Listing decodes no audio, so a corpus is listed and fingerprinted at each start;
-`serkd_jax.data.audio_records` then writes its audio records once per fingerprint.
+Listing decodes no audio, so a corpus is listed and fingerprinted at every start;
+`serkd_jax.data.audio_records` writes its audio records once per fingerprint.
 """
 
 import abc
@@ -22,12 +22,12 @@ from serkd_jax.errors import UserError
 
 
 class CorpusError(UserError):
-    """A corpus that cannot be used; the message says why and what to do."""
+    """A corpus cannot be used; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """One labelled recording; fields that the corpus does not give are empty."""
+    """A labelled recording; fields that the corpus does not provide are empty."""
 
     id: str
     label: str
@@ -36,17 +36,17 @@ class Utterance:
     session: str = ""
     split: str = ""  # an official part, e.g. train, dev, test
     fold: str = ""  # the official cross-validation fold that tests on this utterance
-    start: float = 0.0  # seconds, where the utterance is a part of the file
+    start: float = 0.0  # seconds, if the utterance is a part of the file; so is `end`
     end: float | None = None
     extras: Mapping[str, str | float] = dataclasses.field(default_factory=dict)  # see EXTRAS
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedCounts:
-    """How many utterances of each class the authors, or the paper, report."""
+    """The number of utterances of each class that the authors or the paper report."""
 
     source: str  # e.g. Table 1
-    column: str  # what the rows are: session, split, or empty if there is but one row
+    column: str  # what the rows are: session, split, or empty if there is only one row
     classes: tuple[str, ...]  # in the published order
     rows: Mapping[str, tuple[int, ...]]  # row -> utterances of each class
 
@@ -54,17 +54,17 @@ class PublishedCounts:
 class SpeechCorpus(abc.ABC):
     """A corpus: its utterances, sorted by id, and their audio.
 
-    Listing fills `skipped` with {"id", "reason"} of what was found but is no utterance, and
-    `notes` with what else a reader of the results should know of this copy.
+    Listing fills `skipped` with {"id", "reason"} of things that were found but are not utterances,
+    and `notes` with what else a reader of the results should know about this copy.
     """
 
     name: ClassVar[str]  # lower_snake_case, also the name of the TFDS dataset
     VERSION: ClassVar[str] = "1.0.0"
-    CLASSES: ClassVar[tuple[str, ...]] = ()  # alphabetical; empty: the labels that there are
-    SPLITS: ClassVar[tuple[str, ...]] = ()  # official parts; they begin the ids, and sort like them
-    EXTRAS: ClassVar[Mapping[str, type]] = {}  # str or float: what else a record keeps
+    CLASSES: ClassVar[tuple[str, ...]] = ()  # alphabetical; if empty, the labels that occur
+    SPLITS: ClassVar[tuple[str, ...]] = ()  # official parts; ids begin with them and sort alike
+    EXTRAS: ClassVar[Mapping[str, type]] = {}  # further fields of a record, each str or float
     PUBLISHED: ClassVar[PublishedCounts | None] = None
-    # Ids of utterances that no copy has, with the (row, class) of PUBLISHED that counts them.
+    # Ids of utterances that no copy has, with the (row, class) of PUBLISHED in which they count.
     KNOWN_FLAWS: ClassVar[Mapping[str, tuple[str, str]]] = {}
     HOMEPAGE: ClassVar[str | None] = None
     CITATION: ClassVar[str | None] = None
@@ -79,15 +79,19 @@ class SpeechCorpus(abc.ABC):
         """Lists the utterances without decoding audio; read `utterances` instead.
 
         Raises:
-            CorpusError: there is nothing to list, or it makes no sense.
+            CorpusError: there is nothing to list, or it is malformed.
         """
 
     def check_file(self, utterance: Utterance) -> None:
-        """Raises an AudioError if the audio of an utterance is not there; decodes nothing."""
+        """Checks, without decoding, that the audio of an utterance exists.
+
+        Raises:
+            AudioError: it does not.
+        """
         check_file(utterance.path)
 
     def read_waveform(self, utterance: Utterance) -> np.ndarray:
-        """Float32 (num_samples,) 16 kHz mono audio of an utterance.
+        """Reads the audio of an utterance: float32 (num_samples,), 16 kHz mono.
 
         Raises:
             AudioError: the file cannot be used.
@@ -95,9 +99,9 @@ class SpeechCorpus(abc.ABC):
         return read_audio(utterance.path, start=utterance.start, end=utterance.end)
 
     def read_record(self, utterance: Utterance) -> dict[str, Any]:
-        """What is kept of an utterance, audio as int16; or {"id", "reason"} of why there is none.
+        """Makes the record of an utterance, with int16 audio, or {"id", "reason"} if it has none.
 
-        Runs in other processes; needs neither TensorFlow nor JAX.
+        This runs in other processes and needs neither TensorFlow nor JAX.
         """
         try:
             audio = to_int16(self.read_waveform(utterance))
@@ -108,7 +112,7 @@ class SpeechCorpus(abc.ABC):
         return record | {"audio": audio, "num_samples": len(audio)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was listed: other processes get the utterances one by one."""
+        """Leaves out what was listed, since other processes get the utterances one by one."""
         listed = ("utterances", "skipped", "notes")
         return {name: value for name, value in self.__dict__.items() if name not in listed}
 
@@ -117,7 +121,7 @@ class SpeechCorpus(abc.ABC):
         """The utterances sorted by id.
 
         Raises:
-            CorpusError: see `list_utterances`; or two have the same id.
+            CorpusError: see `list_utterances`; or two utterances have the same id.
         """
         utterances = sorted(self.list_utterances(), key=lambda utterance: utterance.id)
         counts = collections.Counter(utterance.id for utterance in utterances)
@@ -130,12 +134,12 @@ class SpeechCorpus(abc.ABC):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of their integer labels: alphabetical."""
+        """The classes in the order of their integer labels, which is alphabetical."""
         return self.CLASSES or tuple(sorted({utterance.label for utterance in self.utterances}))
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the classes, any utterance's data, or a file."""
+        """16 hex digits that change with the classes, with any utterance's data and with files."""
         described = [self.name, self.VERSION, self.class_names]
         described += [
             dataclasses.astuple(dataclasses.replace(u, path="")) + self._source(u)
@@ -144,7 +148,7 @@ class SpeechCorpus(abc.ABC):
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
     def _source(self, utterance: Utterance) -> tuple:
-        """What tells that the audio of an utterance has changed: size and time of its file."""
+        """Returns what shows a change of an utterance's audio: the size and time of its file."""
         try:
             stat = Path(utterance.path).stat()
         except OSError:
@@ -153,7 +157,7 @@ class SpeechCorpus(abc.ABC):
 
 
 class Release(SpeechCorpus):
-    """A corpus that is read from the folder in which its authors ship it."""
+    """A corpus that is read from its folder as its authors publish it."""
 
     FOLDER: ClassVar[str]  # what `data_dir` must be
     HOW_TO_GET: ClassVar[str]

@@ -15,7 +15,7 @@ from serkd_jax.data.corpora.base import (
 class EmoDB(Release):
     """Berlin Database of Emotional Speech (Burkhardt et al., 2005): 535 utterances, 7 classes.
 
-    Everything is in the file name: 03a01Fa.wav is speaker 03, text a01, emotion F (Freude), take a.
+    The file name has all data: 03a01Fa.wav is speaker 03, text a01, emotion F (Freude), take a.
     """
 
     name = "emodb"
@@ -55,7 +55,7 @@ class EmoDB(Release):
         """Lists `data_dir/wav/*.wav` or `data_dir/*.wav`."""
         folder = self.data_dir / "wav" if (self.data_dir / "wav").is_dir() else self.data_dir
         if not folder.is_dir():
-            raise CorpusError(f"EMO-DB: {folder} is no folder; data_dir must hold wav/*.wav")
+            raise CorpusError(f"EMO-DB: {folder} is not a folder; data_dir must hold wav/*.wav")
         utterances, self.skipped = [], []
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() != ".wav" or is_litter(path):

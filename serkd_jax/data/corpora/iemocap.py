@@ -1,4 +1,4 @@
-"""IEMOCAP (Busso et al., 2008) as USC ships it."""
+"""IEMOCAP (Busso et al., 2008) as USC publishes it."""
 
 import re
 from collections import Counter
@@ -18,11 +18,12 @@ from serkd_jax.data.corpora.base import (
 class IEMOCAP(Release):
     """Interactive emotional dyadic motion capture database: acted dialogues of ten speakers.
 
-    The four classes of the paper (Section 4.1.1): neutral, happy (happiness and excitement), sad,
-    angry; 5,531 of the 10,039 turns. Read from `data_dir`, which is IEMOCAP_full_release or the
-    folder that holds it: `SessionN/dialog/EmoEvaluation/*.txt` has the turns and
-    `SessionN/sentences/wav/DIALOG/TURN.wav` their audio. A speaker is the session with F or M, as
-    the *end* of a turn's name says; the F or M in its middle is who wore the markers.
+    It has the four classes of the paper (Section 4.1.1), which are neutral, happy (happiness and
+    excitement), sad and angry: 5,531 of the 10,039 turns. It is read from `data_dir`, which is
+    IEMOCAP_full_release or the folder that holds it: `SessionN/dialog/EmoEvaluation/*.txt` list the
+    turns and `SessionN/sentences/wav/DIALOG/TURN.wav` have their audio. A speaker is the session
+    with F or M, taken from the *end* of a turn's name; the F or M in the middle of the name is the
+    speaker who wore the markers.
     """
 
     name = "iemocap"
@@ -37,9 +38,9 @@ class IEMOCAP(Release):
     CLASSES = ("angry", "happy", "neutral", "sad")
     SESSIONS = ("1", "2", "3", "4", "5")
     EXTRAS: ClassVar[dict[str, type]] = {
-        "emotion": str,  # before the merge: hap and exc
+        "emotion": str,  # before merging, e.g. hap or exc
         "style": str,  # improvised or scripted
-        "valence": float,  # mean of the annotators, 1 to 5; so are the next two
+        "valence": float,  # mean over the annotators, 1 to 5; so are the next two
         "arousal": float,
         "dominance": float,
     }
@@ -76,7 +77,7 @@ class IEMOCAP(Release):
     _TURN = re.compile(r"(Ses0([1-5])[FM]_(impro|script)\w*)_([FM])\d{3}")
 
     def list_utterances(self) -> list[Utterance]:
-        """Lists the turns of the four classes that the evaluation files name."""
+        """Lists the turns of the four classes in the evaluation files."""
         root = self._root()
         self.skipped, self.notes = [], []
         utterances, others = [], Counter()
@@ -108,7 +109,7 @@ class IEMOCAP(Release):
         )
 
     def _turns(self, folder: Path, session: str) -> Iterator[Utterance]:
-        """The turns of a session; those of other classes have no label."""
+        """Yields the turns of a session; turns of other classes have no label."""
         evaluations = sorted((folder / "dialog" / "EmoEvaluation").glob("*.txt"))
         evaluations = [path for path in evaluations if path.is_file() and not is_litter(path)]
         if not evaluations:
@@ -117,7 +118,7 @@ class IEMOCAP(Release):
         elif not (folder / "sentences" / "wav").is_dir():
             self.notes.append(f"{folder.name}/sentences/wav is missing.")
         for path in evaluations:
-            # Only the names of annotators are ever other than ASCII.
+            # Nothing but the names of annotators is ever non-ASCII.
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             turns = [(n, line) for n, line in enumerate(lines, 1) if re.match(r"\[\s*\d", line)]
             if not turns:

@@ -1,4 +1,4 @@
-"""Any corpus that a CSV or JSONL manifest lists, EmoBox's included."""
+"""Any corpus that a CSV or JSONL manifest lists, including EmoBox's manifests."""
 
 import csv
 import json
@@ -15,24 +15,24 @@ ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "e
 
 
 class Manifest(SpeechCorpus):
-    """Any corpus that a CSV or JSONL file lists, EmoBox's published JSONL files included.
+    """Any corpus that a CSV or JSONL file lists, including EmoBox's published JSONL files.
 
-    Columns: path, label, and optionally id (default: the path), speaker, session, split, fold, and
-    start and end, in seconds, where an utterance is a part of its file. EmoBox's names wav, emo,
-    key, start_time and end_time do as well. Relative paths are looked up below `data_dir`, or
-    beside the manifest if there is none; leading folders that are not there are left off.
+    The columns are path, label and, optionally, id (by default the path), speaker, session, split,
+    fold, and start and end in seconds if an utterance is a part of its file. EmoBox's names wav,
+    emo, key, start_time and end_time work as well. Relative paths are looked up below `data_dir`,
+    or beside the manifest if it is not given; leading folders that do not exist are dropped.
 
-    A label map {label: class name} renames and merges labels; `label_map.json` beside the manifest
-    is used by itself. The classes are the distinct labels after mapping, sorted. Where there is no
-    column speaker, `speaker_pattern`, a regular expression, finds the speaker in the id: the text
-    of its groups, joined.
+    A label map {label: class name} renames and merges labels; a `label_map.json` beside the
+    manifest is used by default. The classes are the distinct labels after mapping, sorted. If there
+    is no column speaker, the regular expression `speaker_pattern` finds the speaker in the id: it
+    is the text of its groups, joined.
 
-    Of EmoBox, the folders `fold_K/` beside the manifest say which fold tests on an utterance, or,
-    where there is only `fold_1`, which split has it; and `data.seg.wrd.stm` has the speakers.
+    For EmoBox, the folders `fold_K/` beside the manifest say which fold tests on an utterance or,
+    if there is only `fold_1`, which split it is in; `data.seg.wrd.stm` has the speakers.
     """
 
     name = "manifest"
-    # By EmoBox's column dataset; of IEMOCAP, its data.seg.wrd.stm has the dialog's speaker.
+    # By EmoBox's column dataset; for IEMOCAP, its data.seg.wrd.stm has the dialog's speaker.
     SPEAKER_PATTERNS: ClassVar[dict[str, str]] = {
         "emodb": r"^emodb-(\d\d)",
         "iemocap": r"(Ses0\d)\w*_([FM])\d{3}$",
@@ -46,7 +46,7 @@ class Manifest(SpeechCorpus):
             raise CorpusError("give `manifest`, a .csv or .jsonl file with the columns path, label")
         self.manifest = Path(manifest)
         self.data_dir = Path(data_dir) if data_dir else self.manifest.parent
-        # EmoBox calls that of EMOVO otherwise.
+        # EmoBox's label map for EMOVO has the second name.
         beside = [self.manifest.parent / name for name in ("label_map.json", "label_dict.json")]
         found = [Path(label_map)] if label_map else list(filter(Path.is_file, beside))
         self.label_map = found[0] if found else None
@@ -61,7 +61,7 @@ class Manifest(SpeechCorpus):
         if not self.manifest.is_file():
             raise CorpusError(f"manifest {self.manifest}: no such file")
         if not self.data_dir.is_dir():
-            raise CorpusError(f"data_dir {self.data_dir} is no folder; it must hold the audio")
+            raise CorpusError(f"data_dir {self.data_dir} is not a folder; it must hold the audio")
         self.notes = []
         rows = self._read_rows()
         if not rows:
@@ -71,7 +71,7 @@ class Manifest(SpeechCorpus):
         return [self._utterance(values) for values in rows.values()]
 
     def _read_rows(self) -> dict[str, dict[str, str]]:
-        """Id -> the values of its row, with the class as label and the file that was found."""
+        """Reads id -> the values of its row, with the class as label and the path of its file."""
         classes = self._read_label_map()
         rows, places = {}, {}
         for where, values in read_manifest(self.manifest):
@@ -113,12 +113,12 @@ class Manifest(SpeechCorpus):
             return label
         if label in classes:
             return classes[label]
-        # EmoBox maps "Neutral" where its data say "neutral".
+        # EmoBox's maps have "Neutral" where its data have "neutral".
         matches = {name for key, name in classes.items() if key.lower() == label.lower()}
         if len(matches) != 1:
             raise CorpusError(
                 f"{where}: label {label!r} is not in {self.label_map}; "
-                f"it has {', '.join(classes)}; add it there or mend the row"
+                f"it has {', '.join(classes)}; add it there or correct the row"
             )
         return matches.pop()
 
@@ -134,7 +134,7 @@ class Manifest(SpeechCorpus):
         return classes
 
     def _add_emobox_parts(self, rows: dict[str, dict[str, str]]) -> None:
-        """Adds EmoBox's folds, or its split, unless the manifest has some of its own."""
+        """Adds EmoBox's folds or its split, unless the manifest has folds or splits of its own."""
         if any(values.get("fold") or values.get("split") for values in rows.values()):
             return
         folds = self._read_emobox_folds(rows)
@@ -144,7 +144,7 @@ class Manifest(SpeechCorpus):
             self._add_folds(rows, folds)
 
     def _add_split(self, rows: dict[str, dict[str, str]], parts: dict[str, str]) -> None:
-        """Adds the part to each row; leaves out the rows that are in none."""
+        """Adds its part to each row; leaves out rows that are in no part."""
         unlisted = rows.keys() - parts.keys()
         for key in unlisted:
             del rows[key]
@@ -154,7 +154,7 @@ class Manifest(SpeechCorpus):
             self.notes.append(f"{len(unlisted)} utterances are in no list of fold_1: left out.")
 
     def _add_folds(self, rows: dict[str, dict[str, str]], folds: dict[str, dict[str, str]]) -> None:
-        """Adds to each row the fold that tests on it."""
+        """Adds the fold that tests on it to each row."""
         for fold, parts in folds.items():
             for key in (key for key, part in parts.items() if part == "test"):
                 if other := rows[key].get("fold"):
@@ -169,11 +169,11 @@ class Manifest(SpeechCorpus):
                 )
 
     def _read_emobox_folds(self, ids: Collection[str]) -> dict[str, dict[str, str]]:
-        """Fold -> id -> train, valid or test, of the lists `fold_K/*_PART_fold_K.jsonl`."""
+        """Reads fold -> id -> train, valid or test from `fold_K/*_PART_fold_K.jsonl`."""
         folds = {}
         for path in sorted(self.manifest.parent.glob("fold_*/[!.]*_fold_*.jsonl")):
             fold, part = path.parent.name.removeprefix("fold_"), path.stem.split("_")[-3]
-            if part not in ("train", "valid", "test"):  # MER2023 lists parts of its test part too
+            if part not in ("train", "valid", "test"):  # MER2023 also lists parts of its test part
                 continue
             parts = folds.setdefault(fold, {})
             for where, values in read_manifest(path):
@@ -185,7 +185,7 @@ class Manifest(SpeechCorpus):
         return folds
 
     def _add_speakers(self, rows: dict[str, dict[str, str]]) -> None:
-        """Adds the speaker where the manifest has none."""
+        """Adds the speaker to rows without one."""
         known = _read_stm_speakers(self.manifest.parent / "data.seg.wrd.stm")
         for key, values in rows.items():
             if values.get("speaker"):
@@ -202,7 +202,7 @@ class Manifest(SpeechCorpus):
 
 
 def find_file(path: str, folder: Path) -> Path:
-    """The path below a folder, less the leading folders that are not there."""
+    """Returns the path below a folder, without leading folders that do not exist there."""
     parts = Path(path).parts
     there = (start for start, part in enumerate(parts) if (folder / part).exists())
     return folder.joinpath(*parts[next(there, 0) :])
@@ -261,7 +261,7 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_stm_speakers(path: Path) -> dict[str, str]:
-    """Ids to speakers of EmoBox's `data.seg.wrd.stm`, if it is there.
+    """Reads id -> speaker from EmoBox's `data.seg.wrd.stm`, if it exists.
 
     Its lines end in `<id=emodb-15a07Nc,lang=en,spk=male_15,emotion=neutral> neutral`.
     """
@@ -269,5 +269,5 @@ def _read_stm_speakers(path: Path) -> dict[str, str]:
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
     speakers = dict(re.findall(r"<id=(.*?),lang=[^,]*,spk=(.*?),emotion=", text))
-    # Of MER2023 and RESD, they are the names of the files.
+    # In MER2023 and RESD, these are not speakers but the names of the files.
     return speakers if len(set(speakers.values())) < len(speakers) else {}

@@ -1,4 +1,4 @@
-"""MELD (Poria et al., 2019), MELD.Raw as published."""
+"""MELD (Poria et al., 2019), read from MELD.Raw as published."""
 
 import re
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from serkd_jax.data.corpora.manifest import read_rows
 class MELD(Release):
     """Multimodal EmotionLines Dataset: 13,708 utterances of the series Friends, seven emotions.
 
-    Read from `data_dir`, which holds, at any place down to three folders deep, the annotations
+    It is read from `data_dir`, which holds, anywhere up to three folders deep, the annotations
     `train_sent_emo.csv`, `dev_sent_emo.csv` and `test_sent_emo.csv` and the recordings
     `dia{D}_utt{U}.mp4` in `train_splits`, `dev_splits_complete` and `output_repeated_splits_test`,
-    or in `train`, `dev` and `test`. Where a `.wav` or `.flac` of the same name lies beside or
-    instead, it is read.
+    or in `train`, `dev` and `test`. If there is a `.wav` or `.flac` of the same name, with or
+    without the `.mp4`, it is read instead.
     """
 
     name = "meld"
@@ -36,7 +36,7 @@ class MELD(Release):
         "test": "output_repeated_splits_test",
     }
     PUBLISHED = PublishedCounts(
-        source="Table 2 of the paper",  # whose sum of sadness should read 1,002
+        source="Table 2 of the paper",  # where the sum for sadness should be 1,002
         column="split",
         classes=CLASSES,
         rows={
@@ -45,7 +45,7 @@ class MELD(Release):
             "test": (345, 68, 50, 402, 1256, 208, 281),
         },
     )
-    # The first cannot be decoded, the second is in no copy of the release.
+    # The first cannot be decoded; the second is in no copy of the release.
     KNOWN_FLAWS: ClassVar[dict[str, tuple[str, str]]] = {
         "train_dia125_utt3": ("train", "neutral"),
         "dev_dia110_utt7": ("dev", "neutral"),
@@ -71,7 +71,7 @@ class MELD(Release):
     def list_utterances(self) -> list[Utterance]:
         """Lists the rows of the annotation files."""
         if not self.data_dir.is_dir():
-            raise CorpusError(f"MELD: {self.data_dir} is no folder; data_dir must be MELD.Raw")
+            raise CorpusError(f"MELD: {self.data_dir} is not a folder; data_dir must be MELD.Raw")
         self.skipped, self.notes = [], []
         utterances = []
         for split in self.FOLDERS:
@@ -88,7 +88,7 @@ class MELD(Release):
         return utterances
 
     def _find(self, name: str) -> Path | None:
-        """The shallowest file or folder of that name."""
+        """Finds the shallowest file or folder of this name."""
         for depth in range(4):
             found = sorted(self.data_dir.glob("*/" * depth + name))
             if found := [path for path in found if not is_litter(path)]:
@@ -96,7 +96,7 @@ class MELD(Release):
         return None
 
     def _split(self, split: str, annotations: Path) -> list[Utterance]:
-        """One part, with its recordings; those that the annotations do not name are skipped."""
+        """Lists one part; recordings that its annotations do not name are skipped."""
         name = self.FOLDERS[split]
         folder = self._find(name) or self._find(split)
         if folder is None:
@@ -113,7 +113,7 @@ class MELD(Release):
         used = {Path(utterance.path).stem.lower() for utterance in utterances}
         for path in files.values():
             if path.stem.lower() not in used:
-                reason = f"{path}: no utterance, {annotations.name} does not list it"
+                reason = f"{path}: not an utterance, {annotations.name} does not list it"
                 self.skipped.append({"id": f"{split}/{path.name}", "reason": reason})
         return utterances
 
@@ -130,7 +130,7 @@ class MELD(Release):
             emotion = (row["Emotion"] or "").strip().lower()
             if emotion not in self.CLASSES or not all(re.fullmatch(r"\d+", n) for n in numbers):
                 reason = f"{where}: no emotion or no ids ({emotion!r}, {', '.join(numbers)!r})"
-                self.skipped.append({"id": where, "reason": f"{reason}; mend the row"})
+                self.skipped.append({"id": where, "reason": f"{reason}; correct the row"})
                 continue
             stem = "dia{}_utt{}".format(*map(int, numbers))
             names = [stem + suffix for suffix in self._SUFFIXES]

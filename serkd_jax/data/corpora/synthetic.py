@@ -17,7 +17,7 @@ class _Manner:
     pitch_range: float  # semitones of movement
     slope: float  # semitones of rise over the utterance
     level: float  # dB
-    rate: float  # syllables a second
+    rate: float  # syllables per second
     tilt: float  # dB per octave of the voice source
 
 
@@ -25,8 +25,8 @@ class Synthetic(SpeechCorpus):
     """An embedded corpus that needs no download: vowel-like syllables in four manners of speaking.
 
     Speakers differ in base pitch, vocal tract length, timbre and loudness by about as much as the
-    classes do, and every utterance strays from its class, so that the classes can be learned but
-    overlap. Two speakers make a session. Audio is a function of `seed` and the utterance alone.
+    classes do, and every utterance deviates from its class, so that the classes can be learned but
+    overlap. Two speakers form a session. The audio depends only on `seed` and the utterance.
     """
 
     name = "synthetic"
@@ -75,13 +75,13 @@ class Synthetic(SpeechCorpus):
         ]
 
     def check_file(self, utterance: Utterance) -> None:
-        """The audio is always there."""
+        """Does nothing, since the audio always exists."""
 
     def _source(self, utterance: Utterance) -> tuple:
         return tuple(self.parameters.values())
 
     def read_waveform(self, utterance: Utterance) -> np.ndarray:
-        """Speaks an utterance: float32 (num_samples,) at 16 kHz."""
+        """Synthesises an utterance: float32 (num_samples,) at 16 kHz."""
         seed = self.parameters["seed"]
         take = int(utterance.id.rsplit("_", 1)[1])
         speaker = np.random.default_rng([seed, int(utterance.speaker)])
@@ -105,7 +105,7 @@ class Synthetic(SpeechCorpus):
 
     @staticmethod
     def _stray(manner: _Manner, rng: np.random.Generator) -> _Manner:
-        """One utterance's own manner, some way off its class."""
+        """Draws the manner of one utterance, which deviates from that of its class."""
         return _Manner(
             pitch=manner.pitch + rng.normal(0, 1.8),
             pitch_range=manner.pitch_range * np.exp(rng.normal(0, 0.4)),
@@ -125,7 +125,7 @@ _FORMANT_WIDTHS = np.array([90.0, 120.0, 180.0])  # Hz
 def _speak(
     manner: _Manner, pitch: float, tract: float, num_samples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Source-filter synthesis: harmonics of a moving pitch, shaped by each syllable's vowel."""
+    """Synthesises speech: harmonics of a moving pitch (source), shaped by vowels (filter)."""
     time = np.arange(num_samples) / SAMPLE_RATE
     syllable = np.floor(time * manner.rate).astype(int)
     accents = rng.normal(0, 0.5, syllable[-1] + 2)  # the pitch moves from accent to accent
