@@ -28,7 +28,7 @@ def stream_rows(rows: np.ndarray, batch_size: int, steps: range, seed: Sequence[
 
 
 def sample_rows(rows: np.ndarray, batch_size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-    """Draws a batch for `step`, in which no row occurs more than once more often than another."""
+    """Draws a batch for `step`; rows occur in it equally often, up to a difference of one."""
     rng = np.random.default_rng([*seed, step])
     passes = -(-batch_size // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:batch_size]

@@ -1,1 +1,1 @@
-"""One device or many, one process or many, and notices that they must end."""
+"""One or many devices, one or many processes, and notices that they must end."""

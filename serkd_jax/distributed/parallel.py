@@ -1,6 +1,6 @@
 """One device or many: jit or pmap, and the collectives that a step needs under pmap.
 
-Also several processes, each with devices of its own.
+There may also be several processes, each with devices of its own.
 """
 
 import os
@@ -21,18 +21,18 @@ AXIS = "devices"
 
 
 def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0) -> None:
-    """Makes this process one of several that run the same program. Call it before using JAX.
+    """Makes this process one of several that run the same program; call it before using JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; or "auto", where JAX can tell all three by itself:
-            on TPU pods, Slurm, Open MPI and Kubernetes.
-        num_processes: how many there are.
-        process_id: which one this is, from 0.
+        coordinator: HOST:PORT of process 0; or "auto" where JAX can find out all three arguments by
+            itself: on TPU pods, Slurm, Open MPI and Kubernetes.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
 
     Raises:
-        UserError: there is no such process, or JAX cannot tell.
+        UserError: there is no such process, or JAX cannot find the coordinator.
     """
-    # By default, those that are left notice the death of one after 100 seconds.
+    # By default, the other processes notice the death of one only after 100 seconds.
     options = {"heartbeat_timeout_seconds": 30}
     if coordinator == "auto":
         try:
@@ -40,39 +40,44 @@ def join_processes(coordinator: str, num_processes: int = 0, process_id: int = 0
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the coordinator cannot be found ({error}): give HOST:PORT") from error
     elif 0 <= process_id < num_processes:
-        # Otherwise, inside a Slurm task, JAX would use one GPU of those that the process has.
+        # Otherwise, inside a Slurm task, JAX would use only one of the process's GPUs.
         options["cluster_detection_method"] = "deactivate"
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
     else:
         raise UserError(
-            f"process_id is {process_id} and num_processes {num_processes}: of N processes, give "
-            "each a process_id from 0 to N-1"
+            f"process_id is {process_id} and num_processes {num_processes}: give each of N "
+            "processes a process_id from 0 to N-1"
         )
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes what all know."""
+    """Returns whether this is the first process, which writes what all processes have."""
     return jax.process_index() == 0
 
 
 def of_first_process(tree: Any) -> Any:
-    """What the first process has, as NumPy arrays, where each might have something else."""
+    """Returns the first process's arrays in all processes, as NumPy arrays."""
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
 def wait_for_processes(name: str) -> None:
-    """Returns when all processes have come here; `name` is of this place, and used once."""
+    """Returns when all processes have called it; each place in a run needs a `name` of its own."""
     if jax.process_count() > 1:
         everyone = set(range(jax.process_count()))
-        # A week: the time between the first and the last is that of the work they share.
+        # A week, since the last process may arrive only when the work that they share is done.
         multihost.sync_global_processes(name, timeout=7 * 24 * 3600, processes=everyone)
 
 
 def wait_for_file(path: Path, name: str, option: str) -> None:
-    """Returns when all processes have come here and see a file that the first has written.
+    """Returns when all processes have called it, after checking that this one sees a file.
+
+    Args:
+        path: the file, which the first process wrote.
+        name: see `wait_for_processes`.
+        option: the option by which the user chooses where the file is, for the message.
 
     Raises:
-        UserError: this one does not see it; `option` is what the user says where it is by.
+        UserError: this process does not see the file.
     """
     wait_for_processes(name)
     if not path.exists():
@@ -83,27 +88,27 @@ def wait_for_file(path: Path, name: str, option: str) -> None:
 
 
 def device_mean(tree: Any, axis: str | None) -> Any:
-    """Mean of every array over the mapped axis; the identity where `axis` is None."""
+    """Returns the mean of every array over the mapped axis; the identity if `axis` is None."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
 def device_gather(tree: Any, axis: str | None) -> Any:
-    """The global batch, in order, from each device's share of it."""
+    """Joins the shares of all devices, in order, to the global batch."""
     if axis is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), tree)
 
 
 def choose_devices(num_devices: int, batch_sizes: dict[str, int]) -> list[jax.Device]:
-    """The first `num_devices` devices, or for 0 all of them, those of all processes.
+    """Returns the first `num_devices` devices or, for 0, all devices of all processes.
 
     Args:
-        num_devices: how many.
-        batch_sizes: those to be divided among them, by their keys in the config.
+        num_devices: number of devices.
+        batch_sizes: sizes of the batches to be divided among them, by their keys in the config.
 
     Raises:
-        UserError: there are fewer devices, several processes are to use some of them only, or
-            they do not divide a batch.
+        UserError: there are fewer devices, there are several processes and `num_devices` is not 0,
+            or a batch size is not divisible by the number of devices.
     """
     devices = jax.devices()
     if num_devices > len(devices):
@@ -121,12 +126,12 @@ def choose_devices(num_devices: int, batch_sizes: dict[str, int]) -> list[jax.De
 
 
 def local_devices(devices: list[jax.Device]) -> list[jax.Device]:
-    """Those of this process."""
+    """Returns those of the devices that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def memory_of_device(devices: list[jax.Device]) -> int:
-    """Bytes that each has; CPU devices share those of the machine."""
+    """Returns the bytes of memory of each device; CPU devices share the machine's memory."""
     local = local_devices(devices)
     if stats := local[0].memory_stats():
         return stats["bytes_limit"]
@@ -142,28 +147,29 @@ def compile_steps(
 ) -> Callable:
     """Compiles many training steps as one program, for one device or several.
 
-    A loop whose length is an argument, where `lax.scan` has it in its shape: one program takes the
-    whole epochs and what is left of one, so its bits do not depend on where a run was cut.
+    The program is a loop whose length is an argument, while the length of `lax.scan` is part of the
+    program. So the same program takes whole epochs and the rest of an interrupted one, and the
+    results do not depend, to the last bit, on where a run was interrupted.
 
     Args:
         make_step: makes the pure `step(state, batch, rng) -> (state, metrics)` from the name of
-            the device axis (None on one device). On several, the step sees its share of the batch
-            and must return the same state and metrics on each.
-        devices: where it runs; with several processes, those of all.
-        shared_data: whether all devices have the same data, or each its own.
-        pick: (state, a step's rows) -> those that make up its batch.
+            the device axis (None on one device). On several devices, each step sees its share of
+            the batch and must return the same state and metrics on all devices.
+        devices: the devices of all processes.
+        shared_data: whether all devices have the same data; otherwise each has its own.
+        pick: (state, a step's rows) -> the rows of its batch.
 
     Returns:
-        A function of (state, data, rows, count, rng), with data and rows from `Examples.take`,
-        that takes the first `count` of the S steps that rows have. It returns the state and the
-        metrics, each (S,). The state's buffers are donated.
+        A function of (state, data, rows, count, rng), with data and rows from `Examples.take`, that
+        takes the first `count` of the S steps in `rows`. It returns the state and the metrics, each
+        (S,). The state's buffers are donated.
     """
 
     def make_run(axis: str | None) -> Callable:
         step = make_step(axis)
 
         def run(state: Any, data: Any, rows: Any, count: jax.Array, rng: jax.Array) -> tuple:
-            @jax.jit  # so that it is traced once
+            @jax.jit  # so that it is traced only once
             def one(state: Any, i: jax.Array) -> tuple:
                 picked = pick(state, jax.tree.map(lambda x: x[i], rows))
                 return step(state, _gather(data, picked), rng)
@@ -187,19 +193,19 @@ def compile_map(function: Callable[[Any, Any], Any], devices: list[jax.Device]) 
     """Compiles `function(params, batch)` for as many batches at once as there are devices.
 
     Returns:
-        A function of (params, batches), which have a leading axis for the devices, as have the
-        outputs. Put params on the devices once, by `replicate`.
+        A function of (params, batches); the batches and the outputs have a leading axis for the
+        devices. Put the params on the devices once, with `replicate`.
     """
     return _compile(lambda _: function, devices, (None, 0), 0)
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
-    """Puts a copy of every array on each device of this process; those there are not sent again."""
+    """Puts a copy of every array on each device of this process, unless it is already there."""
     return jax.device_put(tree, NamedSharding(_local_mesh(devices), PartitionSpec()))
 
 
 def distribute(tree: Any, devices: list[jax.Device]) -> Any:
-    """Puts each part of arrays that have an axis for this process's devices on its device."""
+    """Puts arrays with a leading axis for this process's devices on them, each part on its own."""
     return jax.device_put(tree, NamedSharding(_local_mesh(devices), PartitionSpec(AXIS)))
 
 
@@ -214,7 +220,7 @@ def compile_predict(
 
     Returns:
         A function of (params, data, rows), with data and rows from
-        `serkd_jax.data.examples.Examples.take`; the outputs are of the whole batch.
+        `serkd_jax.data.examples.Examples.take`; it returns the outputs of the whole batch.
     """
 
     def make_run(axis: str | None) -> Callable:
@@ -224,13 +230,13 @@ def compile_predict(
 
 
 def share_of_batch(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
-    """(..., B) rows of the global batch -> (local devices, ..., B / devices), this process's."""
+    """Takes this process's share of rows (..., B), as (local devices, ..., B / devices)."""
     split = np.stack(np.split(rows, len(devices), axis=-1))
     return split[[device.process_index == jax.process_index() for device in devices]]
 
 
 def _gather(data: Any, rows: Any) -> Any:
-    """The batch of each array of row numbers in the tree `rows`."""
+    """Replaces each array of row numbers in the tree `rows` by its batch."""
     return jax.tree.map(lambda x: {name: column[x] for name, column in data.items()}, rows)
 
 
@@ -241,7 +247,7 @@ def _compile(
     out_axes: int | None,
     **options: Any,
 ) -> Callable:
-    """Jit for one device and pmap for several; with axis 0, arrays have an axis for the devices."""
+    """Compiles by jit for one device and by pmap for several; axis 0 is that of the devices."""
     if len(devices) > 1:
         options |= {"in_axes": in_axes, "out_axes": out_axes, "devices": devices}
         return jax.pmap(make(AXIS), AXIS, **options)

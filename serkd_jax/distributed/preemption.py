@@ -1,7 +1,7 @@
-"""Notices that this job must end soon: SIGTERM, which schedulers and clouds send before they kill.
+"""Notices that this job must end soon: SIGTERM, which schedulers and clouds send before SIGKILL.
 
-Where several processes have joined, JAX's own service hears of it, spreads the notice, and tells
-all to stop at the same call. One process alone hears of it here.
+If several processes have joined, JAX's own service receives the signal, spreads the notice and
+makes all of them stop at the same call. If there is only one process, it is received here.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: what is done is kept; start it again
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the work so far is kept; start the program again
 
 
 class Preempted(Exception):
-    """Training was told to stop, and has saved where it was."""
+    """Training was told to stop, and has saved its state."""
 
 
 _noticed = threading.Event()
@@ -28,7 +28,7 @@ _calls = itertools.count()
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the program with `EXIT_STATUS`, when what it does is saved.
+    """Makes SIGTERM end the program with `EXIT_STATUS` as soon as its work is saved.
 
     Call it in the main thread, after the processes have joined.
     """
@@ -37,8 +37,8 @@ def listen() -> None:
         del number, frame
         _noticed.set()
         if not _heeding.is_set():
-            # Between stages, what is not whole is done again: there is nothing to save.
-            print("told to end; start again to go on", file=sys.stderr)
+            # Between stages there is nothing to save: unfinished work is done again.
+            print("told to end; start again to resume", file=sys.stderr)
             sys.exit(EXIT_STATUS)
 
     if jax.process_count() == 1:
@@ -47,10 +47,10 @@ def listen() -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Within it a notice does not end the program; the caller asks `noticed` often.
+    """Keeps a notice from ending the program; the caller must ask `noticed` often instead.
 
     Raises:
-        Preempted: at its end, if there was a notice since the caller last asked.
+        Preempted: on leaving, if there was a notice since the caller last asked.
     """
     _heeding.set()
     try:
@@ -62,5 +62,5 @@ def heeded() -> Iterator[None]:
 
 
 def noticed() -> bool:
-    """Whether to save and stop now; true at the same call in all processes, which all make."""
+    """Returns whether to save and stop now; all processes must call it and get the same answer."""
     return _noticed.is_set() or multihost_utils.reached_preemption_sync_point(next(_calls))

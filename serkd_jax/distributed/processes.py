@@ -1,4 +1,4 @@
-"""How a program starts as one of several processes, and with which exit status it ends."""
+"""Starts a program as one of several processes, and ends it with an exit status."""
 
 import hashlib
 import os
@@ -15,15 +15,15 @@ from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many share the work.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which one this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes that share the work.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, from 0.")
 
 
 def run(work: Callable[[], None]) -> None:
-    """Joins the processes that the flags name, does the work, and ends the program.
+    """Joins the processes that the flags describe, does the work, and ends the program.
 
-    The exit status is 0; 1 for an error that the user can mend; 75 if the program was told to end
-    and wants to be started again; and another one, with a stack trace, for what else goes wrong.
+    The exit status is 0 on success; 1 for an error that the user can correct; 75 if the program was
+    told to end and should be started again; and another one, with a stack trace, for other errors.
     """
     joined = False
     try:
@@ -38,26 +38,27 @@ def run(work: Callable[[], None]) -> None:
     except (UserError, FileExistsError, PermissionError) as error:
         _end(f"error: {error}", 1, joined)
     except preemption.Preempted as notice:
-        print(f"told to end: {notice}; start again to go on", file=sys.stderr)
+        print(f"told to end: {notice}; start again to resume", file=sys.stderr)
         sys.exit(preemption.EXIT_STATUS)
     except Exception as error:
         traceback.print_exc()
         if "RESOURCE_EXHAUSTED" in str(error):
-            _end("error: out of memory; see docs/scaling.md for what lowers it", 1, joined)
-        _end("this is a defect, or one of the processes was lost; what is done is kept", 70, joined)
+            _end("error: out of memory; see docs/scaling.md for settings that need less", 1, joined)
+        _end("this is a bug, or one of the processes was lost; finished work is kept", 70, joined)
 
 
 def _keep_compiled_programs() -> None:
-    """Compiles nothing that an earlier run on such a machine has compiled.
+    """Caches compiled programs, so that later runs on the same kind of machine can reuse them.
 
-    They are in ~/.cache/serkd-jax, or where JAX_COMPILATION_CACHE_DIR says; nowhere if it is empty.
+    The cache is in `~/.cache/serkd-jax`, or where `JAX_COMPILATION_CACHE_DIR` says; if that is set
+    but empty, nothing is cached.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     root = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     if not root.is_absolute():  # a user without a home
         return
-    # XLA compiles for the CPU's own instructions; a home may be shared by unlike machines.
+    # XLA compiles for the CPU's own instructions, and different machines may share a home.
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     instructions = [line for line in lines if line.startswith(("flags", "Features"))][:1]
@@ -67,6 +68,6 @@ def _keep_compiled_programs() -> None:
 
 def _end(message: str, status: int, joined: bool) -> None:
     print(message, file=sys.stderr, flush=True)
-    if joined:  # JAX would wait for the others, which may wait for this process
+    if joined:  # JAX would wait for the other processes, which may be waiting for this one
         os._exit(status)
     sys.exit(status)

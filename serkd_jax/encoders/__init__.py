@@ -1,6 +1,6 @@
-"""Pretrained encoders of speech in Flax, a file each; `load_encoder` is in `checkpoint`.
+"""Pretrained speech encoders in Flax, one file each; `load_encoder` is in `checkpoint`.
 
-Nothing is imported before it is needed: who only checks a name needs neither JAX nor Flax.
+Encoders are imported only when they are needed: checking a name needs neither JAX nor Flax.
 """
 
 import importlib
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from serkd_jax.encoders.base import Encoder
 
-# The `model_type` of a checkpoint's config.json, which is also the name of the module here.
+# The values of `model_type` in a checkpoint's config.json, which are also the names of the modules.
 ENCODERS = ("hubert", "wav2vec2", "wavlm", "whisper")
 
 
 def find_encoder(model_type: str) -> "Encoder":
-    """What there is to know of a kind of encoder, one of `ENCODERS`."""
+    """Returns the description of a kind of encoder, one of `ENCODERS`."""
     return importlib.import_module(f"{__name__}.{model_type}").ENCODER

@@ -1,7 +1,7 @@
-"""What all encoders share: how one is described, and how it is run.
+"""What all encoders share: how an encoder is described, and how it is run.
 
 An encoder has two parts: `embed` turns waveforms into the input of the transformer layers, and
-`encoder` is these layers. The first stays frozen when a teacher is fine-tuned.
+`encoder` is these layers. `embed` stays frozen when a teacher is fine-tuned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = dict[str, np.ndarray]  # by name
 class EncoderOutput(NamedTuple):
     """What `EncoderModel` returns."""
 
-    last_hidden_state: jax.Array  # (B, T, H), after the final norm where the encoder has one
+    last_hidden_state: jax.Array  # (B, T, H), after the final norm if the encoder has one
     hidden_states: tuple[jax.Array, ...]  # the layers' input and each layer's output, (B, T, H)
     frame_mask: jax.Array  # (B, T) bool, True at valid frames
 
@@ -35,18 +35,18 @@ class Encoder(abc.ABC):
     """A kind of encoder: its modules, and how its checkpoints are read and written.
 
     Attributes:
-        model_type: of its `config.json`.
-        config_name: its configuration's class in transformers.
-        model_name: its model's class in transformers.
-        prefixes: what its tensors' names begin with in models that hold it.
-        saved_prefix: what they begin with in a folder that we write.
-        embed: a module made with (config, dtype), called with (waveform, num_samples,
-            dropout_keys), which gives (B, T, H) frames and their (B, T) mask.
-        layers: a module made with (config, dtype, remat), called with (frames, frame_mask,
-            dropout_keys), which gives the last hidden state, and those of all layers.
-        dropouts: the fields of the configuration that hold the dropouts of the layers.
-        options: what `embed` may be made with beyond those.
-        assumption: what is taken for granted where there is no preprocessor's file.
+        model_type: the `model_type` in its `config.json`.
+        config_name: the class of its configuration in the library `transformers`.
+        model_name: the class of its model in `transformers`.
+        prefixes: prefixes of the names of its tensors in models that contain it.
+        saved_prefix: the prefix of these names in folders that we write.
+        embed: a module that is made with (config, dtype), is called with (waveform, num_samples,
+            dropout_keys), and returns (B, T, H) frames and their (B, T) mask.
+        layers: a module that is made with (config, dtype, remat), is called with (frames,
+            frame_mask, dropout_keys), and returns the last hidden state and those of all layers.
+        dropouts: the fields of the configuration that hold the dropout rates of the layers.
+        options: names of further arguments with which `embed` may be made.
+        assumption: what is assumed if there is no file of the preprocessor.
     """
 
     model_type: ClassVar[str]
@@ -62,38 +62,46 @@ class Encoder(abc.ABC):
 
     @abc.abstractmethod
     def check_config(self, config: PreTrainedConfig) -> None:
-        """Raises a ValueError that names each field whose value is not supported."""
+        """Checks that a configuration is supported.
+
+        Raises:
+            ValueError: names each field whose value is not supported.
+        """
 
     @abc.abstractmethod
     def check_preprocessor(self, config: PreTrainedConfig, settings: Mapping[str, Any]) -> bool:
-        """Whether waveforms are normalised, from the preprocessor's settings, empty without a file.
+        """Returns whether waveforms are normalised, from the preprocessor's settings.
+
+        Args:
+            config: the architecture.
+            settings: the preprocessor's settings; empty if it has no file.
 
         Raises:
-            ValueError: they ask for what is not supported.
+            ValueError: the settings ask for something that is not supported.
         """
 
     @abc.abstractmethod
     def num_frames(self, config: PreTrainedConfig, num_samples: Any) -> Any:
-        """Frames that `embed` makes of so many samples; 0 for too short a clip."""
+        """Returns the number of frames that `embed` makes of a clip; 0 if it is too short."""
 
     def max_frames(self, config: PreTrainedConfig) -> int | None:
-        """Of the longest clip that it takes; None if there is no limit."""
+        """Returns the number of frames of the longest clip allowed; None if there is no limit."""
         del config
 
     @abc.abstractmethod
     def torch_name(self, path: tuple[str, ...]) -> str:
-        """Name in torch's model of a parameter of `EncoderModel`.
+        """Returns the name that a parameter of `EncoderModel` has in torch's model.
 
-        The values differ by the order of axes alone, and of kernels only: torch's is the reverse of
+        The values differ only in the order of the axes of kernels: torch's is the reverse of
         Flax's, for dense layers and convolutions alike.
         """
 
     def from_torch(self, tensors: Tensors) -> Tensors:
-        """Tensors as torch stores them, to those named by `torch_name`."""
+        """Converts tensors as torch stores them to the tensors that `torch_name` names."""
         return tensors
 
     def to_torch(self, config: PreTrainedConfig, tensors: Tensors) -> Tensors:
-        """The inverse of `from_torch`."""
+        """Does the inverse of `from_torch`."""
         del config
         return tensors
 
@@ -105,13 +113,13 @@ class Encoder(abc.ABC):
 
 
 class EncoderModel(nn.Module):
-    """An encoder whole, from waveform to hidden states.
+    """A whole encoder, from waveform to hidden states.
 
     Attributes:
-        kind: of encoder.
+        kind: the kind of encoder.
         config: the architecture.
-        dtype: of the computation; None means that of inputs and parameters.
-        options: of `embed`, as (name, value).
+        dtype: dtype of the computation; None means that of inputs and parameters.
+        options: further arguments of `embed`, as (name, value).
     """
 
     kind: Encoder
@@ -133,9 +141,9 @@ class EncoderModel(nn.Module):
         """Encodes a batch of clips.
 
         Args:
-            waveform: (B, samples) float32, 16 kHz, normalised if the checkpoint wants it so.
-            num_samples: (B,) int, the valid samples of each clip; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+            waveform: (B, samples) float32, 16 kHz, normalised if the checkpoint requires it.
+            num_samples: (B,) int, the number of valid samples of each clip; None means all.
+            dropout_keys: (B,) keys, one per clip; None turns dropout off.
         """
         hidden, frame_mask = self.embed(waveform, num_samples, dropout_keys)
         last, states = self.encoder(hidden, frame_mask, dropout_keys)
@@ -143,11 +151,11 @@ class EncoderModel(nn.Module):
 
 
 def normalize_waveform(waveform: jax.Array, num_samples: jax.Array) -> jax.Array:
-    """Zero mean and unit variance over each clip's valid samples, as `Wav2Vec2FeatureExtractor`.
+    """Normalises each clip to mean 0 and variance 1, like `Wav2Vec2FeatureExtractor`.
 
     Args:
         waveform: (B, samples) float32.
-        num_samples: (B,) int; what follows is set to zero.
+        num_samples: (B,) int, the numbers of valid samples; what follows them is set to zero.
     """
     valid = jnp.arange(waveform.shape[1]) < num_samples[:, None]
     count = jnp.maximum(num_samples, 1)[:, None]
@@ -158,7 +166,11 @@ def normalize_waveform(waveform: jax.Array, num_samples: jax.Array) -> jax.Array
 
 
 def check_fields(config: PreTrainedConfig, supported: Mapping[str, bool]) -> None:
-    """Raises a ValueError that names the fields of a configuration that are not supported."""
+    """Checks that the fields of a configuration are supported.
+
+    Raises:
+        ValueError: names the fields whose values are not.
+    """
     bad = [f"{name}={getattr(config, name)!r}" for name, ok in supported.items() if not ok]
     if bad:
         raise ValueError(

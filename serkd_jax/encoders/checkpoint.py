@@ -1,4 +1,4 @@
-"""Checkpoints of encoders in Hugging Face's format: from a folder or the hub to Flax, and back."""
+"""Loads encoders in Hugging Face's format from a folder or the hub into Flax, and saves them."""
 
 from __future__ import annotations
 
@@ -35,27 +35,29 @@ CONFIG = "config.json"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
-MASKED = "masked_spec_embed"  # what takes the place of masked frames in training
-MOST_NAMED = 10  # tensors in a message
-# Of a config.json: what says how it was written, not what the model computes.
+MASKED = "masked_spec_embed"  # the vector that replaces masked frames in training
+MOST_NAMED = 10  # the most tensors that a message names
+# Keys of a config.json that say how it was written, not what the model computes.
 HISTORY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # one is itself alone, and can be hashed
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, and so hashable
 class Checkpoint:
     """A pretrained encoder.
 
     Attributes:
-        kind: of encoder.
-        config: the architecture, as transformers has it.
-        params: of `model()`, float32 NumPy arrays: `{"embed": ..., "encoder": ...}`. Put them on
-            the device once (`jax.device_put`), not with every call.
-        do_normalize: whether the model wants each clip with zero mean and unit variance.
-        sha256: of all that the hidden states depend on, to tell what features were made with. A
-            whole model and its encoder alone, in one file or in shards, have the same.
-        assumption: what was taken for granted about the preprocessor, as there was no file of it.
-        masked_spec_embed: (H,) what torch's model puts in place of masked frames. We have no use
-            for it; `save_encoder` passes it on.
+        kind: the kind of encoder.
+        config: the architecture, as a configuration of the library `transformers`.
+        params: the parameters of `model()`, float32 NumPy arrays: `{"embed": ..., "encoder": ...}`.
+            Put them on the device once (`jax.device_put`), not with every call.
+        do_normalize: whether the model expects each clip to have mean 0 and variance 1.
+        sha256: hash of everything on which the hidden states depend, to show what features were
+            made with. It is the same for a whole model and for its encoder only, in one file or in
+            shards.
+        assumption: what was assumed about the preprocessor if it had no file; else empty.
+        masked_spec_embed: (H,) the vector that torch's model puts in place of masked frames. It is
+            not used here; `save_encoder` writes it again.
+        num_parameters: the number of the encoder's parameters as they were stored.
     """
 
     kind: Encoder
@@ -68,7 +70,7 @@ class Checkpoint:
     num_parameters: int = 0
 
     def model(self, dtype: DTypeLike | None = None, **options: Any) -> EncoderModel:
-        """The Flax module; see `EncoderModel`."""
+        """Makes the Flax module; see `EncoderModel`."""
         return EncoderModel(self.kind, self.config, dtype, tuple(options.items()))
 
     def encode(
@@ -79,14 +81,14 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         **options: Any,
     ) -> EncoderOutput:
-        """Waveforms as they are recorded to hidden states, the preprocessor included.
+        """Encodes waveforms as they were recorded; includes what the preprocessor does.
 
         Args:
-            params: those of the checkpoint, or others of their shapes.
+            params: the checkpoint's parameters, or others of the same shapes.
             waveform: (B, samples) float32, 16 kHz.
-            num_samples: (B,) int, the valid samples of each clip; None means all.
-            dtype: of the computation; None means that of the parameters.
-            **options: of the encoder, such as Whisper's `pad_to_30s`.
+            num_samples: (B,) int, the number of valid samples of each clip; None means all.
+            dtype: dtype of the computation; None means that of the parameters.
+            **options: options of the encoder, such as Whisper's `pad_to_30s`.
         """
         if num_samples is None:
             num_samples = jnp.full(waveform.shape[0], waveform.shape[1])
@@ -99,17 +101,17 @@ class Checkpoint:
 def load_encoder(
     name_or_path: str | Path, revision: str | None = None, safetensors_only: bool = False
 ) -> Checkpoint:
-    """Loads an encoder of the kind that its `config.json` names; heads and decoders are left out.
+    """Loads an encoder of the kind that its `config.json` names, without heads and decoders.
 
     Args:
         name_or_path: a local folder, or a model's name on the Hugging Face hub.
         revision: branch, tag or commit on the hub; None means its main branch.
-        safetensors_only: whether to leave alone a `pytorch_model.bin`, which is a pickle.
+        safetensors_only: whether to ignore a `pytorch_model.bin`, which is a pickle.
 
     Raises:
-        UserError: the folder, the model or one of its files is not there or damaged, the
-            architecture is not supported, the tensors are not those of the architecture, or there
-            is only a `pytorch_model.bin` and torch is not installed.
+        UserError: the folder, the model or one of its files is missing or damaged, the architecture
+            is not supported, the tensors do not fit the architecture, or there is only a
+            `pytorch_model.bin` and torch is not installed.
     """
     stored = (SAFETENSORS,) if safetensors_only else (SAFETENSORS, TORCH)
     folder = Path(name_or_path).expanduser()
@@ -138,17 +140,17 @@ def load_encoder(
 
 
 def save_encoder(checkpoint: Checkpoint, folder: str | Path) -> None:
-    """Writes a folder that `load_encoder` and transformers' model of that kind read.
+    """Writes a folder that `load_encoder` and the model's class in `transformers` can read.
 
-    To save a fine-tuned encoder, put its parameters in place of those it started from:
+    To save a fine-tuned encoder, replace the parameters it started from by its own:
     `save_encoder(dataclasses.replace(checkpoint, params=params), folder)`. Files of the same names
-    in the folder are replaced. Weights that half precision holds without loss are stored in it.
-    Without `masked_spec_embed`, transformers initialises that vector anew if the configuration asks
-    for one; only its training reads it.
+    in the folder are overwritten. Weights are stored in half precision if that loses nothing.
+    Without `masked_spec_embed`, `transformers` initialises that vector randomly if the
+    configuration asks for it; only its training reads it.
 
     Raises:
-        UserError: the parameters are not those of the architecture, or not finite; or the folder
-            has a `processor_config.json`, which transformers would read instead of ours.
+        UserError: the parameters do not fit the architecture or are not finite, or the folder has
+            a `processor_config.json`, which `transformers` would read instead of our file.
     """
     from safetensors.numpy import save_file
 
@@ -177,9 +179,9 @@ def convert_params(
     """Turns the tensors of torch's encoder into the parameters of `EncoderModel(kind, config)`.
 
     Args:
-        kind: of encoder.
+        kind: the kind of encoder.
         config: the architecture.
-        tensors: by their names in the encoder alone, any float type.
+        tensors: the tensors by their names within the encoder, of any float type.
 
     Raises:
         ValueError: lists the tensors that are missing, unexpected or of another shape.
@@ -199,12 +201,12 @@ def convert_params(
 
 
 def _reversed(path: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...]:
-    """A parameter's shape in torch."""
+    """Returns the shape that a parameter has in torch."""
     return tuple(shape[::-1] if path[-1] == "kernel" else shape)
 
 
 def _param_shapes(kind: Encoder, config: PreTrainedConfig) -> dict[tuple[str, ...], tuple]:
-    """Shape of each parameter, by its path; computes and allocates nothing."""
+    """Returns the shape of each parameter by its path, without computing or allocating."""
     waveform = jax.ShapeDtypeStruct((1, SAMPLE_RATE), jnp.float32)
     init = EncoderModel(kind, config).init
     variables = jax.eval_shape(init, jax.random.key(0), waveform)
@@ -212,7 +214,11 @@ def _param_shapes(kind: Encoder, config: PreTrainedConfig) -> dict[tuple[str, ..
 
 
 def _check_shapes(have: dict[str, tuple], want: dict[str, tuple]) -> None:
-    """Raises a UserError that lists what is missing, unexpected or of another shape."""
+    """Compares the shapes of tensors with the expected ones.
+
+    Raises:
+        UserError: lists the tensors that are missing, unexpected or of another shape.
+    """
     shared = sorted(want.keys() & have.keys())
     misshapen = [
         f"{name} has shape {have[name]} instead of {want[name]}"
@@ -230,13 +236,13 @@ def _check_shapes(have: dict[str, tuple], want: dict[str, tuple]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of them, and how many there are if those are not all."""
+    """Lists the first names, with the total number if there are more."""
     named = ", ".join(names[:MOST_NAMED])
     return named if len(names) <= MOST_NAMED else f"{named}, ... ({len(names)} in all)"
 
 
 def _torch_tensors(kind: Encoder, config: PreTrainedConfig, params: Mapping[str, Any]) -> Tensors:
-    """The inverse of `convert_params`, with the names that torch writes today."""
+    """Does the inverse of `convert_params`, with the names that current torch writes."""
     paths = traverse_util.flatten_dict(params)
     _check_shapes(
         {kind.torch_name(path): _reversed(path, np.shape(x)) for path, x in paths.items()},
@@ -255,15 +261,15 @@ def _torch_tensors(kind: Encoder, config: PreTrainedConfig, params: Mapping[str,
 
 
 def _halved(value: np.ndarray) -> np.ndarray:
-    """In half precision, if nothing is lost."""
+    """Converts to half precision if that loses nothing."""
     half = value.astype(np.float16)
     return half if np.array_equal(half.astype(value.dtype), value) else value
 
 
 def _download(name: str, revision: str | None, stored: Sequence[str]) -> Path:
-    """Downloads (once; the hub's cache is used) the files that `load_encoder` reads."""
+    """Downloads the files that `load_encoder` reads, unless they are in the hub's cache."""
     remedy = f"without network access, pass the path of a folder with {CONFIG} and {SAFETENSORS}"
-    for weights in stored:  # torch's, as large as the first, only if needed
+    for weights in stored:  # torch's file, which is as large, only if it is needed
         stem, suffix = weights.split(".")
         patterns = [CONFIG, *PREPROCESSORS]
         patterns += [weights, f"{weights}.index.json", f"{stem}-*-of-*.{suffix}"]
@@ -274,7 +280,7 @@ def _download(name: str, revision: str | None, stored: Sequence[str]) -> Path:
 
 
 def _weight_files(folder: Path, stored: Sequence[str]) -> list[Path]:
-    """The files with the weights: one, or the shards that an index names; safetensors first."""
+    """Finds the files with the weights: one file or an index's shards, preferably safetensors."""
     for name in stored:
         if (file := folder / name).exists():
             return [file]
@@ -294,7 +300,7 @@ def _weight_files(folder: Path, stored: Sequence[str]) -> list[Path]:
 
 
 def _read_tensors(files: Sequence[Path], kind: Encoder) -> Tensors:
-    """The encoder's tensors by their names in it alone; those of heads and decoders stay unread.
+    """Reads the encoder's tensors, by their names within it, but not those of heads and decoders.
 
     Raises:
         ValueError: the tensors are those of another kind of model.
@@ -313,7 +319,7 @@ def _read_tensors(files: Sequence[Path], kind: Encoder) -> Tensors:
 
 
 def _find_prefix(names: Mapping[str, Any], kind: Encoder) -> str:
-    """What the names of the encoder's tensors begin with; empty if it is alone."""
+    """Finds the prefix of the names of the encoder's tensors; empty if there is only the encoder."""
 
     def find(prefixes: Sequence[str]) -> str:
         return next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
@@ -331,7 +337,7 @@ def _find_prefix(names: Mapping[str, Any], kind: Encoder) -> str:
 def _open_safetensors(file: Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     import safetensors
 
-    # bfloat16, which NumPy lacks, is read as the type that jax has registered with it.
+    # bfloat16, which NumPy lacks, is read as the dtype that JAX registers with NumPy.
     with (
         _damage_explained(file, safetensors.SafetensorError),
         safetensors.safe_open(file, framework="numpy") as tensors,
@@ -349,9 +355,9 @@ def _open_torch(file: Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
             f"{file} is in torch's own format and there is no {SAFETENSORS} beside it. Reading "
             'it needs torch: pip install "serkd-jax[torch]"'
         ) from error
-    # torch raises whatever its zip or pickle reader stumbles over.
+    # torch raises any exception of its zip or pickle reader.
     with _damage_explained(file, Exception):
-        # weights_only: a full pickle could run any code.
+        # weights_only, since a full pickle could run any code.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
             raise ValueError("it holds more than tensors by name")
@@ -360,7 +366,7 @@ def _open_torch(file: Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    """Of a torch tensor; NumPy has no bfloat16."""
+    """Converts a torch tensor by way of float32, since NumPy has no bfloat16."""
     return tensor.float().numpy()
 
 
@@ -371,7 +377,7 @@ def _damage_explained(file: Path, errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         raise UserError(
             f"{file} ({file.stat().st_size:,} bytes) cannot be read; it is truncated, damaged or "
-            f"a git-lfs pointer: delete it and download it again. The reader's words: {error}"
+            f"a git-lfs pointer: delete it and download it again. The reader's error: {error}"
         ) from error
 
 
@@ -382,7 +388,7 @@ def _read_config(file: Path, content: Mapping[str, Any]) -> tuple[Encoder, PreTr
     model_type, architectures = content.get("model_type"), content.get("architectures") or []
     if model_type not in ENCODERS:
         raise UserError(
-            f"{file} describes a model of type {model_type!r}: encoders that are supported are "
+            f"{file} describes a model of type {model_type!r}: the supported encoders are "
             f"{', '.join(ENCODERS)}"
         )
     kind = find_encoder(model_type)
@@ -397,14 +403,14 @@ def _read_config(file: Path, content: Mapping[str, Any]) -> tuple[Encoder, PreTr
         config = getattr(transformers, kind.config_name).from_dict(content)
         kind.check_config(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not an architecture that is supported: {error}") from error
+        raise UserError(f"{file} describes an architecture that is not supported: {error}") from error
     return kind, config
 
 
 def _read_preprocessor(folder: Path, kind: Encoder, config: PreTrainedConfig) -> tuple[bool, str]:
-    """Whether waveforms are normalised, and what was assumed if no file says so.
+    """Returns whether waveforms are normalised, and what was assumed if no file says so.
 
-    As transformers, a feature extractor in a processor's file goes first.
+    As in `transformers`, a feature extractor in a processor's file takes precedence.
     """
     files = [file for name in PREPROCESSORS if (file := folder / name).exists()]
     contents = [_read_json(file) for file in files]
@@ -415,7 +421,7 @@ def _read_preprocessor(folder: Path, kind: Encoder, config: PreTrainedConfig) ->
     try:
         do_normalize = kind.check_preprocessor(config, settings)
     except ValueError as error:
-        raise UserError(f"{files[0]} is no preprocessor of this model: {error}") from error
+        raise UserError(f"{files[0]} is not a preprocessor of this model: {error}") from error
     if files:
         return do_normalize, ""
     return do_normalize, f"{folder} has no {PREPROCESSORS[0]}: {kind.assumption}"
@@ -436,7 +442,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _sha256(config: PreTrainedConfig, do_normalize: bool, params: Mapping[str, Any]) -> str:
-    """Digest of the architecture, the normalisation and the parameters."""
+    """Returns a hash of the architecture, the normalisation and the parameters."""
     fields = {key: x for key, x in config.to_diff_dict().items() if key not in HISTORY}
     described = json.dumps([fields, do_normalize], sort_keys=True, default=str)
     digest = hashlib.sha256(described.encode())

@@ -1,7 +1,7 @@
-"""Front-ends: 16 kHz waveforms to feature sequences at 50 frames a second.
+"""Front-ends, which turn 16 kHz waveforms into feature sequences at 50 frames a second.
 
-A front-end is called with waveforms; `Frontend` says what else it has. All share one grid of
-frames: n samples give (n - 400) // 320 + 1 of them.
+A front-end is called with waveforms; `serkd_jax.data.sources.Frontend` says what else it has. All
+front-ends share one grid of frames: n samples give (n - 400) // 320 + 1 frames.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class LogMel:
 
     @property
     def fingerprint(self) -> str:
-        """All settings that the features depend on."""
+        """A string of all settings on which the features depend."""
         return logmel.fingerprint(self.num_mels)
 
     def __call__(
@@ -53,40 +53,40 @@ class LogMel:
         max_frames: int,
         groups: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """See `serkd_jax.data.sources.Frontend`; each waveform is computed by itself."""
+        """See `serkd_jax.data.sources.Frontend`; each waveform is processed on its own."""
         for i, waveform in enumerate(waveforms):
             yield i, logmel.log_mel(waveform[: num_samples(max_frames)], self.num_mels)
 
 
 class Batching(NamedTuple):
-    """How clips are put together."""
+    """How clips are put into batches."""
 
-    frames: int  # of a full batch, padding included; a longer clip is a batch of its own
-    growth: float  # from one padded length to the next
+    frames: int  # number in a full batch, including padding; a longer clip is a batch of its own
+    growth: float  # factor from one padded length to the next
 
 
-# On a CPU, a clip by itself is as fast as any batch, and a program more costs two seconds.
+# On a CPU, a single clip is as fast as any batch, and each further program costs two seconds.
 CPU_BATCHING = Batching(50, 1.05)
 ACCELERATOR_BATCHING = Batching(8192, 1.25)
 
 
 def default_batching() -> Batching:
-    """What suits the kind of device that JAX uses."""
+    """Returns the batching that suits the kind of device that JAX uses."""
     return CPU_BATCHING if jax.default_backend() == "cpu" else ACCELERATOR_BATCHING
 
 
 class Batch(NamedTuple):
     """Clips that go through an encoder together."""
 
-    clips: np.ndarray  # (n,) int, which ones
-    frames: int  # that each is padded to
-    size: int  # rows of the program, at least n
+    clips: np.ndarray  # (n,) int, the numbers of the clips
+    frames: int  # number of frames to which each clip is padded
+    size: int  # number of rows of the program, at least n
 
 
 def bucket_lengths(max_frames: int, growth: float) -> list[int]:
-    """The lengths that clips are padded to, ascending.
+    """Returns the lengths to which clips are padded, in ascending order.
 
-    The last is `max_frames`, each is at most `growth` times the one before, and none is shorter
+    The last is `max_frames`, each is at most `growth` times the previous one, and none is shorter
     than a second.
     """
     lengths = [max_frames]
@@ -96,16 +96,17 @@ def bucket_lengths(max_frames: int, growth: float) -> list[int]:
 
 
 def plan_batches(num_frames: Sequence[int], max_frames: int, batching: Batching) -> list[Batch]:
-    """Batches of clips of similar length, as a function of the arguments alone.
+    """Makes batches of clips of similar length, which depend only on the arguments.
 
-    A batch is padded to the longest clip's bucket and takes clips of that bucket and the next
-    shorter one, so none grows by more than `batching.growth` squared. What does not fill a batch
-    goes into one of half the rows, or a quarter, and so on: a few programs for each length.
+    A batch is padded to the bucket of its longest clip and takes clips of that bucket and the next
+    shorter one, so no clip grows by more than `batching.growth` squared. Clips that do not fill a
+    batch go into one with half of the rows, or a quarter, and so on, which needs only a few
+    programs for each length.
 
     Args:
-        num_frames: of each clip, at most `max_frames`.
-        max_frames: the longest length.
-        batching: how many go together, and how they are padded.
+        num_frames: the number of frames of each clip, at most `max_frames`.
+        max_frames: the greatest length.
+        batching: how many frames go into a batch, and how clips are padded.
     """
     buckets = np.array(bucket_lengths(max_frames, batching.growth))
     bucket_of = np.searchsorted(buckets, num_frames)
@@ -128,16 +129,16 @@ class Pretrained:
     """Hidden states of a pretrained encoder (Section 4.3: HuBERT's last), on all given devices.
 
     Attributes:
-        model: a local folder in the Hugging Face format, or a name on the hub.
-        revision: of the name on the hub.
-        layer: -1 for the last hidden state, with the final norm that some encoders have; else an
-            index into `EncoderOutput.hidden_states`, k for the output of layer k without it; or
-            several of these, whose mean is taken.
-        dtype: of the computation, float32 or bfloat16.
-        pad_to_30s: of Whisper alone: whether every clip is padded as transformers does it.
-        kind: the `model_type` that the model must have; empty takes any.
-        batching: None means `default_batching()`.
-        devices: none means all local ones.
+        model: a local folder in Hugging Face's format, or a name on the hub.
+        revision: branch, tag or commit on the hub; None means the main branch.
+        layer: -1 for the last hidden state, with the final norm that some encoders have; otherwise
+            an index into `EncoderOutput.hidden_states`, where k is the output of layer k without
+            that norm; or a list of these, of which the mean is taken.
+        dtype: dtype of the computation, float32 or bfloat16.
+        pad_to_30s: only for Whisper: whether to pad every clip to 30 s, as `transformers` does.
+        kind: the `model_type` that the model must have; empty allows any.
+        batching: how clips are put into batches; None means `default_batching()`.
+        devices: the devices to use; empty means all local devices.
         safetensors_only: whether to refuse weights in torch's own format, which is a pickle.
     """
 
@@ -155,7 +156,7 @@ class Pretrained:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Architecture and weights, once the settings have been checked against them."""
+        """The architecture and weights, against which the settings have been checked."""
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"the front-end's dtype is {self.dtype!r}: use float32 or bfloat16")
         checkpoint = load_encoder(self.model, self.revision or None, self.safetensors_only)
@@ -173,13 +174,13 @@ class Pretrained:
         if not self.layers or any(not -layers - 1 <= layer <= layers for layer in self.layers):
             raise UserError(
                 f"{self.model} has {layers} layers: layer {self.layer} is not in "
-                f"{-layers - 1} to {layers}, nor a list of such"
+                f"{-layers - 1} to {layers}, nor a list of such numbers"
             )
         return checkpoint
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """One or several, each once."""
+        """The layers in `layer`, one or several, all different."""
         given = (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
         if not all(type(layer) is int for layer in given) or len(set(given)) < len(given):
             raise UserError(f"layer is {self.layer!r}: use a number, or a list of different ones")
@@ -202,7 +203,7 @@ class Pretrained:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Which model, weights, layer and type; and what may change the rounding."""
+        """The model, weights, layer and dtype, and what may affect the rounding."""
         keys = ("name", "model", "revision", "layer", "dtype", *self.checkpoint.kind.options)
         return {key: getattr(self, key) for key in keys} | {
             "do_normalize": self.checkpoint.do_normalize,
@@ -214,9 +215,10 @@ class Pretrained:
 
     @property
     def fingerprint(self) -> str:
-        """The weights' hash: a folder and a hub name with the same weights give the same features.
+        """A string of the weights' hash and the settings on which the features depend.
 
-        Neither device nor size of batches: they change the rounding alone.
+        The hash is the same for a folder and a name on the hub that have the same weights. Device
+        and batch size are not in it, since they affect only the rounding.
         """
         layers = ",".join(map(str, self.layers))
         padded = "-30s" if self.pad_to_30s else ""
@@ -224,7 +226,7 @@ class Pretrained:
 
     @property
     def num_devices(self) -> int:
-        """How many devices compute."""
+        """The number of devices that compute."""
         return len(self._devices)
 
     @property
@@ -260,7 +262,7 @@ class Pretrained:
         max_frames: int,
         groups: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """See `serkd_jax.data.sources.Frontend`; the devices share out the batches of a group."""
+        """See `serkd_jax.data.sources.Frontend`; the devices share the batches of a group."""
         most = self.checkpoint.kind.max_frames(self.checkpoint.config)
         if most is not None and max_frames > most:
             raise UserError(
@@ -269,7 +271,7 @@ class Pretrained:
             )
         waveforms = [waveform[: num_samples(max_frames)] for waveform in waveforms]
         frames = np.array([num_frames(len(waveform)) for waveform in waveforms])
-        running = None  # the devices work on these batches while the host takes the last results
+        running = None  # batches on the devices while the host takes the previous results
         for batches in self._rounds(frames, max_frames, groups):
             started = batches, self._encode(*_stack(batches, waveforms, self.num_devices))
             if running:
@@ -281,7 +283,7 @@ class Pretrained:
     def _rounds(
         self, frames: np.ndarray, max_frames: int, groups: Sequence[int] | None
     ) -> Iterator[list[Batch]]:
-        """Batches of one shape, as many at once as there are devices."""
+        """Yields batches of the same shape, as many at a time as there are devices."""
         groups = np.zeros(len(frames), int) if groups is None else np.asarray(groups)
         by_shape: dict[tuple[int, int], list[Batch]] = {}
         for group in np.unique(groups):
@@ -297,10 +299,10 @@ class Pretrained:
 def _stack(
     batches: list[Batch], waveforms: Sequence[np.ndarray], num_devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(devices, size, samples) float32 and (devices, size) int32, the samples of each clip."""
+    """Returns (devices, size, samples) float32, and (devices, size) int32 numbers of samples."""
     _, frames, size = batches[0]
-    # All samples that a clip of so many frames can have: those behind the last frame count in
-    # the normalisation.
+    # All samples that a clip of `frames` frames can have, since the normalisation includes those
+    # after the last frame.
     padded = np.zeros((num_devices, size, num_samples(frames + 1) - 1), np.float32)
     lengths = np.zeros((num_devices, size), np.int32)
     for k, batch in enumerate(batches):
@@ -313,20 +315,20 @@ def _stack(
 def _unstack(
     batches: list[Batch], hidden: jax.Array, num_frames: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The valid frames of each clip."""
+    """Yields the valid frames of each clip."""
     hidden = np.asarray(hidden)
     for k, batch in enumerate(batches):
         for row, clip in enumerate(batch.clips):
-            yield int(clip), hidden[k, row, : num_frames[clip]].copy()  # lets the padding go
+            yield int(clip), hidden[k, row, : num_frames[clip]].copy()  # frees the padding
 
 
 def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> LogMel | Pretrained:
-    """Makes the front-end of a config's `frontend` part: its `name` and that one's settings.
+    """Makes a front-end from the `frontend` part of a config.
 
     Args:
-        config: `name` is `logmel` or a kind of encoder; the others are the attributes of
-            `LogMel` or `Pretrained`.
-        devices: that an encoder computes on; none means all local ones.
+        config: `name` is `logmel` or a kind of encoder; the other keys are attributes of `LogMel`
+            or `Pretrained`.
+        devices: the devices on which an encoder computes; empty means all local devices.
     """
     settings = config.to_dict()
     name = settings.pop("name")

@@ -1,4 +1,4 @@
-"""HuBERT (Hsu et al. 2021): wav2vec 2.0's architecture, and what its later variants add."""
+"""HuBERT (Hsu et al. 2021): wav2vec 2.0's architecture, and what HuBERT's variants add."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from serkd_jax.encoders.wav2vec2 import POSITIONS, Wav2Vec2
 if TYPE_CHECKING:
     from transformers import HubertConfig
 
-RUNNING = ("running_mean", "running_var")  # of a batch norm
+RUNNING = ("running_mean", "running_var")  # statistics of a batch norm
 BATCH_NORM_EPSILON = 1e-5  # torch's default
 
 
 class Hubert(Wav2Vec2):
-    """HuBERT: base, large, xlarge, DistilHuBERT; the batch norm before the positions is folded."""
+    """HuBERT: base, large, xlarge and DistilHuBERT, with the positions' batch norm folded."""
 
     model_type = "hubert"
     config_name, model_name = "HubertConfig", "HubertModel"
     prefixes = ("hubert.",)
 
     def from_torch(self, tensors: Tensors) -> Tensors:
-        """Also replaces the batch norm before the positions by a scale and a bias."""
+        """See `Encoder`; also replaces the positions' batch norm by a scale and a bias."""
         tensors = super().from_torch(tensors)
         prefix = f"{POSITIONS}batch_norm."
         if not all(prefix + name in tensors for name in ("weight", "bias", *RUNNING)):
-            return tensors  # there is none, or what is missing will be reported
+            return tensors  # there is no batch norm, or its missing tensors will be reported
         weight, bias, mean, variance = (
             tensors.pop(prefix + name).astype(np.float32) for name in ("weight", "bias", *RUNNING)
         )
@@ -40,7 +40,7 @@ class Hubert(Wav2Vec2):
         }
 
     def to_torch(self, config: HubertConfig, tensors: Tensors) -> Tensors:
-        """The inverse: either a batch norm or a weight-normalised convolution."""
+        """See `Encoder`; makes either a batch norm or a weight-normalised convolution."""
         if not config.conv_pos_batch_norm:
             return super().to_torch(config, tensors)
         tensors, norm = dict(tensors), f"{POSITIONS}batch_norm."

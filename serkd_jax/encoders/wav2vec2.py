@@ -1,14 +1,14 @@
 """wav2vec 2.0 (Baevski et al. 2020) in Flax, from waveform to the hidden states of every layer.
 
-HuBERT is the same architecture, and WavLM adds to it; `hubert.py` and `wavlm.py` have what differs.
-Structure, parameter names and results follow transformers, whose configurations are read. Two
-differences:
+HuBERT has the same architecture, and WavLM extends it; `hubert.py` and `wavlm.py` have what
+differs. Structure, parameter names and results follow the library `transformers`, whose
+configurations are read. There are two differences:
 
-* A padded batch gives each clip what the clip gives alone, in the base variants too: torch's group
-  norm takes its statistics over the padding as well, ours over the valid frames; and what torch's
+* A clip has the same outputs in a padded batch as alone, in the base variants too: torch's group
+  norm includes the padding in its statistics, ours only the valid frames; and what torch's
   `conv_pos_batch_norm` adds to padded frames does not reach valid ones.
-* Training keeps the statistics of that batch norm. It has dropout but neither layerdrop nor
-  SpecAugment (`layerdrop`, `mask_time_prob` and `mask_feature_prob` are ignored), so that every
+* Training does not change the statistics of that batch norm. It has dropout but neither layerdrop
+  nor SpecAugment (`layerdrop`, `mask_time_prob` and `mask_feature_prob` are ignored), so that every
   step runs the same program.
 """
 
@@ -48,9 +48,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "selu": jax.nn.selu,
     "silu": jax.nn.silu,
 }
-CONV_NORM_EPSILON = 1e-5  # torch's default: config.layer_norm_eps is not meant for these
+CONV_NORM_EPSILON = 1e-5  # torch's default; config.layer_norm_eps does not apply to these norms
 POSITIONS = "encoder.pos_conv_embed."
-# The two spellings of torch's weight normalisation: magnitude and direction of a weight.
+# Two ways in which torch names the parts of a normalised weight: its magnitude and direction.
 WEIGHT_NORM = (
     ("weight_g", "weight_v"),
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
@@ -60,20 +60,20 @@ GroupNorm = functools.partial(nn.GroupNorm, use_fast_variance=False)  # as Layer
 
 
 def conv_frames(config: Config, num_samples: int | jax.Array) -> int | jax.Array:
-    """Frames that the convolutions make of `num_samples` samples; 0 for too short a clip."""
+    """Returns how many frames the convolutions make of a clip; 0 if it is too short."""
     return _conv_length(num_samples, config.conv_kernel, config.conv_stride)
 
 
 class PositionalConv(nn.Module):
     """Relative positions from a wide grouped convolution over time.
 
-    The kernel is stored whole: the weight normalisation of the torch model is folded into it. So
-    is the batch norm of `conv_pos_batch_norm`, with the statistics of pre-training, into a scale
-    and a bias for each channel.
+    The weight normalisation of torch's model is folded into the kernel. Likewise, the batch norm of
+    `conv_pos_batch_norm` is folded, with the statistics of pre-training, into a scale and a bias
+    per channel.
 
     Attributes:
         config: the architecture.
-        dtype: of the computation; None means that of inputs and parameters.
+        dtype: dtype of the computation; None means that of inputs and parameters.
     """
 
     config: Config
@@ -81,9 +81,9 @@ class PositionalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, frame_mask: jax.Array) -> jax.Array:
-        """Makes the (B, T, H) positional term to be added to the (B, T, H) frames.
+        """Makes the positional term (B, T, H) that is to be added to the frames (B, T, H).
 
-        Frames where the (B, T) `frame_mask` is False count as 0, as beyond the end of a clip alone.
+        Frames where `frame_mask` (B, T) is False count as 0, like the padding after a single clip.
         """
         kernel_size, width = self.config.num_conv_pos_embeddings, x.shape[-1]
         if getattr(self.config, "conv_pos_batch_norm", False):  # only HuBERT has it
@@ -92,7 +92,7 @@ class PositionalConv(nn.Module):
         x = nn.Conv(
             width,
             (kernel_size,),
-            # torch pads kernel_size // 2 on both sides, then drops a last frame too many.
+            # torch pads by kernel_size // 2 on both sides, then drops an excess last frame.
             padding=[(kernel_size // 2, (kernel_size - 1) // 2)],
             feature_group_count=self.config.num_conv_pos_embedding_groups,
             dtype=self.dtype,
@@ -102,7 +102,7 @@ class PositionalConv(nn.Module):
 
 
 class Wav2Vec2Embed(nn.Module):
-    """Waveform to the input of the transformer layers: convolutions, projection, positions."""
+    """Maps waveforms to inputs of the transformer layers: convolutions, projection, positions."""
 
     config: Config
     dtype: DTypeLike | None = None
@@ -122,13 +122,12 @@ class Wav2Vec2Embed(nn.Module):
         """Embeds a batch of clips.
 
         Args:
-            waveform: (B, samples) float32, 16 kHz, normalised as the checkpoint wants it.
-            num_samples: (B,) int, the valid samples of each clip; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+            waveform: (B, samples) float32, 16 kHz, normalised if the checkpoint requires it.
+            num_samples: (B,) int, the number of valid samples of each clip; None means all.
+            dropout_keys: (B,) keys, one per clip; None turns dropout off.
 
         Returns:
-            (B, T, H) hidden, whose padded frames are meaningless, and (B, T) bool, True at
-            valid frames.
+            Frames (B, T, H), meaningless where padded, and (B, T) bool, True at valid frames.
         """
         batch, length = waveform.shape
         frames = conv_frames(self.config, length)
@@ -142,11 +141,11 @@ class Wav2Vec2Embed(nn.Module):
 
 
 class Wav2Vec2Layers(nn.Module):
-    """The transformer layers and their norm, which base applies first and large last."""
+    """The transformer layers and their norm, which is first in base and last in large models."""
 
     config: Config
     dtype: DTypeLike | None = None
-    remat: bool = False  # whether activations are computed again for the gradient, not kept
+    remat: bool = False  # whether to compute activations again for the gradient
     attention: ClassVar[type[nn.Module]] = SelfAttention
 
     def setup(self):
@@ -172,7 +171,7 @@ class Wav2Vec2Layers(nn.Module):
         ]
 
     def attention_inputs(self, length: int) -> tuple[jax.Array, ...]:
-        """What the attention of every layer reads beside its input: nothing here."""
+        """Returns further inputs of every layer's attention; here there are none."""
         del length
         return ()
 
@@ -185,14 +184,14 @@ class Wav2Vec2Layers(nn.Module):
         """Encodes embedded frames.
 
         Args:
-            hidden: (B, T, H) frames, positions included.
+            hidden: (B, T, H) frames, including positions.
             frame_mask: (B, T) bool, True at valid frames; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+            dropout_keys: (B,) keys, one per clip; None turns dropout off.
 
         Returns:
             The last hidden state, (B, T, H), and `config.num_hidden_layers` + 1 hidden states:
-            the input of the first layer, then the output of each. As in transformers, the last
-            of these is not normalised in the large variant; the last hidden state is.
+            the input of the first layer, then the output of each layer. As in `transformers`, the
+            last of these is not normalised in the large variant, but the last hidden state is.
         """
         if not self.config.do_stable_layer_norm:
             hidden = self.layer_norm(hidden)
@@ -207,7 +206,7 @@ class Wav2Vec2Layers(nn.Module):
 
 
 class Wav2Vec2(Encoder):
-    """wav2vec 2.0: base, large, robust, XLS-R; also fine-tuned, with any head."""
+    """wav2vec 2.0: base, large, robust and XLS-R, also when fine-tuned with any head."""
 
     model_type = "wav2vec2"
     config_name, model_name = "Wav2Vec2Config", "Wav2Vec2Model"
@@ -228,7 +227,7 @@ class Wav2Vec2(Encoder):
             "num_attention_heads": config.hidden_size % config.num_attention_heads == 0,
             "num_conv_pos_embedding_groups": config.hidden_size % groups == 0,
         }
-        for name in ("adapter_attn_dim", "add_adapter"):  # not all of the family have these
+        for name in ("adapter_attn_dim", "add_adapter"):  # not all configurations have these
             if hasattr(config, name):
                 supported[name] = not getattr(config, name)
         check_fields(config, supported)
@@ -258,13 +257,13 @@ class Wav2Vec2(Encoder):
         return re.sub(r"\b(kernel|scale)$", "weight", name)
 
     def from_torch(self, tensors: Tensors) -> Tensors:
-        """Replaces each weight-normalised pair by its weight, g * v / |v|."""
+        """Replaces each pair of a normalised weight's parts by the weight, g * v / |v|."""
         tensors = dict(tensors)
         for magnitude, direction in WEIGHT_NORM:
             for name in [name for name in tensors if name.endswith(f".{direction}")]:
                 prefix = name.removesuffix(direction)
                 if prefix + magnitude not in tensors:
-                    continue  # both halves will be reported: one missing, one unexpected
+                    continue  # both parts will be reported, as missing and as unexpected
                 g = tensors.pop(prefix + magnitude).astype(np.float32)
                 v = tensors.pop(name).astype(np.float32)
                 axes = tuple(axis for axis, size in enumerate(g.shape) if size == 1)
@@ -273,14 +272,14 @@ class Wav2Vec2(Encoder):
         return tensors
 
     def to_torch(self, config: Config, tensors: Tensors) -> Tensors:
-        """Splits the positional convolution's weight in two, by the names of today's torch."""
+        """Splits the weight of the positional convolution in two, with current torch's names."""
         del config
         tensors = dict(tensors)
         magnitude, direction = WEIGHT_NORM[-1]
         weight = tensors.pop(f"{POSITIONS}conv.weight")
         norm = np.sqrt(np.square(weight).sum((0, 1), keepdims=True))
         tensors[f"{POSITIONS}conv.{magnitude}"] = norm
-        # Any direction will do where the magnitude is 0, but 0 / 0 will not.
+        # Where the magnitude is 0, any direction is right, but torch must not compute 0 / 0.
         tensors[f"{POSITIONS}conv.{direction}"] = np.where(norm > 0, weight, np.float32(1))
         return tensors
 
@@ -288,7 +287,7 @@ class Wav2Vec2(Encoder):
         """See `Encoder`."""
         from transformers import Wav2Vec2FeatureExtractor
 
-        # With group norm, transformers wants padding with zeros and no mask.
+        # With group norm, `transformers` expects padding with zeros and no mask.
         masked = config.feat_extract_norm == "layer"
         extractor = Wav2Vec2FeatureExtractor(
             do_normalize=do_normalize, return_attention_mask=masked
@@ -297,7 +296,7 @@ class Wav2Vec2(Encoder):
 
 
 class _FeatureExtractor(nn.Module):
-    """The strided convolutions: (B, samples) to (B, T, conv_dim[-1])."""
+    """The strided convolutions, from (B, samples) to (B, T, conv_dim[-1])."""
 
     config: Config
     dtype: DTypeLike | None = None
@@ -325,9 +324,9 @@ class _FeatureExtractor(nn.Module):
 
 
 class _ConvLayer(nn.Module):
-    """Convolution, norm over the channels ("layer") or over the valid frames ("group"), activation.
+    """Convolution, norm over channels ("layer") or valid frames ("group"), and activation.
 
-    Called with (B, L, C) and (B,), the number of valid frames of the *output*.
+    It is called with (B, L, C) inputs and (B,), the number of valid frames of the *output*.
     """
 
     width: int
@@ -352,7 +351,7 @@ class _ConvLayer(nn.Module):
         if self.norm == "layer":
             x = LayerNorm(epsilon=CONV_NORM_EPSILON, dtype=self.dtype, name="layer_norm")(x)
         elif self.norm == "group":
-            # One frame at least, so that an empty clip in a batch does not become NaN.
+            # At least one frame, so that an empty clip in a batch does not become NaN.
             valid = jnp.arange(x.shape[1]) < jnp.maximum(num_valid, 1)[:, None]
             norm = GroupNorm(
                 self.width, epsilon=CONV_NORM_EPSILON, dtype=self.dtype, name="layer_norm"
@@ -362,7 +361,7 @@ class _ConvLayer(nn.Module):
 
 
 class _FeatureProjection(nn.Module):
-    """(B, T, conv_dim[-1]) to (B, T, H)."""
+    """The norm and projection from (B, T, conv_dim[-1]) to (B, T, H)."""
 
     config: Config
     dtype: DTypeLike | None = None
@@ -379,7 +378,7 @@ class _FeatureProjection(nn.Module):
 def _conv_length(
     length: int | jax.Array, kernels: Sequence[int], strides: Sequence[int]
 ) -> int | jax.Array:
-    """Output length of unpadded convolutions, never negative."""
+    """Returns the output length of unpadded convolutions, which is never negative."""
     for kernel, stride in zip(kernels, strides, strict=True):
         length = (length - kernel) // stride + 1
     return length * (length > 0)

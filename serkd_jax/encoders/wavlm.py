@@ -1,6 +1,6 @@
 """WavLM (Chen et al. 2022): wav2vec 2.0 with a gated bias of relative positions in its attention.
 
-All layers share one learned bias for each head and distance, and each gates it by its own input.
+All layers share a learned bias per head and distance, and each layer gates it by its own input.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from serkd_jax.models.transformer import GatedBias, SelfAttention
 
 
 class GatedAttention(SelfAttention):
-    """Self-attention whose logits get a bias of the distance, gated by the query's input."""
+    """Self-attention with a bias for distances in its logits, gated by the input of the query."""
 
     def bias(self, x: jax.Array, distances: jax.Array) -> GatedBias:
-        """The gates of (B, L, D) inputs, and the (heads, L, L) bias of the distances."""
+        """Returns the gates of x (B, L, D), and `distances`, the (heads, L, L) distance bias."""
         heads = x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
         gates = nn.Dense(8, dtype=self.dtype, name="gru_rel_pos_linear")(heads)
         gates = gates.reshape(*heads.shape[:3], 2, 4).sum(-1)
@@ -31,7 +31,7 @@ class GatedAttention(SelfAttention):
 
 
 class WavLMLayers(Wav2Vec2Layers):
-    """As wav2vec 2.0's, with the bias that they share."""
+    """wav2vec 2.0's layers, with the bias that they share."""
 
     attention = GatedAttention
 
@@ -42,7 +42,7 @@ class WavLMLayers(Wav2Vec2Layers):
         self.rel_attn_embed = nn.Embed(config.num_buckets, config.num_attention_heads)
 
     def attention_inputs(self, length: int) -> tuple[jax.Array, ...]:
-        """The (heads, length, length) bias of the distance from query to key."""
+        """Returns the (heads, length, length) bias for distances from query to key."""
         distances = np.arange(1 - length, length)
         config = self.config
         buckets = distance_buckets(distances, config.num_buckets, config.max_bucket_distance)
@@ -51,12 +51,12 @@ class WavLMLayers(Wav2Vec2Layers):
 
 
 def distance_buckets(distances: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Buckets of distances from query to key, as T5's: near ones exact, far ones by the logarithm.
+    """Puts distances into buckets as T5 does: near ones exactly, far ones by their logarithm.
 
     Args:
-        distances: int, positive to the right.
-        num_buckets: half of them for each direction.
-        max_distance: from which on all distances share a bucket.
+        distances: int, distances from query to key, positive to the right.
+        num_buckets: number of buckets, half of them for each direction.
+        max_distance: the distance from which on all distances share a bucket.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -69,7 +69,7 @@ def distance_buckets(distances: np.ndarray, num_buckets: int, max_distance: int)
 
 
 class WavLM(Wav2Vec2):
-    """WavLM: base, base-plus, large."""
+    """WavLM: base, base-plus and large."""
 
     model_type = "wavlm"
     config_name, model_name = "WavLMConfig", "WavLMModel"

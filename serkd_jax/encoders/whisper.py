@@ -1,8 +1,8 @@
 """Whisper's encoder (Radford et al. 2023) in Flax: log-mel, two convolutions, transformer layers.
 
-Whisper itself pads every recording to 30 s. Here a clip goes through as long as it is: its frames
-take the first positions, and attend to themselves alone. `pad_to_30s` gives what transformers
-gives. Either way there are 50 frames a second, each centred 12.5 ms before those of wav2vec 2.0.
+Whisper itself pads every recording to 30 s. Here a clip keeps its own length: its frames take the
+first positions and attend only to each other. With `pad_to_30s`, results are those of the library
+`transformers`. Either way there are 50 frames a second, centred 12.5 ms before wav2vec 2.0's.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from serkd_jax.models.transformer import (
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import WhisperConfig
 
-WINDOW, MEL_HOP = 400, 160  # samples, of the log-mel frames
-HOP = 2 * MEL_HOP  # samples, of the encoder's frames
-DECADES = 8.0  # of power, that the log-mel keeps below a clip's maximum
+WINDOW, MEL_HOP = 400, 160  # samples, for the log-mel frames
+HOP = 2 * MEL_HOP  # samples, for the encoder's frames
+DECADES = 8.0  # range of power that the log-mel keeps below a clip's maximum
 ACTIVATIONS = {"gelu": exact_gelu, "relu": jax.nn.relu}
 
 Attention = functools.partial(SelfAttention, key_bias=False)
 
 
 def log_mel(waveform: jax.Array, num_samples: jax.Array, num_mels: int) -> jax.Array:
-    """Log-mel frames as `WhisperFeatureExtractor` makes them of each clip alone, 100 a second.
+    """Computes log-mel frames, 100 a second, as `WhisperFeatureExtractor` does for each clip.
 
     Args:
         waveform: (B, samples) float32, 16 kHz.
-        num_samples: (B,) int; what follows is not looked at.
+        num_samples: (B,) int, the numbers of valid samples; what follows them is ignored.
         num_mels: M.
 
     Returns:
-        (B, samples // 160, M) float32, of which a clip's first num_samples // 160 are valid; the
+        (B, samples // 160, M) float32. The first num_samples // 160 frames of a clip are valid; the
         others are 0.
     """
     length, count = waveform.shape[1], waveform.shape[1] // MEL_HOP
-    # Windows are centred on the hops; what they miss at both ends of a clip is mirrored.
+    # Windows are centred on the hops; beyond both ends of a clip, the waveform is mirrored.
     place = jnp.abs(jnp.arange(-WINDOW // 2, length + WINDOW // 2))
     last = num_samples[:, None] - 1
     place = jnp.where(place <= last, place, 2 * last - place)
     padded = jnp.take_along_axis(waveform, jnp.clip(place, 0, length - 1), axis=1)
-    step = MEL_HOP // 2  # a window is five of these, a hop two
+    step = MEL_HOP // 2  # a window has five of these steps, a hop two
     pieces = padded[:, : padded.shape[1] // step * step].reshape(len(waveform), -1, step)
     frames = [pieces[:, k : k + 2 * count - 1 : 2] for k in range(WINDOW // step)]
     hann = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
@@ -74,7 +74,7 @@ def log_mel(waveform: jax.Array, num_samples: jax.Array, num_mels: int) -> jax.A
 
 
 class WhisperEmbed(nn.Module):
-    """Waveform to the input of the transformer layers: log-mel, convolutions, positions."""
+    """Maps waveforms to the input of the transformer layers: log-mel, convolutions, positions."""
 
     config: WhisperConfig
     dtype: DTypeLike | None = None
@@ -91,12 +91,12 @@ class WhisperEmbed(nn.Module):
 
         Args:
             waveform: (B, samples) float32, 16 kHz, of at most `config.max_source_positions` frames.
-            num_samples: (B,) int, the valid samples of each clip; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+            num_samples: (B,) int, the number of valid samples of each clip; None means all.
+            dropout_keys: (B,) keys, one per clip; None turns dropout off.
 
         Returns:
-            (B, T, H) hidden, whose padded frames are meaningless, and (B, T) bool, True at the
-            frames that may be attended to: with `pad_to_30s` all.
+            Frames (B, T, H), meaningless where padded, and (B, T) bool, True at frames that may be
+            attended to, which are all with `pad_to_30s`.
         """
         config, (batch, length) = self.config, waveform.shape
         num_samples = jnp.full(batch, length) if num_samples is None else jnp.asarray(num_samples)
@@ -115,7 +115,7 @@ class WhisperEmbed(nn.Module):
         activation = ACTIVATIONS[config.activation_function]
         valid = jnp.arange(mel.shape[1]) < num_samples[:, None] // MEL_HOP
         hidden = activation(conv(name="conv1")(mel))
-        # What follows a clip counts as 0, as beyond the end of a clip alone.
+        # Frames after a clip count as 0, like the padding after a single clip.
         hidden = activation(conv(strides=2, name="conv2")(jnp.where(valid[..., None], hidden, 0)))
         shape = (config.max_source_positions, config.d_model)
         positions = self.param("embed_positions", nn.initializers.normal(0.02), shape)
@@ -128,7 +128,7 @@ class WhisperLayers(nn.Module):
 
     config: WhisperConfig
     dtype: DTypeLike | None = None
-    remat: bool = False  # whether activations are computed again for the gradient, not kept
+    remat: bool = False  # whether to compute activations again for the gradient
 
     @nn.compact
     def __call__(
@@ -140,13 +140,13 @@ class WhisperLayers(nn.Module):
         """Encodes embedded frames.
 
         Args:
-            hidden: (B, T, H) frames, positions included.
+            hidden: (B, T, H) frames, including positions.
             frame_mask: (B, T) bool, True at valid frames; None means all.
-            dropout_keys: (B,) a key per clip; None turns dropout off.
+            dropout_keys: (B,) keys, one per clip; None turns dropout off.
 
         Returns:
             The last hidden state, (B, T, H), after the final norm, and `config.encoder_layers` + 1
-            hidden states: the input of the first layer, then the output of each, not normalised.
+            hidden states: the input of the first layer, then each layer's output, not normalised.
         """
         config, states = self.config, [hidden]
         layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
@@ -168,7 +168,7 @@ class WhisperLayers(nn.Module):
 
 
 class Whisper(Encoder):
-    """Whisper: tiny to large-v3, 80 or 128 mel bands; whole models and encoders alone."""
+    """Whisper: tiny to large-v3, with 80 or 128 mel bands, from whole models or encoders only."""
 
     model_type = "whisper"
     config_name, model_name = "WhisperConfig", "WhisperModel"

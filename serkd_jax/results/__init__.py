@@ -1,1 +1,1 @@
-"""Scores of the test predictions, and the tables made of them."""
+"""Scores of the test predictions, and the tables made from them."""

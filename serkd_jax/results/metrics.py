@@ -1,4 +1,4 @@
-"""UA, WA and weighted F1 (Eqs. 14-15, Section 4.2), by scikit-learn."""
+"""UA, WA and weighted F1 (Eqs. 14-15, Section 4.2), computed by scikit-learn."""
 
 import warnings
 from typing import Any
@@ -14,18 +14,18 @@ def classification_metrics(
 
     Args:
         labels: (n,) int, true classes.
-        predictions: (n,) int.
+        predictions: (n,) int, predicted classes.
         num_classes: C.
 
     Returns:
-        `ua`: mean recall over the classes that occur in `labels` (Eq. 14); `wa`: accuracy
-        (Eq. 15); `wf1`: F1 weighted by class size; `n`; `confusion`: C x C counts, rows are
-        true classes.
+        `ua`: mean recall over the classes that occur in `labels` (Eq. 14); `wa`: accuracy (Eq. 15);
+        `wf1`: F1 weighted by class size; `n`: number of utterances; `confusion`: C x C counts,
+        whose rows are true classes.
     """
     if len(labels) == 0:
         raise ValueError("no utterances to score: the split is empty")
     with warnings.catch_warnings():
-        # scikit-learn warns of classes that are predicted but absent; they do not enter UA.
+        # scikit-learn warns of classes that are predicted but do not occur; UA ignores them.
         warnings.simplefilter("ignore", UserWarning)
         ua = metrics.balanced_accuracy_score(labels, predictions)
     classes = list(range(num_classes))
@@ -41,19 +41,19 @@ def classification_metrics(
 def bootstrap_intervals(
     confusion: np.ndarray, draws: int = 10_000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the scores, utterances drawn again within each class (Efron).
+    """Returns 95 % percentile intervals of the scores, by resampling within each class (Efron).
 
-    They take utterances as independent; those of one speaker are not, so they are on the narrow
-    side.
+    The intervals are too narrow, since they take utterances as independent, which those of the same
+    speaker are not.
 
     Args:
-        confusion: C x C counts, rows are true classes. To draw utterances of a class again is to
-            draw its row from a multinomial distribution.
-        draws: how often.
-        seed: of the draws.
+        confusion: C x C counts, whose rows are true classes. Resampling the utterances of a class
+            means drawing its row from a multinomial distribution.
+        draws: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        `ua`, `wa` and `wf1`, each (low, high).
+        The intervals of `ua`, `wa` and `wf1`, each (low, high).
     """
     rng, rows = np.random.default_rng(seed), [row for row in confusion if sum(row)]
     present = [c for c, row in enumerate(confusion) if sum(row)]

@@ -1,4 +1,4 @@
-"""results.json, results.md and the table on the terminal."""
+"""Writes `results.json`, `results.md` and the table on the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,17 @@ def write_results(
     """Scores the test predictions; writes `results.json` and `results.md`.
 
     Args:
-        workdir: where to write.
-        corpus: its name.
+        workdir: the folder to which to write.
+        corpus: name of the corpus.
         config: the run's config.
-        class_names: C names.
+        class_names: the names of the C classes.
         fold_predictions: fold -> row -> (labels (n,), predictions (n,)). Rows that all folds have
             are pooled.
         params: parameter counts of teacher and student.
-        data: Markdown on the corpus: its counts, and what was left out or cut.
+        data: Markdown about the corpus: its counts, and what was left out or cut.
 
     Returns:
-        The Markdown report, less the data.
+        The Markdown report, without `data`.
     """
 
     def score(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
