@@ -66,7 +66,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
     sizes = {f"student.{key}" for key in config.student if key not in STUDENT_SETTINGS}
     for key, value in _flatten(config.to_dict()).items():
-        if key in sizes:  # checked by the student's kind, below
+        if key in sizes:  # checked by the student's kind
             continue
         least, greatest = RANGES.get(key.rpartition(".")[2], (None, None))
         if least is not None and not (least <= value and (greatest is None or value <= greatest)):

@@ -1,8 +1,8 @@
 """Exports a trained student: `python -m serkd_jax.export --workdir=W --fold=K --out=DIR`.
 
-DIR becomes a folder that runs without checkpoint and TensorFlow, and a valid model repository for
-the Hugging Face hub. Every format is run on the fold's test utterances, and the model card says how
-it compares.
+DIR becomes a folder that runs without checkpoints and TensorFlow, and that is a valid model
+repository for the Hugging Face hub. Every format is run on the fold's test utterances, and the
+model card says how it compares with the student in Flax.
 """
 
 import sys
@@ -26,15 +26,17 @@ from serkd_jax.results.metrics import classification_metrics
 
 BATCH = 16  # utterances that are checked at once
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished run.")
-_FOLD = flags.DEFINE_string("fold", "1", "Which fold's model.")
-_ROW = flags.DEFINE_enum("row", STUDENT_ROWS[0], STUDENT_ROWS, "Which of its students.")
-# Of `serkd_jax.features`, too; a process may import both.
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished run.")
+_FOLD = flags.DEFINE_string("fold", "1", "Fold whose model to export.")
+_ROW = flags.DEFINE_enum("row", STUDENT_ROWS[0], STUDENT_ROWS, "Which of its students to export.")
+# `serkd_jax.features` has this flag, too, and a process may import both.
 _OUT = flags.DEFINE_string("out", None, "The folder to make.", allow_override=True)
 _FORMAT = flags.DEFINE_list(
-    "format", ["safetensors"], f"all, or some of {', '.join(files.FILES)}; always the first."
+    "format",
+    ["safetensors"],
+    f"all, or some of {', '.join(files.FILES)}; the first is always written.",
 )
-_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Of the features, if it is not the run's own.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Cache of the features, if not the run's own.")
 _CHECK = flags.DEFINE_bool("check", True, "Run every format on the fold's test utterances.")
 
 
@@ -61,19 +63,21 @@ def export(
     formats: Sequence[str],
     test_inputs: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[Checked]:
-    """Writes the folder: configuration, weights, card, and the formats that are asked for.
+    """Writes the folder: configuration, weights, model card, and the requested formats.
 
     Args:
         trained: the student.
-        folder: a new one, or that of an earlier export of this student, whose files are replaced.
-        formats: of `FILES`; safetensors is always written.
-        test_inputs: of the fold's test utterances, from `load_test_inputs`; None checks nothing.
+        folder: a new folder, or that of an earlier export of this student, whose files are
+            replaced.
+        formats: names in `FILES`; safetensors is always written.
+        test_inputs: inputs of the fold's test utterances, from `load_test_inputs`; None to check
+            nothing.
 
     Returns:
-        How each format compares on them.
+        How each format compares on the test utterances.
 
     Raises:
-        UserError: a format is not known or what converts it not installed, or the folder holds
+        UserError: a format is unknown, its converter is not installed, or the folder holds
             something else.
     """
     if unknown := [form for form in formats if form not in files.FILES]:
@@ -90,7 +94,7 @@ def export(
     wanted = [form for form in files.FILES if form == "safetensors" or form in formats]
     for form in tqdm(wanted, "formats", unit="format", disable=None):
         write_format(form, folder, trained.config, trained.variables)
-    for form in files.FILES.keys() - wanted:  # of other weights, perhaps
+    for form in files.FILES.keys() - wanted:  # they may have other weights
         (folder / files.FILES[form]).unlink(missing_ok=True)
     checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []
     write_file(folder / files.CARD, write_card(trained, folder, checked))
@@ -104,7 +108,7 @@ def _check(
     features: np.ndarray,
     num_frames: np.ndarray,
 ) -> Iterator[Checked]:
-    """Each file on the test utterances, and the run, beside the first, the student in Flax."""
+    """Compares each file, and the run, on the test utterances with the first: that in Flax."""
     predictions = trained.predictions[trained.fold]
     labels, expected = predictions["label"], None
     for form in tqdm([*formats, "run"], "checks", unit="format", disable=None):

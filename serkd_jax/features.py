@@ -1,10 +1,10 @@
-"""Features of any audio: `python -m serkd_jax.features --model=M --input=IN --out=DIR`.
+"""Extracts features of any audio: `python -m serkd_jax.features --model=M --input=IN --out=DIR`.
 
-M is a HuBERT, wav2vec 2.0, WavLM or Whisper; its config.json says which. IN is a folder or a
-manifest. DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has `id`
-(the path relative to the input), `features` (frames x width, float16) and `num_frames`. Started
-again after it was killed, it goes on. Several processes share the work: start the same command in
-each, with `--coordinator`.
+M is a HuBERT, wav2vec 2.0, WavLM or Whisper, as its config.json says. IN is a folder or a manifest.
+DIR becomes a dataset that `tfds.builder_from_directory` opens; each record has `id` (the path
+relative to the input), `features` (frames x width, float16) and `num_frames`. A command that was
+killed resumes when it is started again. Several processes can share the work: start the same
+command in each, with `--coordinator`.
 """
 
 import json
@@ -18,26 +18,28 @@ from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError, parse_flags
 
 _MODEL = flags.DEFINE_string("model", None, "An encoder: a folder or a name on the hub.")
-_REVISION = flags.DEFINE_string("revision", None, "Of the name on the hub.")
+_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit on the hub.")
 _INPUT = flags.DEFINE_string(
     "input", None, "A folder of audio files, or a .csv or .jsonl manifest."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the manifest's paths begin.")
-# Of `serkd_jax.export`, too; a process may import both.
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder to which the manifest's paths are relative."
+)
+# `serkd_jax.export` has this flag, too, and a process may import both.
 _OUT = flags.DEFINE_string("out", None, "The folder to make.", allow_override=True)
 _LAYER = flags.DEFINE_string(
-    "layer", "-1", "-1: last hidden state, final norm included; k: layer k; 8,9: their mean."
+    "layer", "-1", "-1: last hidden state, after any final norm; k: layer k; 8,9: their mean."
 )
 _PAD = flags.DEFINE_bool("pad_to_30s", False, "Whisper: pad every file, as transformers does.")
-_MAX_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "Of a file; what follows is left out.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+_MAX_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "Length at which files are cut.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype to compute in.")
 _BATCH_FRAMES = flags.DEFINE_integer(
-    "batch_frames", 0, "Of a device's batch, 50 a second; lower it if memory runs out. 0: default."
+    "batch_frames", 0, "Frames in a device's batch; lower it if memory runs out. 0: default."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Extracts what is left to extract and says what was skipped."""
+    """Extracts the features that are missing, and prints what was skipped."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def _extract() -> None:
-    # Slow to import, so after the flags are parsed.
+    # Slow to import, so only after the flags are parsed.
     from serkd_jax.audio.logmel import num_frames
     from serkd_jax.audio.waveform import SAMPLE_RATE
     from serkd_jax.data.prepare import extract_features
@@ -60,7 +62,7 @@ def _extract() -> None:
     try:
         layers = [int(layer) for layer in str(_LAYER.value).split(",")]
     except ValueError as error:
-        raise UserError(f"layer is {_LAYER.value}: use a number, or several as 8,9") from error
+        raise UserError(f"layer is {_LAYER.value}: use a number, or several like 8,9") from error
     frontend = Pretrained(
         model=_MODEL.value,
         revision=_REVISION.value,
@@ -82,7 +84,7 @@ def _extract() -> None:
 
 
 def _summary(folder: Path) -> str:
-    """What was extracted and skipped, for people."""
+    """Describes what was extracted and skipped, for people."""
     metadata = json.loads((folder / "metadata.json").read_text())
     lines = [f"{metadata['hours']:.2f} h of audio are in {folder}"]
     if assumption := metadata["frontend_settings"]["assumption"]:

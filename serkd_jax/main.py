@@ -12,21 +12,21 @@ from serkd_jax.config import choose_dtype
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import parse_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment's recipe.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe of the experiment.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 
 
 def main(argv: list[str]) -> None:
-    """Does what is left to do in the workdir and prints the results table."""
+    """Runs what remains to be done in the workdir, and prints the table of results."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every file that it writes
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes
     processes.run(_run_experiment)
 
 
 def _run_experiment() -> None:
-    # Slow to import, so after the flags are parsed.
+    # Slow to import, so only after the flags are parsed.
     from serkd_jax.experiment import prepare_experiment
 
     workdir = Path(_WORKDIR.value)
@@ -42,7 +42,7 @@ def _run_experiment() -> None:
 
 
 def _describe_run(config: ConfigDict) -> str:
-    """Devices, type of the computation, versions, and where compiled programs are kept."""
+    """Describes devices, dtype of the computation, versions, and the cache of programs."""
     devices = jax.devices()
     names = ("serkd-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)

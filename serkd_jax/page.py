@@ -1,7 +1,7 @@
 """A page to try an exported model: `python -m serkd_jax.page --model=DIR`, then open its address.
 
-Record or upload speech and see the emotions, of the whole and over time. It listens on this machine
-alone unless --host says otherwise, and keeps no recording for longer than an hour.
+Record or upload speech to see its emotions, overall and over time. The page can be reached only
+from this machine, unless --host says otherwise, and keeps no recording for more than an hour.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from serkd_jax.deploy.model import Model, Window, load_model
 from serkd_jax.errors import UserError
 from serkd_jax.predict import add_model_options
 
-# Every five minutes, Gradio deletes what was uploaded more than 55 minutes before.
+# Every 300 s, Gradio deletes what was uploaded more than 3300 s ago.
 CLEANING = (300, 3300)
 
 
 def build_page(model: Model) -> Any:
-    """The page, a `gradio.Blocks`: a recording in, probabilities of it and of its windows out."""
+    """Makes the page, a `gradio.Blocks`, which shows a recording's and its windows' emotions."""
     import gradio as gr
     import pandas as pd
 
@@ -59,7 +59,7 @@ def build_page(model: Model) -> Any:
 
 
 def _times(window: Window, count: int) -> list[float]:
-    """Where a window is drawn: in its middle, or as a level line if it is the only one."""
+    """Returns where a window is drawn: at its middle, or as a level line if it is the only one."""
     return [window.start, window.end] if count == 1 else [(window.start + window.end) / 2]
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves the page until it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m serkd_jax.page", description=__doc__)
     add_model_options(parser, max_seconds=600)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of the network")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for the whole network")
     parser.add_argument("--port", type=int, default=7860)
     flags = parser.parse_args(arguments)
     try:

@@ -1,11 +1,11 @@
-"""Emotions of recordings: `python -m serkd_jax.predict --model=DIR FILES AND FOLDERS`.
+"""Classifies recordings: `python -m serkd_jax.predict --model=DIR FILES AND FOLDERS`.
 
     from serkd_jax.predict import load_model
     model = load_model("DIR")  # an exported folder, or its name on the Hugging Face hub
     print(model("speech.wav").label)
 
-This needs NumPy and what runs the chosen format, no more: a log-mel student in ONNX runs without
-JAX. To read files it also needs soundfile, soxr and av; arrays at 16 kHz it takes as they are.
+This needs only NumPy and the runtime of the chosen format: a log-mel student in ONNX runs without
+JAX. Reading files also needs soundfile, soxr and av; arrays at 16 kHz do not.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from serkd_jax.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints what each recording sounds like; 1 if any could not be used, or the model not."""
+    """Prints what each recording sounds like; returns 1 if one or the model cannot be used."""
     flags = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+    for stream in (sys.stdout, sys.stderr):  # the name of a file may not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
         from tqdm import tqdm
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Not absl's flags: a machine that has no JAX need not have absl.
+    # Not absl's flags, since a machine without JAX may have no absl.
     parser = argparse.ArgumentParser(
         prog="python -m serkd_jax.predict",
         description="Speech emotions of recordings, in any audio or video format.",
@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recordings", nargs="+", metavar="FILE_OR_FOLDER")
     add_model_options(parser, max_seconds=3600)
-    parser.add_argument("--hop", type=_positive, help="seconds from window to window")
+    parser.add_argument("--hop", type=_positive, help="seconds from one window to the next")
     parser.add_argument("--batch_size", type=_count, default=16, help="windows at once")
-    parser.add_argument("--threads", type=int, default=0, help="of ONNX and LiteRT; 0: theirs")
+    parser.add_argument("--threads", type=int, default=0, help="for ONNX and LiteRT; 0: default")
     parser.set_defaults(output="text")
     output = parser.add_mutually_exclusive_group()
     for name in ("json", "csv"):
@@ -79,16 +79,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_model_options(parser: argparse.ArgumentParser, max_seconds: float) -> None:
-    """Which model a command loads, and its longest recording."""
+    """Adds options for the model and for the longest recording."""
     parser.add_argument("--model", required=True, help="exported folder, or name on the hub")
-    parser.add_argument("--format", default="safetensors", choices=FILES, help="which of its files")
-    parser.add_argument("--revision", help="of the name on the hub")
+    parser.add_argument(
+        "--format", default="safetensors", choices=FILES, help="which of its files to run"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     told = "longer recordings are refused"
     parser.add_argument("--max_seconds", type=_positive, default=max_seconds, help=told)
 
 
 def _positive(text: str) -> float:
-    """For argparse, which tells of a ValueError by itself."""
+    """Parses a positive number for argparse, which reports a ValueError."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
@@ -106,7 +108,7 @@ def _list_audio(place: Path) -> list[Path]:
     try:
         if not place.is_dir():
             return [place]
-    except OSError:  # a name too long, a folder that is not ours: told with the others
+    except OSError:  # a name that is too long, no permission: reported with the other failures
         return [place]
     from serkd_jax.audio.decoding import find_audio
 
@@ -119,7 +121,7 @@ Lines = Iterator[tuple[str, TextIO]]
 
 
 def _show_text(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]:
-    """A line per recording, and below it one per window if there are several."""
+    """Shows a line per recording, and below it one per window if there are several."""
 
     def described(label: str, probabilities: dict[str, float]) -> str:
         ranked = sorted(probabilities.items(), key=lambda item: -item[1])[:3]
@@ -139,7 +141,7 @@ def _show_text(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]
 
 
 def _show_json(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]:
-    """An object per recording, in one line."""
+    """Shows an object per recording, on one line."""
     del labels
 
     def show(result: Prediction | Failure) -> Lines:
@@ -152,7 +154,7 @@ def _show_json(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]
 
 
 def _show_csv(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]:
-    """A header, then a row per window; a recording that could not be used has only an error."""
+    """Shows a header, then a row per window; recordings that cannot be used have only an error."""
     rows = [["source", "start", "end", "label", *labels, "error"]]
 
     def show(result: Prediction | Failure) -> Lines:

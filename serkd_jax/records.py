@@ -1,10 +1,10 @@
-"""Audio records of a corpus, and how it compares with what was published.
+"""Writes the audio records of a corpus, and compares it with what was published.
 
     python -m serkd_jax.records --corpus=iemocap --data_dir=IEMOCAP_full_release --cache_dir=DIR
 
-DIR gets the records as TFRecords that `tfds.builder_from_directory` opens; with
-`--config.cache_dir=DIR` a run of `serkd_jax.main` finds them there. The table on the terminal has
-the utterances of each class beside those of the paper's Table 1 or 2; with `--strict` a
+The records in DIR are TFRecords that `tfds.builder_from_directory` opens; with
+`--config.cache_dir=DIR` a run of `serkd_jax.main` finds them there. The table on the terminal
+compares the number of utterances of each class with the paper's Table 1 or 2; with `--strict`, a
 difference is an error.
 """
 
@@ -15,29 +15,29 @@ from absl import app, flags, logging
 from serkd_jax.errors import UserError, parse_flags
 
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld, emodb, manifest or synthetic.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "The corpus as its authors ship it.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "The corpus as published.")
 _MANIFEST = flags.DEFINE_string("manifest", "", "The .csv or .jsonl file of --corpus=manifest.")
 _LABEL_MAP = flags.DEFINE_string("label_map", "", "JSON of the manifest's labels to class names.")
 _SPEAKER_PATTERN = flags.DEFINE_string(
     "speaker_pattern", "", "Regular expression that finds the speaker in the manifest's ids."
 )
 _CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", None, "Where the records go; --config.cache_dir of a run."
+    "cache_dir", None, "Folder for the records; --config.cache_dir of a run."
 )
 _STRICT = flags.DEFINE_bool("strict", False, "Fail if the counts are not the published ones.")
 _BEAM = flags.DEFINE_string(
     "beam_pipeline_options",
     "",
-    "Prepare by Apache Beam, with these comma-separated options, e.g. runner=DirectRunner.",
+    "Use Apache Beam with these comma-separated options, e.g. runner=DirectRunner.",
 )
 
 
 def main(argv: list[str]) -> None:
-    """Writes the records unless they are there, and prints the report."""
+    """Writes the records unless they exist, and prints the report."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    # Slow to import, so after the flags are parsed.
+    # Slow to import, so only after the flags are parsed.
     from serkd_jax.audio.waveform import SAMPLE_RATE
     from serkd_jax.data import corpora
     from serkd_jax.data.counts import check_counts

@@ -371,9 +371,9 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"format": 1}, "format is not 3"),
         ({"labels": ["anger", "joy"]}, "classifier_1"),
         ({"labels": ["anger", "anger", "joy"]}, "two labels are the same"),
-        ({"labels": ["anger", 3, " "]}, "a label is no name"),
-        ({"labels": ["anger", "joy", "\x1b[2J"]}, "a label is no name"),
-        ({"labels": "anger"}, "labels is no list"),
+        ({"labels": ["anger", 3, " "]}, "a label is not a name"),
+        ({"labels": ["anger", "joy", "\x1b[2J"]}, "a label is not a name"),
+        ({"labels": "anger"}, "labels is not a list"),
         ({"max_frames": 10**12}, "max_frames is 1000000000000"),
         ({"max_frames": True}, "max_frames is True"),
         (
@@ -423,7 +423,7 @@ def test_an_edit_that_fits_the_weights_is_refused_too(key, copied):
     changes["student"] = STUDENT | {"num_heads": 1}
     path = copied / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: changes[key]}))
-    with pytest.raises(UserError, match="its sha256 is another"):
+    with pytest.raises(UserError, match="its sha256 does not match"):
         load_model(copied)
 
 

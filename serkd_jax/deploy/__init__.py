@@ -1,1 +1,1 @@
-"""What is left of a student after training: a folder that runs without checkpoint or TensorFlow."""
+"""Exported students: folders that run without checkpoints and without TensorFlow."""

@@ -1,8 +1,8 @@
-"""What runs an exported model: a function per file format, and the front-end before it.
+"""Runs an exported model: a function for each file format, and the front-end before it.
 
-Nothing is imported before it is needed: ONNX with log-mel features runs on numpy and onnxruntime.
-None is read by pickle. StableHLO, ONNX and LiteRT files are graphs of operations, which cannot
-reach beyond their inputs: what could is refused.
+Packages are imported only when they are needed: ONNX with log-mel features needs only numpy and
+onnxruntime. No file is read by pickle. StableHLO, ONNX and LiteRT files are graphs of operations,
+which cannot access anything but their inputs: those that could are refused.
 """
 
 import re
@@ -18,30 +18,34 @@ from serkd_jax.errors import UserError
 
 # (features float32 (B, T, N), num_frames int32 (B,)) -> logits float32 (B, C)
 Classify = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# Waveforms, 16 kHz -> those two inputs.
+# waveforms at 16 kHz -> (features, num_frames) as above
 Featurize = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
 class Variables(NamedTuple):
-    """What a model has learned, and all that its file of weights holds: NumPy or JAX arrays."""
+    """All that a model has learned, which is what its weights file has: NumPy or JAX arrays."""
 
-    params: Any  # the student's, less what training alone needs
-    statistics: Any  # the `Statistics` that its features are standardised by
-    batch_stats: Any  # the student's; empty if it has none
+    params: Any  # the student's parameters, without what only training needs
+    statistics: Any  # the `Statistics` by which its features are standardised
+    batch_stats: Any  # the student's batch statistics; empty if it has none
 
 
 def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int = 0) -> Classify:
     """Loads one format of an exported folder.
 
     Args:
-        folder: of the model.
-        config: its `config.json`.
+        folder: the model's folder.
+        config: the contents of its `config.json`.
         form: one of `FILES`; `safetensors` runs in Flax.
-        threads: for ONNX and LiteRT; 0 lets them choose. JAX takes what the process may use.
+        threads: number of threads for ONNX and LiteRT; 0 lets them choose. JAX uses all cores that
+            the process may use.
+
+    Returns:
+        The classifier, which raises a `UserError` if it fails or its logits are not finite.
 
     Raises:
-        UserError: the format is not there, is damaged or another model's, or what runs it is not
-            installed. When called: it fails, or gives no finite logits.
+        UserError: the format's file is missing, damaged or another model's, or its runtime is not
+            installed.
     """
     path = folder / FILES[form]
     if not path.is_file():
@@ -53,16 +57,16 @@ def load_classifier(folder: Path, config: ModelConfig, form: str, threads: int =
         raise
     except ImportError as error:
         raise UserError(f"{form} needs {error.name}: pip install {_PACKAGES[form]}") from error
-    except Exception as error:  # each reader has its own for files that are not what they seem
+    except Exception as error:  # each reader has its own exceptions for damaged files
         raise UserError(
             f"{path} cannot be read; it is truncated, damaged or another model's: export or fetch "
-            f"it again. The reader's words: {str(error)[:500]}"
+            f"it again. The reader's error: {str(error)[:500]}"
         ) from error
 
     def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
         try:
             logits = np.asarray(run(features, num_frames), np.float32)
-        except Exception as error:  # of a graph that is not what its inputs promise
+        except Exception as error:  # the graph is not what its inputs suggest
             raise UserError(f"{path} cannot be run: {str(error)[:500]}") from error
         if logits.shape != (len(features), len(config.labels)) or not np.isfinite(logits).all():
             raise UserError(f"{path} gives logits that are not finite or of a wrong shape")
@@ -77,10 +81,10 @@ _PACKAGES |= {"tflite": "ai-edge-litert", "tflite-int8": "ai-edge-litert"}
 
 
 def make_student(config: ModelConfig, **options: Any) -> Any:
-    """The Flax student without what training alone needs.
+    """Makes the Flax student, without what only training needs.
 
     Raises:
-        UserError: there is none of such sizes.
+        UserError: there is no student with these sizes.
     """
     from serkd_jax.models.students import find_student
     from serkd_jax.models.students.base import check_sizes
@@ -97,7 +101,7 @@ def make_student(config: ModelConfig, **options: Any) -> Any:
 
 
 def make_apply(config: ModelConfig, **options: Any) -> Callable:
-    """The whole model in JAX: (`Variables`, features, num_frames) -> logits, in float32."""
+    """Makes the whole model in JAX: (`Variables`, features, num_frames) -> float32 logits."""
     import jax
 
     from serkd_jax.stages.standardization import standardize
@@ -114,10 +118,10 @@ def make_apply(config: ModelConfig, **options: Any) -> Callable:
 
 
 def read_variables(path: Path, config: ModelConfig) -> Variables:
-    """Float32 NumPy arrays, from `model.safetensors`.
+    """Reads float32 NumPy arrays from `model.safetensors`.
 
     Raises:
-        UserError: the tensors are not those of the configuration, not finite, or a spread is not
+        UserError: the tensors do not fit the configuration or are not finite, or a spread is not
             positive.
     """
     import jax
@@ -154,7 +158,7 @@ def read_variables(path: Path, config: ModelConfig) -> Variables:
 
 
 def flat_variables(variables: Variables) -> dict[str, Any]:
-    """By the names that they have in `model.safetensors`."""
+    """Returns the arrays by the names that they have in `model.safetensors`."""
     from flax import traverse_util
 
     rest = {"statistics": vars(variables.statistics), "batch_stats": variables.batch_stats}
@@ -177,7 +181,7 @@ def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:
 
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     calls = set(re.findall(r"custom_call[ @\"]+([\w.$-]+)", exported.mlir_module()))
-    if unknown := calls - {"shape_assertion"}:  # they name functions of the process
+    if unknown := calls - {"shape_assertion"}:  # custom calls name functions of the process
         raise ValueError(f"it calls {', '.join(sorted(unknown))}")
     features, num_frames = exported.in_avals
     want = (config.max_frames, config.num_features)
@@ -187,7 +191,7 @@ def _load_stablehlo(path: Path, config: ModelConfig, threads: int) -> Classify:
 
 
 def _few_shapes(apply: Callable, config: ModelConfig) -> Classify:
-    """JAX compiles for each size of batch: only powers of two, padded with silence."""
+    """Pads batches with silence to powers of two, since JAX compiles for each batch size."""
     import jax
 
     def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
@@ -199,7 +203,7 @@ def _few_shapes(apply: Callable, config: ModelConfig) -> Classify:
 
 
 def at_most(count: int, run: Classify) -> Classify:
-    """Passes no more than so many rows at once."""
+    """Wraps a classifier so that it gets at most `count` rows at once."""
 
     def classify(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
         parts = (slice(i, i + count) for i in range(0, len(features), count))
@@ -209,7 +213,7 @@ def at_most(count: int, run: Classify) -> Classify:
 
 
 def _rows_in_cache(config: ModelConfig) -> int:
-    """A power of two: a CPU is faster with one large example than with several at once."""
+    """Returns how many rows, a power of two, to run at once: few if large, for a CPU's cache."""
     rows = 2**19 // (config.max_frames * config.num_features)
     return 1 << max(0, rows.bit_length() - 1)
 
@@ -220,7 +224,7 @@ def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    # A model may name other files with its weights: in this folder, which is not there.
+    # A model may name other files for its weights; they would have to be in this missing folder.
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path / "none")
     )
@@ -234,7 +238,7 @@ def _load_onnx(path: Path, config: ModelConfig, threads: int) -> Classify:
     def run(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
         return session.run(["logits"], {"features": features, "num_frames": num_frames})[0]
 
-    # The quantised one gives the activations of a whole batch one scale.
+    # The quantised model has one scale for the activations of a whole batch.
     quantised = path.name == FILES["onnx-int8"]
     return at_most(1 if quantised else _rows_in_cache(config), run)
 
@@ -265,10 +269,10 @@ _LOADERS = {
 
 
 def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
-    """The front-end of an exported folder: log-mel in NumPy, or an encoder in JAX.
+    """Loads the front-end of an exported folder: log-mel in NumPy, or an encoder in JAX.
 
     Raises:
-        UserError: the encoder is not there, or not the one that the model was trained on.
+        UserError: the encoder is missing, or is not the one with which the model was trained.
     """
     name = config.frontend["name"]
     if name == "logmel":
@@ -288,7 +292,7 @@ def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
     except UserError:
         raise
     except Exception as error:  # a config.json of an encoder can be wrong in many ways
-        raise UserError(f"{model} is no {name} ({error}): export or fetch it again") from error
+        raise UserError(f"{model} is not a {name} ({error}): export or fetch it again") from error
     if made != (config.num_features, config.frontend["fingerprint"]):
         raise UserError(f"{model} is not the {name} that {folder} was trained on")
 
@@ -300,7 +304,7 @@ def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
 
 
 def pad_features(features: list[np.ndarray], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """As the training saw them: cut or zero-padded to T."""
+    """Zero-pads features to T frames, as in training; also returns their numbers of frames."""
     padded = np.zeros((len(features), config.max_frames, config.num_features), np.float32)
     for row, values in zip(padded, features, strict=True):
         row[: len(values)] = values

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, with the Hugging Face hub's front matter."""
+"""The model card: `README.md` of an exported folder, with front matter for the hub."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ METRICS = {"ua": "UA", "wa": "WA", "wf1": "weighted F1"}
 
 
 class Checked(NamedTuple):
-    """How one format compares on the held-out utterances."""
+    """How a format compares with the float32 student in Flax on the test utterances."""
 
-    form: str  # or `run`: the logits that the run has left
-    difference: float  # the greatest of any logit, from the float32 student in Flax
-    agreement: float  # share of utterances with that one's label
+    form: str  # the format; or `run`, for the logits that the run has saved
+    difference: float  # the greatest difference of a logit from that student's
+    agreement: float  # share of utterances with the same label as that student's
     ua: float
 
 
 class Scores(NamedTuple):
-    """On the test utterances of a fold or of all."""
+    """Scores on the test utterances of one fold or of all folds."""
 
     title: str
     n: int
@@ -36,7 +36,7 @@ class Scores(NamedTuple):
 
 
 def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> str:
-    """The text of the card for the files that are in `folder`."""
+    """Returns the text of the card for the files in `folder`."""
     labels, config = trained.config.labels, trained.config
     corpus, row = trained.results["corpus"], trained.row.replace("_", " ")
     scores = _scores(trained)
@@ -70,7 +70,7 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
     protocol = _paragraph(
         f"Trained on {corpus}; folds by {run['protocol']['split_by']}, "
         f"{len(trained.results['folds'])} of them, seed {run['seed']}. {_selection(trained)} The "
-        "test part of a fold was scored once, by the model of that fold alone."
+        "test part of a fold was scored once, only by the model of that fold."
     )
     return f"""---
 {front_matter.to_yaml()}
@@ -95,8 +95,8 @@ print(model("speech.wav").label)
 |---|---|---|---|---|
 {_score_rows(scores)}
 
-In %, with 95 % intervals of a bootstrap over utterances, class by class; those of one speaker are
-alike, so expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
+In %, with 95 % intervals of a bootstrap over utterances, class by class. Utterances of one speaker
+are alike, so expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
 
 ## Files
 
@@ -104,15 +104,15 @@ alike, so expect other speakers to differ by more. Chance UA is {100 / len(label
 
 ## Use
 
-For research on speech emotion recognition and distillation, and for prototypes whose users know of
-it. The labels are what annotators heard, or actors were asked to play, in {corpus}; another
-language, microphone, age or way of speaking than there can give any label. It was not tested on
-such, nor for equal error rates over groups of people.
+For research on speech emotion recognition and distillation, and for prototypes whose users know
+about it. The labels are what annotators heard, or actors were asked to play, in {corpus}; another
+language, microphone, age or way of speaking can give any label. The model was not tested on these,
+nor for equal error rates across groups of people.
 
-Voices do not tell what a person feels. Do not use this to judge people in hiring, school, policing,
-health, credit or insurance. In the European Union, inferring emotions at work and in education is
-forbidden (Regulation 2024/1689, Article 5), and elsewhere people must be told of it (Article 50).
-Recordings of voices are personal data.
+A voice does not show what a person feels. Do not use this to judge people in hiring, school,
+policing, health, credit or insurance. In the European Union, inferring emotions at work and in
+education is forbidden (Regulation 2024/1689, Article 5), and elsewhere people must be told of it
+(Article 50). Recordings of voices are personal data.
 
 ## Licence
 
@@ -166,7 +166,7 @@ def _selection(trained: Trained) -> str:
 
 
 def _scores(trained: Trained) -> list[Scores]:
-    """Of the fold's own model, and where all folds have one, of them together."""
+    """Scores the fold's own model and, if there are several folds, all their models together."""
     sets = {f"fold {trained.fold}, this model": [trained.predictions[trained.fold]]}
     every = [part for part in trained.predictions.values() if trained.row in part]
     if len(every) > 1:
@@ -195,7 +195,7 @@ def _score_rows(scores: Sequence[Scores]) -> str:
 
 
 def _format_rows(folder: Path, checked: Sequence[Checked]) -> str:
-    """A row for each file; those that were checked with how they compare."""
+    """Makes a table with a row for each file, and how it compares if it was checked."""
     by_form = {each.form: each for each in checked}
     lines = ["| format | file | MB |", "|---|---|---|"]
     if checked:

@@ -1,4 +1,4 @@
-"""The exported folder and its `config.json`, which is read as what a stranger may have written.
+"""The exported folder and its `config.json`, which is read as untrusted input.
 
 No path is ever taken from the configuration: every file has a fixed name.
 """
@@ -19,11 +19,11 @@ from serkd_jax.models.students import STUDENTS
 
 CONFIG = "config.json"
 CARD = "README.md"
-FRONTEND = "frontend"  # a folder with the encoder, where it came from a local folder
+FRONTEND = "frontend"  # a folder with the encoder, if it came from a local folder
 REMEDY = "export or fetch the model again"
 VERSION = 3  # of the layout
 
-# A file per format; the first is always there, with config.json and the model card.
+# The file of each format; the first always exists, with config.json and the model card.
 FILES = {
     "safetensors": "model.safetensors",
     "stablehlo": "model.stablehlo",
@@ -34,7 +34,7 @@ FILES = {
     "tflite-int8": "model.int8.tflite",
 }
 
-# Whether a value is allowed, and in words which are.
+# A predicate of the allowed values, and a description of them.
 _Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -51,15 +51,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """An exported model.
+    """The configuration of an exported model.
 
     Attributes:
-        labels: C names, in the order of the logits.
-        max_frames: T that the model takes, at 50 a second: the length of a window.
+        labels: the names of the C classes, in the order of the logits.
+        max_frames: T, the length of a window in frames, at 50 a second.
         num_features: N.
-        student: its `kind` and sizes, which are checked where they are used, by `make_student`.
+        student: the student's `kind` and sizes, which `make_student` checks where they are used.
         frontend: `name`, `fingerprint`, and the settings of `LogMel` or `Pretrained`.
-        trained: on what and how, for people.
+        trained: what the model was trained on and how, for people.
     """
 
     labels: tuple[str, ...]
@@ -70,7 +70,7 @@ class ModelConfig:
     trained: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """The text of `config.json`."""
+        """Returns the text of `config.json`."""
         known = {"format": VERSION, "labels": list(self.labels), "sample_rate": logmel.SAMPLE_RATE}
         sizes = {"max_frames": self.max_frames, "num_features": self.num_features}
         parts = {"frontend": self.frontend, "student": self.student, "trained": self.trained}
@@ -78,14 +78,14 @@ class ModelConfig:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with the hash of all else that is in it, which tells edits and damage."""
+    """Adds a hash of the rest of the content, which reveals edits and damage."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True)
     return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def find_folder(model: str | Path, revision: str | None, form: str) -> Path:
-    """The folder of that name or, from the hub, one with the files that the format needs.
+    """Finds the folder of a model, or downloads from the hub the files that a format needs.
 
     Raises:
         UserError: there is no such folder, model or format.
@@ -103,7 +103,7 @@ def read_config(folder: Path) -> ModelConfig:
     """Reads and checks `config.json`.
 
     Raises:
-        UserError: it is not there, or is not what an export has written.
+        UserError: the file is missing, or is not as an export has written it.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -114,16 +114,16 @@ def read_config(folder: Path) -> ModelConfig:
         given = json.loads(path.read_text("utf-8"))
         config = parse_config(given)
         if sealed(given) != given:
-            raise ValueError("its sha256 is another")
+            raise ValueError("its sha256 does not match")
         return config
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged, or was edited or written by another version ({error}): {REMEDY}"
+            f"{path} is damaged, was edited, or was written by another version ({error}): {REMEDY}"
         ) from error
 
 
 def parse_config(given: Any) -> ModelConfig:
-    """The checked configuration.
+    """Checks a configuration and returns it.
 
     Raises:
         ValueError: says what is wrong.
@@ -132,9 +132,9 @@ def parse_config(given: Any) -> ModelConfig:
         raise ValueError(f"format is not {VERSION}")
     labels = given.get("labels")
     if not (isinstance(labels, list) and 2 <= len(labels) <= 1000):
-        raise ValueError("labels is no list of 2 to 1000 names")
+        raise ValueError("labels is not a list of 2 to 1000 names")
     if not all(map(_is_name, labels)):
-        raise ValueError("a label is no name")
+        raise ValueError("a label is not a name")
     if len(set(labels)) < len(labels):
         raise ValueError("two labels are the same")
     if given.get("sample_rate") != logmel.SAMPLE_RATE:
@@ -153,7 +153,7 @@ def parse_config(given: Any) -> ModelConfig:
 
 
 def _is_name(label: Any) -> bool:
-    """Printable, too: a terminal would obey control characters."""
+    """Returns whether a label is a printable name; a terminal would obey control characters."""
     return isinstance(label, str) and label.isprintable() and 0 < len(label.strip()) <= 100
 
 
@@ -175,9 +175,9 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
     elif name in ENCODERS:
         model, revision = frontend.get("model"), frontend.get("revision")
         if model is not None and not (isinstance(model, str) and _HUB_NAME.fullmatch(model)):
-            raise ValueError("frontend.model is no name on the hub")
+            raise ValueError("frontend.model is not a name on the hub")
         if revision is not None and not isinstance(revision, str):
-            raise ValueError("frontend.revision is no text")
+            raise ValueError("frontend.revision is not text")
         layer = frontend.get("layer")
         if not all(type(k) is int for k in (layer if isinstance(layer, list) else [layer])):
             raise ValueError("frontend.layer is neither a number nor a list of them")
@@ -186,6 +186,6 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
         if frontend.get("dtype") not in ("float32", "bfloat16"):
             raise ValueError("frontend.dtype is neither float32 nor bfloat16")
         if not isinstance(frontend.get("fingerprint"), str):
-            raise ValueError("frontend.fingerprint is no text")
+            raise ValueError("frontend.fingerprint is not text")
     else:
         raise ValueError(f"frontend.name is neither logmel nor one of {', '.join(ENCODERS)}")

@@ -1,7 +1,7 @@
-"""Writes a student in each format; int8 by the format's own quantiser.
+"""Writes a student in each format; int8 formats use the format's own quantiser.
 
-All take (features (B, T, N), num_frames (B,)) as the front-end makes them, standardise the features
-and give logits (B, C), in float32 whatever the student computes in.
+All formats take (features (B, T, N), num_frames (B,)) as the front-end makes them, standardise the
+features, and return logits (B, C), in float32 whatever the dtype of the student's computation.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from serkd_jax.deploy.backends import Variables, flat_variables, make_apply
 from serkd_jax.deploy.folder import FILES, ModelConfig
 from serkd_jax.errors import UserError
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # that the StableHLO is lowered for
+PLATFORMS = ("cpu", "cuda", "tpu")  # platforms for which the StableHLO is lowered
 
 
 def write_format(form: str, folder: Path, config: ModelConfig, variables: Variables) -> None:
     """Writes one of `FILES` into the folder.
 
     Raises:
-        UserError: what converts it is not installed, or cannot convert this student.
+        UserError: the converter is not installed, or cannot convert this student.
     """
     path = folder / FILES[form]
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # whole or not at all
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # the file is complete or absent
             unfinished = Path(work, path.name)
             _WRITERS[form](unfinished, config, variables)
             unfinished.replace(path)
@@ -45,20 +45,20 @@ def write_format(form: str, folder: Path, config: ModelConfig, variables: Variab
         ) from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # each converter has its own for what it does not know
+    except Exception as error:  # each converter has its own exceptions for what it cannot convert
         raise UserError(
             f"{form} cannot hold a student of kind {config.student['kind']!r}: leave it out of "
-            f"--format. The converter's words: {str(error).splitlines()[0][:300]}"
+            f"--format. The converter's error: {str(error).splitlines()[0][:300]}"
         ) from error
 
 
 def _classify(config: ModelConfig, variables: Variables, dtype: Any = None) -> Callable:
-    """The function that is exported, with the variables as its constants."""
+    """Returns the function that is exported, with the variables as its constants."""
     return partial(make_apply(config, portable=True, dtype=dtype), variables)
 
 
 def _inputs(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """For batches of any size."""
+    """Returns the shapes of the inputs, for batches of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
     return (
         jax.ShapeDtypeStruct((batch, config.max_frames, config.num_features), jnp.float32),
@@ -75,7 +75,7 @@ def _write_safetensors(path: Path, config: ModelConfig, variables: Variables) ->
 def _write_stablehlo(
     path: Path, config: ModelConfig, variables: Variables, dtype: Any = None
 ) -> None:
-    if dtype:  # not of the statistics: features are standardised in float32
+    if dtype:  # not for the statistics, since features are standardised in float32
         params = jax.tree.map(lambda x: x.astype(dtype), variables.params)
         variables = variables._replace(params=params)
     classify = jax.jit(_classify(config, variables, dtype))
@@ -104,19 +104,19 @@ def _write_onnx(path: Path, config: ModelConfig, variables: Variables) -> None:
 
 
 def _write_onnx_int8(path: Path, config: ModelConfig, variables: Variables) -> None:
-    """Weights in 8 bits by channel, activations quantised as they come."""
+    """Stores weights in 8 bits per channel; activations are quantised at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     exact = path.with_suffix(".float.onnx")
     _write_onnx(exact, config, variables)
-    with _quiet("root"):  # advises shape inference, which changes nothing here
+    with _quiet("root"):  # it recommends shape inference, which changes nothing here
         quantize_dynamic(exact, path, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _write_tflite(
     path: Path, config: ModelConfig, variables: Variables, quantise: bool = False
 ) -> None:
-    """Of batches of one: with any other, or any number, LiteRT's fast kernels are not used."""
+    """Writes a model for batches of one; for others, LiteRT does not use its fast kernels."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
     from jax.experimental import jax2tf
@@ -134,7 +134,7 @@ def _write_tflite(
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
             [classify.get_concrete_function()], tf.Module()
         )
-        if quantise:  # dynamic range: weights in 8 bits, activations quantised as they come
+        if quantise:  # dynamic range: weights in 8 bits, activations quantised at run time
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         path.write_bytes(converter.convert())
 
@@ -156,7 +156,7 @@ _WRITERS = {
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without a converter's warnings of its own doings."""
+    """Silences a converter's warnings about its own code."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

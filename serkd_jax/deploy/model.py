@@ -1,4 +1,4 @@
-"""An exported model as a function of recordings; NumPy and what runs the chosen format, no more."""
+"""An exported model as a function of recordings; needs only NumPy and the format's runtime."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +32,12 @@ class Window(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a recording sounds like; its probabilities are the mean of its windows'."""
+    """What a recording sounds like; its probabilities are the means over its windows."""
 
     source: str
     label: str
     probabilities: dict[str, float]
-    windows: list[Window]  # silent ones left out
+    windows: list[Window]  # without silent ones
 
 
 class Failure(NamedTuple):
@@ -53,7 +53,7 @@ class _Clip:
 
     source: str
     waveform: np.ndarray
-    starts: list[int]  # samples, of the windows that are not silent
+    starts: list[int]  # starts of the windows that are not silent, in samples
     probabilities: list[np.ndarray] = field(default_factory=list)
 
 
@@ -61,7 +61,7 @@ class Model:
     """An exported model, from `load_model`.
 
     Attributes:
-        labels: the classes.
+        labels: the names of the classes.
         window_seconds: the longest part of a recording that the model sees at once.
     """
 
@@ -84,12 +84,12 @@ class Model:
 
         Args:
             audio: a file, or samples (n,) or (n, channels): floats of full scale 1, or integers.
-            rate: of the samples, Hz; files say theirs.
-            hop_seconds: from one window to the next; None means that they do not overlap. The
-                last one ends with the recording.
+            rate: rate of the samples in Hz; a file has its own.
+            hop_seconds: time from one window to the next; None means that they do not overlap. The
+                last window ends with the recording.
 
         Raises:
-            AudioError: it cannot be used; the message says why.
+            AudioError: the recording cannot be used; the message says why.
         """
         (result,) = self.predict([(audio, rate)], hop_seconds)
         if isinstance(result, Failure):
@@ -102,12 +102,12 @@ class Model:
         hop_seconds: float | None = None,
         batch_size: int = 16,
     ) -> Iterator[Prediction | Failure]:
-        """Classifies many, in their order; windows of several go through the model together.
+        """Classifies many recordings in their order; a batch may have windows of several.
 
         Args:
-            recordings: files, or (file or samples, rate).
+            recordings: files, or tuples (file or samples, rate).
             hop_seconds: see `__call__`.
-            batch_size: windows at once.
+            batch_size: number of windows that go through the model at once.
         """
         hop = self._window if hop_seconds is None else round(hop_seconds * SAMPLE_RATE)
         if not 0 < hop <= self._window:
@@ -146,7 +146,7 @@ class Model:
             return Failure(source, str(error))
         except MemoryError:
             return Failure(source, f"{source}: does not fit into memory; split it")
-        waveform = to_float(to_int16(waveform))  # as in the records that it learned from
+        waveform = to_float(to_int16(waveform))  # as in the records it was trained on
         last = max(0, len(waveform) - self._window)
         starts = [
             start
@@ -164,7 +164,7 @@ class Model:
             clip.probabilities.append(row)
 
     def _finished(self, clips: deque[_Clip | Failure]) -> Iterator[Prediction | Failure]:
-        """Takes those off whose windows are all done, up to the first that waits."""
+        """Removes the clips whose windows are all done, up to the first that is not."""
         while clips:
             clip = clips[0]
             if isinstance(clip, Failure):
@@ -200,29 +200,34 @@ def load_model(
 
     Args:
         model: a folder from `serkd_jax.export`, or a name on the Hugging Face hub.
-        format: which of its files: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
+        format: which of its files to run: safetensors (in Flax), stablehlo, stablehlo-bf16, onnx,
             onnx-int8, tflite or tflite-int8.
         revision: branch, tag or commit on the hub.
-        threads: for ONNX and LiteRT; 0 lets them choose.
+        threads: number of threads for ONNX and LiteRT; 0 lets them choose.
         max_seconds: longer recordings are refused.
 
     Raises:
-        UserError: the model is not there, is damaged, or what runs it is not installed.
+        UserError: the model is missing or damaged, or the format's runtime is not installed.
     """
     return Model(find_folder(model, revision, format), format, threads, max_seconds)
 
 
 def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (n,) or (n, channels), floats of full scale 1 or integers, as 16 kHz mono.
+    """Converts samples to 16 kHz mono.
+
+    Args:
+        audio: (n,) or (n, channels), floats of full scale 1, or integers.
+        rate: rate of the samples in Hz.
 
     Raises:
-        AudioError: of another shape or type, or see `serkd_jax.audio.waveform.check_audio`.
+        AudioError: the samples have another shape or type; or see
+            `serkd_jax.audio.waveform.check_audio`.
     """
     if audio.ndim not in (1, 2) or audio.dtype.kind not in "fiu" or audio.size == 0:
-        raise AudioError(f"samples of shape {audio.shape} and type {audio.dtype} are no recording")
+        raise AudioError(f"samples of shape {audio.shape} and type {audio.dtype} are not audio")
     if not 1000 <= rate <= 1_000_000:
-        raise AudioError(f"samples: a rate of {rate} Hz is none of audio")
-    if audio.dtype.kind in "iu":  # unsigned samples swing around the middle, as in 8-bit WAV
+        raise AudioError(f"samples: {rate} Hz is not a rate of audio")
+    if audio.dtype.kind in "iu":  # silence is the middle of an unsigned range, as in 8-bit WAV
         full_scale = 2.0 ** (8 * audio.dtype.itemsize - 1)
         audio = audio / full_scale - (audio.dtype.kind == "u")
     mono = (audio if audio.ndim == 1 else audio.mean(axis=1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A trained student out of a finished workdir, and its held-out utterances."""
+"""Loads a trained student from a finished workdir, and its test utterances."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,24 +24,24 @@ from serkd_jax.models.students.base import sizes
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
-UNFINISHED = "name the workdir of a finished run; if this is one, start the run again, it mends it"
+UNFINISHED = "name the workdir of a finished run; if this is one, start the run again to repair it"
 STAGE_OF_ROW = {kind.student_row: kind for kind in reversed(STAGES) if kind.student_row}
 STUDENT_ROWS = tuple(STAGE_OF_ROW)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A student of one fold.
+    """A trained student of one fold.
 
     Attributes:
-        workdir: of the run.
-        fold: its name.
-        row: one of `STUDENT_ROWS`.
-        results: the run's `results.json`.
-        predictions: of every fold, `ids`, `label` and logits by row.
-        config: of the exported model.
-        variables: the student's parameters and the statistics of its features; NumPy arrays.
-        frontend: that it was trained on.
+        workdir: the run's workdir.
+        fold: the name of the fold.
+        row: the student's row in the results, one of `STUDENT_ROWS`.
+        results: the contents of the run's `results.json`.
+        predictions: for every fold, `ids`, `label`, and the logits of each row of the results.
+        config: the configuration of the exported model.
+        variables: what the student has learned, as NumPy arrays.
+        frontend: the front-end of the features on which it was trained.
     """
 
     workdir: Path
@@ -55,11 +55,11 @@ class Trained:
 
 
 def load_trained(workdir: Path, fold: str, row: str) -> Trained:
-    """Reads what a finished run has left.
+    """Reads a student and its predictions from the workdir of a finished run.
 
     Raises:
-        UserError: the run is not finished, is of another version, has no such fold or row, or its
-            front-end is not that of today.
+        UserError: the run is not finished, was made by another version or has no such fold or row,
+            or its front-end has changed since.
     """
     results = read_json(workdir / "results.json", UNFINISHED)
     if fold not in results["folds"]:
@@ -91,7 +91,7 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
 
 
 def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> ModelConfig:
-    """What is exported beside the weights; an encoder from a local folder comes along, unnamed."""
+    """Makes the configuration of the exported model; it does not name an encoder's local folder."""
     config = results["config"]
     settings = {"name": frontend.name, "fingerprint": frontend.fingerprint}
     if isinstance(frontend, Pretrained):
@@ -121,23 +121,23 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
 
 
 def deployed_student(student: Mapping[str, Any]) -> dict[str, Any]:
-    """The kind and sizes of a recipe's student that its exported model has.
+    """Returns the kind of a recipe's student, and the sizes that its exported model has.
 
     Raises:
-        UserError: they are of another version.
+        UserError: the recipe was made by another version.
     """
     try:
         names = sizes(find_student(student["kind"]), deployed=True)
         return {key: student[key] for key in ("kind", *names)}
     except KeyError as error:
         raise UserError(
-            f"the run is of another version, as its student has no {error}: export it with that "
-            "version, or train again"
+            f"the run was made by another version, since its student has no {error}: export it "
+            "with that version, or train again"
         ) from error
 
 
 def _without_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Less what names files of the machine that it ran on."""
+    """Removes what names files on the machine of the run."""
     kept = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -148,22 +148,22 @@ def _without_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def _is_folder(model: str) -> bool:
-    """Whether an encoder is named by a place on this machine, not by the hub's name."""
+    """Returns whether an encoder is given as a folder on this machine, not by a hub name."""
     return Path(model).expanduser().is_dir()
 
 
 def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The features of the fold's test utterances, in the order of its predictions.
+    """Loads the features of the fold's test utterances, in the order of its predictions.
 
     Args:
-        trained: see there.
-        cache_dir: of the features; None means the run's own.
+        trained: the student.
+        cache_dir: the cache that has the features; None means the run's own.
 
     Returns:
-        float32 (n, T, N) and their frames, int32 (n,).
+        Features, float32 (n, T, N), and their numbers of valid frames, int32 (n,).
 
     Raises:
-        UserError: they are not there.
+        UserError: the features are not in the cache.
     """
     config, ids = trained.config, trained.predictions[trained.fold]["ids"].tolist()
     held_out = set(ids)

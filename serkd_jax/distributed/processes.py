@@ -15,7 +15,7 @@ from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes that share the work.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes in all.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, from 0.")
 
 

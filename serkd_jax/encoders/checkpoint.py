@@ -57,7 +57,7 @@ class Checkpoint:
         assumption: what was assumed about the preprocessor if it had no file; else empty.
         masked_spec_embed: (H,) the vector that torch's model puts in place of masked frames. It is
             not used here; `save_encoder` writes it again.
-        num_parameters: the number of the encoder's parameters as they were stored.
+        num_parameters: number of the encoder's parameters in its files, `masked_spec_embed` included.
     """
 
     kind: Encoder
@@ -319,7 +319,7 @@ def _read_tensors(files: Sequence[Path], kind: Encoder) -> Tensors:
 
 
 def _find_prefix(names: Mapping[str, Any], kind: Encoder) -> str:
-    """Finds the prefix of the names of the encoder's tensors; empty if there is only the encoder."""
+    """Finds the prefix of the names of the encoder's tensors; empty if it is stored by itself."""
 
     def find(prefixes: Sequence[str]) -> str:
         return next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
@@ -403,7 +403,7 @@ def _read_config(file: Path, content: Mapping[str, Any]) -> tuple[Encoder, PreTr
         config = getattr(transformers, kind.config_name).from_dict(content)
         kind.check_config(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{file} describes an architecture that is not supported: {error}") from error
+        raise UserError(f"{file} describes an unsupported architecture: {error}") from error
     return kind, config
 
 
