@@ -136,7 +136,7 @@ class Experiment:
         return state, TeacherOutput(arrays["hidden"], arrays["logits"])
 
     def train_student(self, fold: Fold) -> StudentState:
-        """Runs stage 2: the student alone."""
+        """Runs stage 2: the student, without the teacher."""
         statistics = self.statistics[fold.name]
         return self._train(
             fold,

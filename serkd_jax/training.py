@@ -249,7 +249,7 @@ def load_selected(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} has no checkpoints: train the stage, or name another workdir")
     with _checkpoint_manager(directory) as checkpoints:
         if (step := checkpoints.best_step()) is None:
-            raise UserError(f"{directory}/checkpoints holds no whole epoch: let the run finish")
+            raise UserError(f"{directory}/checkpoints holds no complete epoch: let the run finish")
         return _restore(checkpoints, directory.name, step)[0]
 
 

@@ -152,7 +152,7 @@ def test_a_broken_annotation_line_is_skipped_and_named(tmp_path, kind):
     assert [u.id for u in corpus.utterances] == ["Ses01F_impro01_F000"]
     (skip,) = corpus.skipped
     assert f"{evaluation(tmp_path, 'Ses01F_impro01')}, line 3: " in skip["reason"]
-    assert "not a whole annotation" in skip["reason"]
+    assert "not a complete annotation" in skip["reason"]
     assert "Ses01F_impro01_F001" in skip["reason"]
 
 
@@ -185,7 +185,7 @@ DAMAGES = {
     "Ses01F_impro01_F002": r"impro01/Ses01F_impro01_F002\.wav: silent",
     "Ses01F_impro01_F003": r"impro01/Ses01F_impro01_F003\.wav: the file is empty",
     "Ses05F_impro01_F099": r"EmoEvaluation/Ses01F_impro01\.txt, line \d+: not a turn of this",
-    "Ses01F_impro01.txt, line": r"Ses01F_impro01\.txt, line \d+: not a whole annotation",
+    "Ses01F_impro01.txt, line": r"Ses01F_impro01\.txt, line \d+: not a complete annotation",
     "Ses04M_script02_1b_M004": r"Session4/sentences/wav/.*M004\.wav: no such audio file",
 }
 

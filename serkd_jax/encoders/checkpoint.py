@@ -57,7 +57,7 @@ class Checkpoint:
         assumption: what was assumed about the preprocessor if it had no file; else empty.
         masked_spec_embed: (H,) the vector that torch's model puts in place of masked frames. It is
             not used here; `save_encoder` writes it again.
-        num_parameters: number of the encoder's parameters in its files, `masked_spec_embed` included.
+        num_parameters: number of the encoder's parameters in its files, with `masked_spec_embed`.
     """
 
     kind: Encoder

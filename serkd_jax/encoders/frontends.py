@@ -167,7 +167,7 @@ class Pretrained:
                 f"name to {found.model_type}, or name another model"
             )
         if self.pad_to_30s and "pad_to_30s" not in found.options:
-            raise UserError(f"{self.model} is a {found.model_type}: pad_to_30s is Whisper's alone")
+            raise UserError(f"{self.model} is a {found.model_type}: only Whisper has pad_to_30s")
         if found.num_frames(checkpoint.config, num_samples(326)) != 326:
             raise UserError(f"{self.model} does not give one frame every {HOP} samples")
         layers = checkpoint.config.num_hidden_layers

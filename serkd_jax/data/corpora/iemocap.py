@@ -132,7 +132,7 @@ class IEMOCAP(Release):
         fields = self._LINE.fullmatch(line)
         name = self._TURN.fullmatch(fields[1]) if fields else None
         if name is None or name[2] != session:
-            problem = "not a turn of this session" if fields else "not a whole annotation"
+            problem = "not a turn of this session" if fields else "not a complete annotation"
             reason = f"{where}: {problem}: {line[:80]!r}; copy the file from the release again"
             self.skipped.append({"id": fields[1] if fields else where, "reason": reason})
             return None

@@ -102,7 +102,7 @@ class Manifest(SpeechCorpus):
             start = float(values.get("start") or 0)
             end = float(values["end"]) if values.get("end") else None
             if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
-                raise ValueError(f"from {start:g} to {end} is no part of a file")
+                raise ValueError(f"from {start:g} to {end} is not a part of a file")
         except ValueError as error:
             raise CorpusError(f"{values['where']}: start and end are seconds; {error}") from error
         names = ("id", "label", "path", "speaker", "session", "split", "fold")
