@@ -108,7 +108,7 @@ def _check(
     features: np.ndarray,
     num_frames: np.ndarray,
 ) -> Iterator[Checked]:
-    """Compares each file, and the run, on the test utterances with the first: that in Flax."""
+    """Compares the logits of each file and of the run with those of the first file, in Flax."""
     predictions = trained.predictions[trained.fold]
     labels, expected = predictions["label"], None
     for form in tqdm([*formats, "run"], "checks", unit="format", disable=None):

@@ -267,7 +267,7 @@ class Programs:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype of the models' computation; None means float32, as in parameters and losses."""
+        """The dtype of the models' computation, None for float32; the parameters are float32."""
         name = choose_dtype(self.config, self.devices[0])
         return None if name == "float32" else name
 

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from serkd_jax.errors import UserError, parse_flags
 
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld, emodb, manifest or synthetic.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "The corpus as published.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of the corpus as published.")
 _MANIFEST = flags.DEFINE_string("manifest", "", "The .csv or .jsonl file of --corpus=manifest.")
 _LABEL_MAP = flags.DEFINE_string("label_map", "", "JSON of the manifest's labels to class names.")
 _SPEAKER_PATTERN = flags.DEFINE_string(

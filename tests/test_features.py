@@ -571,7 +571,7 @@ def test_two_processes_of_two_devices_share_the_files(
         ({"input": "/no/such"}, "/no/such: no such folder"),
         ({"model": "/no/such"}, "'/no/such' is neither a local folder nor"),
         ({"layer": 9}, "layer 9 is not in -3 to 2"),
-        ({"layer": "1,x"}, "layer is 1,x: use a number, or several as 8,9"),
+        ({"layer": "1,x"}, "layer is 1,x: use a number, or several like 8,9"),
         ({"pad_to_30s": True}, "is a hubert: only Whisper has pad_to_30s"),
         ({"max_seconds": 0.01}, "use 0.025, one frame, to 3600"),
         ({"max_seconds": float("nan")}, "max_seconds is nan"),

@@ -105,7 +105,7 @@ class RecordsSource:
 
 
 class AudioFiles:
-    """Audio files below a folder or in a manifest; ids are paths relative to it.
+    """Audio files of a folder or a manifest; an id is the path below the folder or in the manifest.
 
     The columns label, speaker, session, split and fold of a manifest go into the records as text.
     """

@@ -87,7 +87,7 @@ class GatedBias(NamedTuple):
 def attention_logits(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: GatedBias | None = None
 ) -> jax.Array:
-    """Returns scaled products (..., L, L), at least float32; `mask` (..., L) is True if valid."""
+    """Returns scaled products (..., L, L), at least float32; `mask` (..., L) is of valid keys."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
         "...qd,...kd->...qk",
@@ -124,9 +124,10 @@ def attend(
     """Computes attention in the form that suits the backend.
 
     On a GPU, in half precision, it is cuDNN's fused kernel. On a CPU it is computed head by head,
-    so that a head's weights stay in the cache, and again for the gradient instead of being kept.
-    The gradient of cuDNN's kernel can be differentiated only where it is linear: its derivatives
-    with respect to query, key and value exist only in the form `plain`. It must not be vmapped.
+    so that a head's weights stay in the cache; the gradient computes them again. The gradient of
+    cuDNN's kernel can be differentiated only with respect to the incoming gradient, in which it is
+    linear; its derivatives with respect to query, key and value exist only in the form `plain`. The
+    kernel must not be vmapped.
 
     Args:
         query: (B, heads, L, D / heads).
@@ -217,7 +218,7 @@ def _attend_by_heads(
     mask: jax.Array | None,
     bias: GatedBias | None,
 ) -> jax.Array:
-    """Attends head by head: one of an example, or with a bias (shared) one of all examples."""
+    """Attends head by head; with a bias, which examples share, a head of all examples at once."""
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], query.shape[:3])
     if bias is None:

@@ -109,7 +109,7 @@ class Student(nn.Module):
 
 
 def sizes(kind: type[Student], deployed: bool = False) -> dict[str, dataclasses.Field]:
-    """Returns the fields that a kind declares with `size`; `deployed`: only those of exports."""
+    """Returns the fields that a kind declares with `size`; with `deployed`, only exported ones."""
     fields = {x.name: x for x in dataclasses.fields(kind) if "deployed" in x.metadata}
     return {name: x for name, x in fields.items() if x.metadata["deployed"] or not deployed}
 
