@@ -331,7 +331,10 @@ def test_missing_and_unreadable_files(folder):
     for broken, words in (
         ("{", "not valid JSON"),
         ("[]", "no JSON object"),
-        (json.dumps(content | {"model_type": "wav2vec2-bert"}), "supported encoders are hubert, wav2vec2"),
+        (
+            json.dumps(content | {"model_type": "wav2vec2-bert"}),
+            "supported encoders are hubert, wav2vec2",
+        ),
         (json.dumps(content | {"model_type": None}), "type None"),
         (json.dumps(content | {"hidden_size": "wide"}), "hidden_size"),
         (json.dumps(content | {"hidden_act": "mish"}), "hidden_act"),
