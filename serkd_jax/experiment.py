@@ -356,7 +356,8 @@ def prepare_experiment(
     records_dir = prepare.prepare_records(corpus, cache)
     table = reader.load_table(records_dir)
     counted = counts.check_counts(table, corpus, config.strict, most_named=20)
-    folds = make_folds(table.labels, table.columns(), config.protocol, config.seed)
+    columns = table.columns()
+    folds = make_folds(table.labels, columns, config.protocol, config.seed, table.class_names)
     splits = folds_as_json(folds, table.ids)
 
     local = parallel.local_devices(devices)

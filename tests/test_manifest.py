@@ -70,13 +70,14 @@ def test_two_rows_that_find_the_same_file_are_refused(tmp_path):
 
 
 def test_a_missing_file_is_not_taken_from_another_folder(tmp_path):
+    """Which leading folders are left off is decided once, for all rows."""
     touch(tmp_path / "data" / "001.wav")
     (tmp_path / "data" / "s1").mkdir()
     corpus = manifest_of(tmp_path, "path,label\ns1/001.wav,x\nelsewhere/001.wav,y\n")
     paths = {u.id: Path(u.path).relative_to(tmp_path / "data") for u in corpus.utterances}
     assert paths == {
         "s1/001.wav": Path("s1/001.wav"),  # missing, and reported when it is read
-        "elsewhere/001.wav": Path("001.wav"),
+        "elsewhere/001.wav": Path("elsewhere/001.wav"),
     }
 
 

@@ -161,7 +161,7 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
 
 
 def find_audio(folder: Path) -> Iterator[Path]:
-    """Yields the audio files below a folder, by their suffixes.
+    """Yields the audio files below a folder, by their suffixes; each real folder is walked once.
 
     Raises:
         UserError: a folder in it cannot be listed.
@@ -170,7 +170,13 @@ def find_audio(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
-    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+    walked = set()  # a link may lead to a folder above it, or to one that is walked anyway
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        folders.sort()
         for path in (Path(place, name) for name in names):
             if path.suffix.lower() in SUFFIXES and not is_litter(path):
                 yield path

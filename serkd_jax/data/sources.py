@@ -14,8 +14,9 @@ import numpy as np
 from serkd_jax.audio.decoding import FFMPEG_SUFFIXES, SUFFIXES, find_audio, read_audio
 from serkd_jax.audio.waveform import AudioError, to_float
 from serkd_jax.data.corpora import CorpusError
-from serkd_jax.data.corpora.manifest import find_file, read_manifest
+from serkd_jax.data.corpora.manifest import read_manifest
 from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
+from serkd_jax.data.tables import locate
 
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest; they go into records
 
@@ -135,6 +136,10 @@ class AudioFiles:
         if not self.ids:
             what = f"no audio file ({' '.join(SUFFIXES)})" if place.is_dir() else "no rows"
             raise CorpusError(f"{place} holds {what}")
+        files = (
+            locate(self.ids, self._folder) if self._rows else map(self._folder.joinpath, self.ids)
+        )
+        self._files = dict(zip(self.ids, files, strict=True))
         columns = {name for values in (self._rows or {}).values() for name in values}
         self._columns = [name for name in COLUMNS if name in columns]
         self.texts = ["id", *self._columns]
@@ -166,7 +171,7 @@ class AudioFiles:
         return {"id": key} | {name: row.get(name, "") for name in self._columns}
 
     def _path(self, key: str) -> Path:
-        return find_file(key, self._folder) if self._rows else self._folder / key
+        return self._files[key]
 
     def _size(self, key: str) -> int:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from serkd_jax.data.tables import plain, tidy
 from serkd_jax.errors import UserError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -45,7 +46,11 @@ class Fold:
 
 
 def make_folds(
-    labels: np.ndarray, columns: dict[str, Sequence[str]], config: ConfigDict, seed: int
+    labels: np.ndarray,
+    columns: dict[str, Sequence[str]],
+    config: ConfigDict,
+    seed: int,
+    class_names: Sequence[str] = (),
 ) -> list[Fold]:
     """Makes the folds that a protocol asks for, and checks them.
 
@@ -60,6 +65,7 @@ def make_folds(
             `speakers_apart` their speakers do not occur in the rest of the training data. Half of
             `quiz` becomes the reward part.
         seed: the seed of the random choices.
+        class_names: what messages call the classes; their numbers if it is empty.
 
     Raises:
         UserError: a column is missing or has only one value, a part would be empty, or the test
@@ -76,7 +82,7 @@ def make_folds(
         folds = _draw_folds(labels, columns, config, seed)
     speakers = np.asarray(columns["speaker"])
     for fold in folds:
-        _check_parts(fold, labels, columns["id"])
+        _check_parts(fold, labels, columns["id"], class_names)
         if config.split_by in SPEAKER_INDEPENDENT and (both := _heard_before(fold, speakers)):
             raise UserError(
                 f"fold {fold.name} ({fold.held_out}): speakers {', '.join(both)} are in both "
@@ -107,6 +113,13 @@ def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
             "are also trained on could not be checked."
         )
     if not any(shared):
+        for fold in folds:
+            if twins := _twins(fold, speakers):
+                return (
+                    f"WARNING: fold {fold.name} tests {twins[0][0]!r} and trains on "
+                    f"{twins[0][1]!r}, which differ in case, width or accents only. If they are "
+                    "one person, the scores are not speaker-independent: give each person one name."
+                )
         return "No test speaker is trained on: the scores are speaker-independent."
     first = next(k for k, both in enumerate(shared) if both)
     there = len(set(speakers[folds[first].test].tolist()) - {""})
@@ -266,7 +279,10 @@ def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
     """Reads folds that `folds_as_json` made of these utterances; some may be in no part."""
     try:
         described = {
-            str(int(name)): (str(fold["held_out"]), [list(map(str, fold[part])) for part in PARTS])
+            str(int(name)): (
+                str(fold["held_out"]),
+                [[tidy(str(key)) for key in fold[part]] for part in PARTS],
+            )
             for name, fold in json.loads(Path(path).read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -289,7 +305,9 @@ def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
     return folds
 
 
-def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
+def _check_parts(
+    fold: Fold, labels: np.ndarray, ids: Sequence[str], class_names: Sequence[str]
+) -> None:
     """Refuses empty parts, untrainable classes, and utterances in two parts."""
     for part, rows in fold.parts.items():
         if len(rows) == 0:
@@ -300,13 +318,22 @@ def _check_parts(fold: Fold, labels: np.ndarray, ids: Sequence[str]) -> None:
     unseen = sorted(set(labels[fold.test].tolist()) - set(labels[fold.train].tolist()))
     if unseen:
         raise UserError(
-            f"fold {fold.name} ({fold.held_out}): no training example of the classes numbered "
-            f"{unseen}, which the test part has. Use larger folds or merge the classes"
+            f"fold {fold.name} ({fold.held_out}): no training example of the classes "
+            f"{', '.join(class_names[k] if class_names else str(k) for k in unseen)}, which the "
+            "test part has. Use larger folds or merge the classes"
         )
     rows, counts = np.unique(np.concatenate([*fold.parts.values()]), return_counts=True)
     if (counts > 1).any():
         twice = ", ".join(ids[row] for row in rows[counts > 1][:5])
         raise UserError(f"fold {fold.name}: {twice} are in two parts, or twice in one")
+
+
+def _twins(fold: Fold, speakers: np.ndarray) -> list[tuple[str, str]]:
+    """Test speakers whose names look like those of others in the rest of the fold."""
+    fitted = np.concatenate([rows for part, rows in fold.parts.items() if part != "test"])
+    known = {plain(name): name for name in set(speakers[fitted].tolist()) - {""}}
+    tested = sorted(set(speakers[fold.test].tolist()) - {""})
+    return [(name, known[plain(name)]) for name in tested if plain(name) in known]
 
 
 def _heard_before(fold: Fold, speakers: np.ndarray) -> list[str]:

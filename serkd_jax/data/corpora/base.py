@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +18,9 @@ import numpy as np
 
 from serkd_jax.audio.decoding import check_file, read_audio
 from serkd_jax.audio.waveform import AudioError, to_int16
-from serkd_jax.errors import UserError
+from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, tidy
 
-
-class CorpusError(UserError):
-    """A corpus cannot be used; the message says why and what to do."""
+NAMES = ("id", "label", "speaker", "session", "split", "fold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +105,7 @@ class SpeechCorpus(abc.ABC):
             audio = to_int16(self.read_waveform(utterance))
         except AudioError as error:
             return {"id": utterance.id, "reason": str(error)}
-        names = ("id", "label", "speaker", "session", "split", "fold")
-        record = {name: getattr(utterance, name) for name in names} | dict(utterance.extras)
+        record = {name: getattr(utterance, name) for name in NAMES} | dict(utterance.extras)
         return record | {"audio": audio, "num_samples": len(audio)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +120,9 @@ class SpeechCorpus(abc.ABC):
         Raises:
             CorpusError: see `list_utterances`; or two utterances have the same id.
         """
-        utterances = sorted(self.list_utterances(), key=lambda utterance: utterance.id)
+        listed = map(_tidy, self.list_utterances())
+        utterances = sorted(listed, key=lambda utterance: utterance.id)
+        self.notes += _check_names(utterances)
         counts = collections.Counter(utterance.id for utterance in utterances)
         if twice := [name for name, count in counts.items() if count > 1]:
             raise CorpusError(
@@ -154,6 +153,39 @@ class SpeechCorpus(abc.ABC):
         except OSError:
             return ("missing",)
         return (stat.st_size, stat.st_mtime_ns)
+
+
+def _tidy(utterance: Utterance) -> Utterance:
+    names = {name: tidy(getattr(utterance, name)) for name in NAMES}
+    return dataclasses.replace(utterance, **names)
+
+
+def _check_names(utterances: Sequence[Utterance]) -> list[str]:
+    """What a reader must know of names that may not mean what they say.
+
+    Raises:
+        CorpusError: two classes have names that look alike.
+    """
+    notes = []
+    for column in NAMES[1:]:
+        counts = collections.Counter(getattr(utterance, column) for utterance in utterances)
+        for names in alike(counts):
+            listed = " and ".join(map(repr, names))
+            if column == "label":
+                raise CorpusError(
+                    f"the classes {listed} differ in case, width or accents only: give both one "
+                    "name in the data, or in a label map"
+                )
+            notes.append(
+                f"WARNING: the {column}s {listed} differ in case, width or accents only and are "
+                f"taken as different: if they are one {column}, give it one name."
+            )
+        for name in filter(lambda name: name.lower() in NO_NAMES, counts):
+            notes.append(
+                f"WARNING: {counts[name]} utterances have the {column} {name!r}, which is taken as "
+                "a name: leave it empty if it is missing."
+            )
+    return notes
 
 
 class Release(SpeechCorpus):

@@ -1,16 +1,17 @@
 """Any corpus that a CSV or JSONL manifest lists, including EmoBox's manifests."""
 
-import csv
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import ClassVar
 
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
+from serkd_jax.data.tables import locate, read_rows, tidy
 
+COLUMNS = ("path", "label", "id", "speaker", "session", "split", "fold", "start", "end")
 ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "end_time": "end"}
 
 
@@ -20,7 +21,8 @@ class Manifest(SpeechCorpus):
     The columns are path, label and, optionally, id (by default the path), speaker, session, split,
     fold, and start and end in seconds if an utterance is a part of its file. EmoBox's names wav,
     emo, key, start_time and end_time work as well. Relative paths are looked up below `data_dir`,
-    or beside the manifest if it is not given; leading folders that do not exist are dropped.
+    or beside the manifest if it is not given; leading folders that do not exist are dropped, the
+    same number in all rows.
 
     A label map {label: class name} renames and merges labels; a `label_map.json` beside the
     manifest is used by default. The classes are the distinct labels after mapping, sorted. If there
@@ -74,18 +76,21 @@ class Manifest(SpeechCorpus):
         """Reads id -> the values of its row, with the class as label and the path of its file."""
         classes = self._read_label_map()
         rows, places = {}, {}
-        for where, values in read_manifest(self.manifest):
+        listed = list(read_manifest(self.manifest))
+        for where, values in listed:
             for column in ("path", "label"):
                 if not values.get(column):
                     raise CorpusError(
                         f"{where}: no {column}; each row needs path and label, "
                         f"this one has {', '.join(values)}"
                     )
+        files = locate([values["path"] for _, values in listed], self.data_dir)
+        for (where, values), file in zip(listed, files, strict=True):
             start, end = values.get("start", ""), values.get("end", "")
             part = f"#{start}-{end}" if start or end else ""
-            values["id"] = values.get("id") or values["path"] + part
-            values["label"] = self._class_of(values["label"], classes, where)
-            values["path"] = str(find_file(values["path"], self.data_dir))
+            values["id"] = tidy(values.get("id") or values["path"].replace("\\", "/") + part)
+            values["label"] = self._class_of(tidy(values["label"]), classes, where)
+            values["path"] = str(file)
             for what in (f"id {values['id']!r}", f"file {values['path']}{part}"):
                 if what in places:
                     raise CorpusError(
@@ -131,7 +136,7 @@ class Manifest(SpeechCorpus):
             raise CorpusError(f"label map {self.label_map} cannot be read: {error}") from error
         if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
             raise CorpusError(f'label map {self.label_map} must be like {{"label": "class name"}}')
-        return classes
+        return {tidy(label): tidy(name) for label, name in classes.items()}
 
     def _add_emobox_parts(self, rows: dict[str, dict[str, str]]) -> None:
         """Adds EmoBox's folds or its split, unless the manifest has folds or splits of its own."""
@@ -177,7 +182,7 @@ class Manifest(SpeechCorpus):
                 continue
             parts = folds.setdefault(fold, {})
             for where, values in read_manifest(path):
-                if (key := values.get("id", "")) not in ids:
+                if (key := tidy(values.get("id", ""))) not in ids:
                     raise CorpusError(f"{where}: {key!r} is not in {self.manifest}")
                 if key in parts:
                     raise CorpusError(f"{where}: {key!r} is also in the {parts[key]} part")
@@ -201,63 +206,23 @@ class Manifest(SpeechCorpus):
             values["speaker"] = found or known.get(key, "")
 
 
-def find_file(path: str, folder: Path) -> Path:
-    """Returns the path below a folder, without leading folders that do not exist there."""
-    parts = Path(path).parts
-    there = (start for start, part in enumerate(parts) if (folder / part).exists())
-    return folder.joinpath(*parts[next(there, 0) :])
-
-
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file; EmoBox columns are renamed.
+    """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file, with our names of columns.
+
+    Where a column is there under our name and under EmoBox's, ours is read.
 
     Raises:
-        CorpusError: the file cannot be read or a line makes no sense.
+        CorpusError: the file cannot be read, a line makes no sense, or two columns are the same.
     """
     for where, row in read_rows(path):
-        values = {ALIASES.get(column, column): value for column, value in row.items()}
-        yield where, {str(k): "" if value is None else str(value) for k, value in values.items()}
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields ("FILE, line N", row) of a CSV or JSONL file.
-
-    Raises:
-        CorpusError: the file cannot be read or a line makes no sense.
-    """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if (kind := path.suffix.lower()) not in readers:
-        raise CorpusError(f"{path}: unknown kind {kind!r}; use .csv or .jsonl")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from readers[kind](file, path)
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CorpusError(f"{path}: {error}; save it as UTF-8 text") from error
-
-
-def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(file)
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in row:  # DictReader's key for values without a column
-            raise CorpusError(f"{where}: more values than columns; quote values that hold commas")
-        yield where, row
-
-
-def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{where}: not JSON ({error}); put one object on a line") from error
-        if not isinstance(row, dict):
-            raise CorpusError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
-        yield where, row
+        ours: dict[str, str] = {}
+        for column in row:
+            name = column.lower() if column.lower() in {*COLUMNS, *ALIASES} else column
+            name = ALIASES.get(name, name) if ALIASES.get(name) not in row else name
+            if name in ours:
+                raise CorpusError(f"{where}: two columns are the {name}; rename or remove one")
+            ours[name] = row[column]
+        yield where, ours
 
 
 def _read_stm_speakers(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from serkd_jax.data.corpora.base import (
     Release,
     Utterance,
 )
-from serkd_jax.data.corpora.manifest import read_rows
+from serkd_jax.data.tables import read_rows
 
 
 class MELD(Release):
