@@ -54,9 +54,11 @@ def test_resampling_removes_what_16_khz_cannot_hold(tmp_path):
 
 
 def test_channels_are_averaged(tmp_path):
-    stereo = np.stack([sine(200, 0.5), np.zeros(8000)], axis=1)
+    stereo, notices = np.stack([sine(200, 0.5), sine(300, 0.5)], axis=1), []
     soundfile.write(tmp_path / "a.wav", stereo, 16_000, "FLOAT")
-    np.testing.assert_allclose(read_audio(tmp_path / "a.wav"), stereo.mean(axis=1), atol=1e-6)
+    waveform = read_audio(tmp_path / "a.wav", notices=notices)
+    np.testing.assert_allclose(waveform, stereo.mean(axis=1), atol=1e-6)
+    assert not notices
 
 
 def test_16_bit_audio_passes_through_unchanged(tmp_path):
@@ -249,7 +251,7 @@ BAD_VIDEOS = [
     (lambda path: path.write_bytes(b"not a video at all" * 100), "unreadable"),
     (lambda path: truncate_share(whole_mp4(path), 1 / 2), "truncated"),
     (lambda path: truncate_share(whole_mp4(path, movflags="faststart"), 2 / 3), "truncated"),
-    (cut_between_frames, r"truncated, the last 1\.\d\d of 3\.00 s"),
+    (cut_between_frames, r"truncated, at least \d+ bytes are missing"),
 ]
 
 

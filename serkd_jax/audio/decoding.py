@@ -1,6 +1,7 @@
 """Reads audio files as 16 kHz mono waveforms."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -13,7 +14,20 @@ import numpy as np
 import soundfile
 import soxr
 
-from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, check_audio
+from serkd_jax.audio.containers import (
+    UNKNOWN_LENGTH,
+    missing_bytes,
+    unfinished_wav,
+    what_else,
+)
+from serkd_jax.audio.waveform import (
+    SAMPLE_RATE,
+    AudioError,
+    check_audio,
+    check_rate,
+    downmix,
+    to_full_scale,
+)
 from serkd_jax.errors import UserError
 
 BLOCK = 2**16  # frames that are decoded at once
@@ -25,9 +39,9 @@ FFMPEG_SUFFIXES += (".wma", ".wv")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
 SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 
-# libsndfile reads the rest of a truncated WAV without an error; only its log shows it.
+# libsndfile reads the rest of a truncated file without an error; only its log shows it.
 _SHORT_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_LENGTH = 0x7FFF_0000  # streaming writers (ffmpeg pipes) write sizes above this
+_UNREADABLE = (soundfile.LibsndfileError, av.FFmpegError, RuntimeError, ValueError, OSError)
 
 
 def read_audio(
@@ -36,18 +50,20 @@ def read_audio(
     *,
     start: float = 0.0,
     end: float | None = None,
+    notices: list[str] | None = None,
 ) -> np.ndarray:
     """Reads the audio of a file of any format, rate and channel count.
 
-    libsndfile decodes the formats that it knows, and the channels are averaged. For videos and the
-    other formats in `FFMPEG_SUFFIXES`, FFmpeg decodes the first audio track and mixes it down like
-    `ffmpeg -ac 1`. Rates other than 16 kHz are resampled by soxr.
+    libsndfile decodes the formats that it knows and FFmpeg the others (in a video, the first audio
+    track), whatever the file's suffix. `serkd_jax.audio.waveform.downmix` mixes the channels. Rates
+    other than 16 kHz are resampled by soxr. Samples beyond full scale are scaled down, not clipped.
 
     Args:
         path: the file.
         max_samples: the most samples to return; only the beginning of a longer file is decoded.
         start: where to begin, in seconds.
         end: where to stop, in seconds; None means the end of the file.
+        notices: a list that gets a sentence for each thing that the file's owner should know.
 
     Returns:
         float32 (num_samples,), 16 kHz mono; full scale is 1.
@@ -63,23 +79,25 @@ def read_audio(
     if max_samples is not None:
         # A tenth of a second more, since the resampler looks ahead.
         seconds = min(seconds, max_samples / SAMPLE_RATE + 0.1)
-    decode = _decode_ffmpeg if path.suffix.lower() in FFMPEG_SUFFIXES else _decode_libsndfile
     try:
-        audio, rate = decode(path, start, seconds)
-        resampled = soxr.resample(audio, rate, SAMPLE_RATE, "HQ")
+        channels, rate = _decode(path, start, seconds, notices)
+        check_rate(rate, path)
+        mono = downmix(channels, notices)
+        resampled = soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
     except AudioError:
         raise
-    except (soundfile.LibsndfileError, av.FFmpegError, RuntimeError, ValueError, OSError) as error:
-        raise AudioError(
-            f"{path}: unreadable or truncated audio ({str(error) or type(error).__name__}); "
+    except _UNREADABLE as error:
+        what = what_else(path) or (
+            f"unreadable or truncated audio ({str(error) or type(error).__name__}); "
             "copy it from the corpus again or convert it to WAV"
-        ) from error
-    if start and not len(audio):
+        )
+        raise AudioError(f"{path}: {what}") from error
+    if start and not len(mono):
         raise AudioError(f"{path}: ends before {start:g} s, the start of the utterance")
-    missing = seconds - len(audio) / rate
+    missing = seconds - len(mono) / rate
     if end is not None and missing > END_TOLERANCE:
         raise AudioError(f"{path}: ends {missing:.2f} s before {start + seconds:g} s are reached")
-    return check_audio(resampled[:max_samples], path)
+    return check_audio(to_full_scale(resampled[:max_samples], notices), path)
 
 
 def check_file(path: str | os.PathLike) -> Path:
@@ -96,68 +114,102 @@ def check_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def _decode_libsndfile(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
-    """Decodes a file to mono float32 audio; also returns its rate."""
-    with soundfile.SoundFile(path) as file:
+def _decode(
+    path: Path, start: float, seconds: float, notices: list[str] | None
+) -> tuple[np.ndarray, int]:
+    """Returns (n, channels) float32 audio and its rate, from the decoder that knows the file."""
+    if missing := missing_bytes(path):
+        raise AudioError(
+            f"{path}: truncated, at least {missing} bytes are missing at its end; "
+            "copy it from the corpus again"
+        )
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        return _decode_ffmpeg(path, start, seconds)
+    source: Path | io.BytesIO = path
+    if unfinished := unfinished_wav(path):
+        source, stated, there = unfinished
+        if notices is not None:
+            notices.append(f"its header states {stated} bytes of audio, but all {there} are read")
+    try:
+        return _decode_libsndfile(source, start, seconds, path)
+    except soundfile.LibsndfileError as error:
+        try:
+            return _decode_ffmpeg(path, start, seconds)
+        except av.FFmpegError:
+            raise error from None
+
+
+def _decode_libsndfile(
+    source: Path | io.BytesIO, start: float, seconds: float, path: Path
+) -> tuple[np.ndarray, int]:
+    """Returns (n, channels) float32 audio and its rate; errors name the `path`."""
+    with soundfile.SoundFile(source) as file:
         log, rate = file.extra_info, file.samplerate
+        exact = file.format not in ("MP3", "OGG")  # in the number of samples that it states
         if start:
             file.seek(min(round(start * rate), file.frames))
         left = seconds if math.isinf(seconds) else round(seconds * rate)
-        # In blocks, since a header may claim more than there is, or than fits in memory.
-        blocks = [np.zeros(0, np.float32)]
-        while left > 0 and len(
-            block := file.read(min(BLOCK, left), dtype="float32", always_2d=True)
+        stated = min(left, file.frames - file.tell())
+        # In blocks, since a header may promise more than there is, or than there is memory for.
+        blocks, count = [np.zeros((0, file.channels), np.float32)], 0
+        while left > count and len(
+            block := file.read(min(BLOCK, left - count), dtype="float32", always_2d=True)
         ):
-            blocks.append(block.mean(axis=1))
-            left -= len(block)
-        audio = np.concatenate(blocks)
+            blocks.append(block)
+            count += len(block)
     if match := _SHORT_DATA_CHUNK.search(log):
-        stated, there = int(match[1]), int(match[2])
-        if there < 0.99 * stated and stated < _UNKNOWN_LENGTH:  # some headers are a little off
+        should, there = int(match[1]), int(match[2])
+        if there < 0.99 * should and should < UNKNOWN_LENGTH:  # some headers are a little off
             raise AudioError(
-                f"{path}: truncated, {there} of {stated} bytes of audio are there; "
+                f"{path}: truncated, {there} of {should} bytes of audio are there; "
                 "copy it from the corpus again"
             )
-    return audio, rate
+        exact = False
+    if exact and count < stated:
+        raise AudioError(
+            f"{path}: truncated, {count} of {stated} samples can be decoded; "
+            "copy it from the corpus again"
+        )
+    return np.concatenate(blocks), rate
 
 
 def _frames(
     container: av.container.InputContainer, stream: av.AudioStream
 ) -> Iterator[av.AudioFrame]:
-    """Yields the frames of a track; like ffmpeg, it drops packets that cannot be decoded."""
+    """Yields the frames of a track, without packets that cannot be decoded, as ffmpeg does."""
     for packet in container.demux(stream):
         with contextlib.suppress(av.FFmpegError):
             yield from packet.decode()
 
 
 def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
-    """Decodes the first audio track of a file to mono float32 audio; also returns its rate."""
+    """Returns (n, channels) float32 audio of the first audio track, and its rate."""
     with av.open(str(path)) as container:
         if not container.streams.audio:
             raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
         stream = container.streams.audio[0]
         stated = float((stream.duration or 0) * (stream.time_base or 0))
-        if container.format.name in ("aac", "amr"):  # without a header, FFmpeg guesses
+        if container.format.name in ("aac", "amr"):  # without a header, so FFmpeg guesses
             stated = 0.0
-        mono = av.AudioResampler(format="s32", layout="mono")  # with floats it would mix louder
-        chunks, count, rate = [np.zeros(0, np.int32)], 0, stream.rate
-        for frame in itertools.chain(_frames(container, stream), [None]):  # None flushes the rest
-            for mixed in mono.resample(frame):
-                rate = mixed.sample_rate  # HE-AAC's is twice what its header says
-                chunks.append(mixed.to_ndarray()[0])
-                count += len(chunks[-1])
+        floats = av.AudioResampler(format="fltp")
+        chunks, count, rate = [np.zeros((stream.channels, 0), np.float32)], 0, stream.rate
+        for frame in itertools.chain(_frames(container, stream), [None]):  # None: what is left
+            for block in floats.resample(frame):
+                rate = block.sample_rate  # that of HE-AAC is twice what its header says
+                chunks.append(block.to_ndarray())
+                count += chunks[-1].shape[1]
             if count >= (start + seconds) * rate:
                 break
-    audio = np.concatenate(chunks).astype(np.float32) / 2**31
     missing = min(stated, start + seconds) - count / rate
     if missing > max(END_TOLERANCE, 0.1 * stated):  # edited files state more than they hold
         raise AudioError(
             f"{path}: truncated, the last {missing:.2f} of {stated:.2f} s cannot be decoded; "
             "copy it from the corpus again"
         )
+    # The header of HE-AAC may state one channel where there are two.
+    channels = np.concatenate([x for x in chunks if len(x) == len(chunks[-1])], axis=1).T
     first = round(start * rate)
-    last = None if math.isinf(seconds) else round((start + seconds) * rate)
-    return audio[first:last], rate
+    return channels[first : None if math.isinf(seconds) else round((start + seconds) * rate)], rate
 
 
 def find_audio(folder: Path) -> Iterator[Path]:

@@ -1,0 +1,250 @@
+"""What audio files say about their own length, and what files are that are no audio at all.
+
+Decoders read what is left of a truncated file without complaint. Every container states its length
+somewhere: as the size of a chunk, a box or a segment, or by frames that end where the next begins.
+"""
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HEAD = 1 << 16  # bytes of a file in which its headers are
+# Sizes above this are what streaming writers (ffmpeg pipes) put down before they know.
+UNKNOWN_LENGTH = 0x7FFF_0000
+
+
+def what_else(path: Path) -> str:
+    """Says what a file is that is not audio, by its first bytes, and the remedy; or nothing."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull` where it is from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return "a web page, not the file itself: the download failed; fetch it again"
+    if start.startswith((b"pk\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"rar!")):
+        return "an archive: unpack it first"
+    return ""
+
+
+def missing_bytes(path: Path) -> int:
+    """Returns how many bytes at the end of a file are missing, as far as its container says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        for is_kind, stated_end in _KINDS:
+            if is_kind(head):
+                return max(0, stated_end(file, head, size) - size)
+    return 0
+
+
+def unfinished_wav(path: Path) -> tuple[io.BytesIO, int, int] | None:
+    """A WAV file whose header states less audio than follows, with the header corrected.
+
+    Recorders write the sizes when they stop, so a crash leaves 0 or what was last written.
+
+    Returns:
+        The file in memory, and the bytes of audio that were stated and that are there; None if
+        what follows the stated audio is other chunks, or the file is not WAV.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        if not (head.startswith(b"RIFF") and head[8:12] == b"WAVE") or size > UNKNOWN_LENGTH:
+            return None
+        chunks = _chunks(file, 12, size)
+        found = next((chunk for chunk in chunks if chunk[0] == b"data"), None)
+        if found is None:
+            return None
+        _, start, length = found
+        end = start + length + length % 2
+        if end >= size or _are_chunks(file, end, size):
+            return None
+        file.seek(0)
+        content = bytearray(file.read())
+    there = size - start
+    content[4:8] = struct.pack("<I", size - 8)
+    content[start - 4 : start] = struct.pack("<I", there)
+    return io.BytesIO(bytes(content)), length, there
+
+
+def _chunks(file: io.BufferedReader, place: int, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yields the name, start and stated length of each chunk of a RIFF file."""
+    while place + 8 <= size:
+        file.seek(place)
+        name, length = struct.unpack("<4sI", file.read(8))
+        yield name, place + 8, length
+        place += 8 + length + length % 2
+
+
+def _are_chunks(file: io.BufferedReader, place: int, size: int) -> bool:
+    """Whether the rest of a file is chunks, of printable names and with lengths that fit."""
+    for name, start, length in _chunks(file, place, size):
+        if not all(32 <= letter < 127 for letter in name) or start + length > size + 1:
+            return False
+    return True
+
+
+def _end_of_avi(file: io.BufferedReader, head: bytes, size: int) -> int:
+    del file, size
+    length = struct.unpack("<I", head[4:8])[0]
+    return 8 + length if 0 < length < UNKNOWN_LENGTH else 0
+
+
+def _end_of_aiff(file: io.BufferedReader, head: bytes, size: int) -> int:
+    del file, size
+    return 8 + struct.unpack(">I", head[4:8])[0]
+
+
+def _end_of_au(file: io.BufferedReader, head: bytes, size: int) -> int:
+    del file, size
+    start, length = struct.unpack(">II", head[4:12])
+    return start + length if length < UNKNOWN_LENGTH else 0
+
+
+def _end_of_w64(file: io.BufferedReader, head: bytes, size: int) -> int:
+    del file, size
+    return struct.unpack("<Q", head[16:24])[0]
+
+
+def _end_of_caf(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of the last chunk of a CAF file; that of the audio may be unknown, -1."""
+    del head
+    place = 8
+    while place + 12 <= size:
+        file.seek(place + 4)
+        length = struct.unpack(">q", file.read(8))[0]
+        if length < 0:
+            return size
+        place += 12 + length
+    return place
+
+
+def _end_of_boxes(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of the last box of an MP4 file."""
+    del head
+    place = 0
+    while place + 8 <= size:
+        file.seek(place)
+        header = file.read(16)
+        length = struct.unpack(">I", header[:4])[0]
+        if length == 1 and len(header) == 16:
+            length = struct.unpack(">Q", header[8:])[0]
+        if length < 8:  # 0 is a box up to the end
+            return size
+        place += length
+    return place
+
+
+def _end_of_segment(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of the segment of a WebM or Matroska file."""
+    del file, size
+
+    def number(place: int) -> tuple[int | None, int]:
+        """A number of variable length, None if it is unknown, and where it ends."""
+        width = 9 - head[place].bit_length()
+        value = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
+        return None if value == (1 << 7 * width) - 1 else value, place + width
+
+    length, place = number(4)  # of the EBML header
+    if length is None or head[place + length :][:4] != b"\x18\x53\x80\x67":
+        return 0
+    length, place = number(place + length + 4)
+    return 0 if length is None else place + length
+
+
+def _end_of_asf(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the size of a WMA file that its file properties state."""
+    del file, size
+    place = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    return struct.unpack("<Q", head[place + 40 : place + 48])[0] if place >= 0 else 0
+
+
+def _end_of_ogg(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the file's size if its last page is whole and says that it is the last."""
+    del head
+    file.seek(max(0, size - 2 * HEAD))
+    tail = file.read()
+    place = tail.rfind(b"OggS")
+    if place < 0 or len(tail) < place + 27:
+        return size + 1
+    segments = tail[place + 27 : place + 27 + tail[place + 26]]
+    whole = len(segments) == tail[place + 26]
+    whole &= len(tail) >= place + 27 + len(segments) + sum(segments)
+    return size if whole and tail[place + 5] & 4 else size + 1
+
+
+def _end_of_frames(length: Callable[[bytes], int], least: int) -> Callable:
+    """Makes a function that walks over frames that state their length, to where the last ends."""
+
+    def end(file: io.BufferedReader, head: bytes, size: int) -> int:
+        del head
+        file.seek(0)
+        content = file.read()
+        place = _after_id3(content)
+        while place + least <= size:
+            if (step := length(content[place : place + least])) == 0:
+                return size  # a tag, or what no decoder would read either
+            place += step
+        return place if place > size else size
+
+    return end
+
+
+def _after_id3(content: bytes) -> int:
+    """Returns where the frames begin, after tags, whose size has 7 bits a byte."""
+    place = 0
+    while content[place : place + 3] == b"ID3":
+        length = 0
+        for byte in content[place + 6 : place + 10]:
+            length = length << 7 | byte & 127
+        place += 10 + length
+    return place
+
+
+_BITRATES = {  # kbit/s of layer III, by whether it is MPEG 1
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
+}
+
+
+def _mp3_frame(header: bytes) -> int:
+    """Returns the length of an MPEG layer III frame by its header of 4 bytes; 0 if it is none."""
+    if header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version = header[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
+    bitrate = _BITRATES[version == 3][header[2] >> 4]
+    if version == 1 or not bitrate or header[2] >> 2 & 3 == 3:
+        return 0
+    rate = (44_100, 48_000, 32_000)[header[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[version]
+    return (144 if version == 3 else 72) * bitrate * 1000 // rate + (header[2] >> 1 & 1)
+
+
+def _adts_frame(header: bytes) -> int:
+    """Returns the length of an AAC frame by its ADTS header; 0 if it is none."""
+    if header[0] != 0xFF or header[1] & 0xF6 != 0xF0:
+        return 0
+    return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
+
+
+def _begins(head: bytes, frame: Callable[[bytes], int], least: int) -> bool:
+    place = _after_id3(head)
+    first = head[place : place + least]
+    return len(first) == least and frame(first) > 0
+
+
+# What a kind of file begins with, and the end of the file as it states it; 0 if it does not.
+_KINDS: list[tuple[Callable[[bytes], bool], Callable]] = [
+    (lambda head: head[:4] == b"FORM" and head[8:11] == b"AIF", _end_of_aiff),
+    (lambda head: head[:4] == b".snd" and len(head) >= 24, _end_of_au),
+    (lambda head: head[:4] == b"riff" and len(head) >= 40, _end_of_w64),
+    (lambda head: head[:4] == b"caff", _end_of_caf),
+    (lambda head: head[:4] == b"RIFF" and head[8:12] == b"AVI ", _end_of_avi),
+    (lambda head: head[4:8] in (b"ftyp", b"moov", b"mdat"), _end_of_boxes),
+    (lambda head: head[:4] == b"\x1a\x45\xdf\xa3", _end_of_segment),
+    (lambda head: head[:4] == b"\x30\x26\xb2\x75", _end_of_asf),
+    (lambda head: head[:4] == b"OggS", _end_of_ogg),
+    (lambda head: _begins(head, _mp3_frame, 4), _end_of_frames(_mp3_frame, 4)),
+    (lambda head: _begins(head, _adts_frame, 7), _end_of_frames(_adts_frame, 7)),
+]
