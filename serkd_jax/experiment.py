@@ -402,7 +402,7 @@ def prepare_experiment(
         teacher_inputs = open_examples(records_dir, "audio", samples)
     elif reads_its_own:
         teacher_inputs = open_features(teacher_frontend)
-    notes = [counted, *counts.data_notes(table, folds, max_frames)]
+    notes = [counted, *counts.data_notes(table, folds, max_frames, config.strict)]
     notes += _model_notes(config, programs, (frontend, teacher_frontend))
     data = table, folds, features, teacher_inputs
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)

@@ -1,8 +1,12 @@
 """Files that are complete or do not exist. If there are several processes, the first writes."""
 
+import contextlib
+import hashlib
 import io
 import json
 import os
+import sqlite3
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -25,6 +29,44 @@ def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def content_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Hashes the contents of files; a file that is not there has the hash "missing".
+
+    Hashes are kept in the user's cache, `$XDG_CACHE_HOME/serkd-jax` or `~/.cache/serkd-jax`,
+    and computed again when a file's size or times change. Copies of a file have the same hash.
+
+    Returns:
+        path -> 16 hexadecimal digits.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serkd-jax"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(root / "hashes.sqlite", timeout=60)) as database:
+            database.execute("CREATE TABLE IF NOT EXISTS hashes (file PRIMARY KEY, hash)")
+            known = dict(database.execute("SELECT file, hash FROM hashes"))
+            found = {str(path): _content_hash(path, known) for path in paths}
+            new = [(key, value) for key, value in found.values() if key and key not in known]
+            with database:
+                database.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?)", new)
+    except (OSError, sqlite3.Error):  # such as no home; then nothing is kept
+        found = {str(path): _content_hash(path, {}) for path in paths}
+    return {path: value for path, (_, value) in found.items()}
+
+
+def _content_hash(path: str | Path, known: Mapping[str, str]) -> tuple[str, str]:
+    """Returns what a hash is kept by, and the hash."""
+    try:
+        stat = os.stat(path)
+        times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        key = json.dumps([os.path.realpath(path), *times])
+        if key in known:
+            return key, known[key]
+        with open(path, "rb") as file:
+            return key, hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return "", "missing"
 
 
 def write_json(path: Path, value: Any) -> None:

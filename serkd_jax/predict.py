@@ -131,6 +131,8 @@ def _show_text(labels: Sequence[str]) -> Callable[[Prediction | Failure], Lines]
         if isinstance(result, Failure):
             yield f"error: {result.error}", sys.stderr
             return
+        for notice in result.notices:
+            yield f"note: {result.source}: {notice}", sys.stderr
         yield f"{result.source}: {described(result.label, result.probabilities)}", sys.stdout
         if len(result.windows) > 1:
             for start, end, *rest in result.windows:

@@ -1,5 +1,6 @@
 """EMO-DB and the synthetic corpus: what is listed; make_corpus; what a fingerprint sees."""
 
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -142,7 +143,7 @@ def test_make_corpus_ignores_empty_settings_and_refuses_unknown_ones(emodb):
 # Fingerprints
 
 
-@pytest.mark.parametrize("change", ["size", "time", "label", "removed", "fold"])
+@pytest.mark.parametrize("change", ["size", "content", "label", "removed", "fold"])
 def test_fingerprint_sees_every_change(tmp_path, three_wavs, change):
     rows = "path,label,fold\na.wav,x,1\nb.wav,y,2\n"
     before = manifest_of(tmp_path, rows).fingerprint
@@ -152,7 +153,10 @@ def test_fingerprint_sees_every_change(tmp_path, three_wavs, change):
             stat = (three_wavs / "a.wav").stat()
             write_wav(three_wavs / "a.wav", num_samples=2001)
             os.utime(three_wavs / "a.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        case "time":
+        case "content":  # as many bytes, and an old time
+            content = bytearray((three_wavs / "a.wav").read_bytes())
+            content[-1] ^= 1
+            (three_wavs / "a.wav").write_bytes(content)
             os.utime(three_wavs / "a.wav", ns=(0, 12345))
         case "label":
             rows = rows.replace("a.wav,x", "a.wav,y")
@@ -164,5 +168,20 @@ def test_fingerprint_sees_every_change(tmp_path, three_wavs, change):
 
 
 def test_fingerprint_does_not_depend_on_where_the_corpus_lies(tmp_path, emodb):
-    moved = shutil.copytree(emodb, tmp_path / "elsewhere")  # keeps the files' times
+    moved = shutil.copytree(emodb, tmp_path / "elsewhere")
+    for path in moved.rglob("*.wav"):
+        os.utime(path, ns=(0, 12345))  # as a copy has another time
     assert EmoDB(str(moved)).fingerprint == EmoDB(str(emodb)).fingerprint
+
+
+def test_a_file_is_hashed_once_and_where_there_is_no_home_each_time(tmp_path, emodb, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected, read = EmoDB(str(emodb)).fingerprint, []
+    hashed = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append(0) or hashed(*args))
+    assert EmoDB(str(emodb)).fingerprint == expected
+    assert not read
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert EmoDB(str(emodb)).fingerprint == expected
+    assert len(read) == 7

@@ -237,7 +237,7 @@ def test_the_known_flaws_are_skipped_counted_and_named(built, meld):
     reasons = {skip["id"]: skip["reason"] for skip in skipped}
     folders = {part: meld / part / name for part, name in MELD_FOLDERS.items()}
     for name, problem in [
-        ("train/dia125_utt3", "unreadable"),
+        ("train/dia125_utt3", "truncated"),
         ("dev/dia110_utt7", "no such audio file"),
     ]:
         part, stem = name.split("/")

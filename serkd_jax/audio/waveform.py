@@ -38,8 +38,9 @@ def downmix(channels: np.ndarray, notices: list[str] | None = None) -> np.ndarra
     # Channels that have nothing to do with each other have this level after mixing.
     unrelated = np.sqrt(np.square(level[heard]).mean() / heard.sum())
     if mono.std() < CANCELLED * unrelated:
-        mono = channels[:, level.argmax()]
-        notice = f"its {count} channels cancel each other: channel {level.argmax() + 1} is used"
+        loudest = int(np.argmax(level > 0.99 * level.max()))
+        mono = channels[:, loudest]
+        notice = f"its {count} channels cancel each other: channel {loudest + 1} is used"
     elif not heard.all():
         notice = f"{count - heard.sum()} of its {count} channels are silent and not used"
     elif count > 2:

@@ -87,7 +87,7 @@ class AudioRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             license=corpus.LICENSE,
             features=tfds.features.FeaturesDict(
                 {
-                    **text_features(UTTERANCE_TEXTS),
+                    **text_features((*UTTERANCE_TEXTS, "sha256", "notice")),
                     **label_feature(corpus.CLASSES or corpus.class_names),
                     **{name: kinds[kind] for name, kind in corpus.EXTRAS.items()},
                     "audio": audio,

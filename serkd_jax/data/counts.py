@@ -38,7 +38,8 @@ def check_counts(
     else:
         lines, differ = _plain_counts(table), False
     skipped = [*corpus.skipped, *table.skipped]
-    report = "\n\n".join(["\n".join(lines), *corpus.notes, *_skipped(skipped, most_named)])
+    notes = [*corpus.notes, *_noticed(table, most_named), *_copies(table)]
+    report = "\n\n".join(["\n".join(lines), *notes, *_skipped(skipped, most_named)])
     if strict and differ:
         raise CountsError(
             f"strict: this copy of {corpus.name} does not have the counts of "
@@ -101,6 +102,37 @@ def _skipped(skipped: list[dict[str, str]], most_named: int | None) -> list[str]
     return [f"{len(skipped):,} files or lines were skipped:", "\n".join(named)]
 
 
+def _noticed(table: Table, most_named: int | None) -> list[str]:
+    """Returns what was noticed when recordings were read, if anything."""
+    noticed = np.flatnonzero(table.notices != "")
+    if not len(noticed):
+        return []
+    named = [f"- `{table.ids[row]}`: {table.notices[row]}" for row in noticed[:most_named]]
+    if len(named) < len(noticed):
+        named.append(f"- and {len(noticed) - len(named):,} more")
+    return [f"{len(noticed):,} recordings were not used as they are:", "\n".join(named)]
+
+
+def _copies(table: Table) -> list[str]:
+    """Returns a warning if recordings hold the same samples."""
+    groups = copies(table)
+    if not groups:
+        return []
+    first = groups[0]
+    labels = sum(len(set(table.labels[rows].tolist())) > 1 for rows in groups)
+    differ = f"; {labels} of these groups have different labels" if labels else ""
+    return [
+        f"WARNING: {sum(map(len, groups)):,} recordings hold the same samples as another one, e.g. "
+        f"{' and '.join(table.ids[first[:3]])}{differ}."
+    ]
+
+
+def copies(table: Table) -> list[np.ndarray]:
+    """Returns the rows of each group of recordings that hold the same samples."""
+    _, group, sizes = np.unique(table.hashes, return_inverse=True, return_counts=True)
+    return [np.flatnonzero(group == k) for k in np.flatnonzero(sizes > 1)]
+
+
 def _with_sums(counts: np.ndarray) -> np.ndarray:
     """Adds a column of totals to (rows, classes) and, if there are several rows, a row of sums."""
     if len(counts) > 1:
@@ -120,9 +152,19 @@ def _markdown(
     return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
 
 
-def data_notes(table: Table, folds: Sequence[Fold], max_frames: int) -> list[str]:
-    """Returns what a reader of the results must know about speakers, parts, classes and lengths."""
+def data_notes(
+    table: Table, folds: Sequence[Fold], max_frames: int, strict: bool = False
+) -> list[str]:
+    """Returns what a reader of the results must know about speakers, parts, classes and lengths.
+
+    Raises:
+        CountsError: `strict` is set, and a recording is both tested and trained on.
+    """
     notes = [speaker_note(folds, table.speakers)]
+    shared = _trained_on(table, folds)
+    if shared and strict:
+        raise CountsError(f"strict: {shared[0]}")
+    notes += shared
     for fold in folds:
         if unused := len(table) - sum(map(len, fold.parts.values())):
             notes.append(f"{unused} utterances are in no part of fold {fold.name}.")
@@ -137,3 +179,24 @@ def data_notes(table: Table, folds: Sequence[Fold], max_frames: int) -> list[str
             f"({limit / SAMPLE_RATE:.1f} s) and were cut there."
         )
     return notes
+
+
+def _trained_on(table: Table, folds: Sequence[Fold]) -> list[str]:
+    """Returns a warning if a test part holds the same samples as another part of its fold."""
+    groups, found, pair = copies(table), 0, ()
+    for fold in folds:
+        tested = np.zeros(len(table), bool)
+        tested[fold.test] = True
+        others = np.zeros(len(table), bool)
+        others[np.concatenate([x for part, x in fold.parts.items() if part != "test"])] = True
+        for rows in groups:
+            if tested[rows].any() and others[rows].any():
+                found += int(tested[rows].sum())
+                pair = pair or (fold.name, rows[tested[rows]][0], rows[others[rows]][0])
+    if not found:
+        return []
+    name, test, other = pair
+    return [
+        f"WARNING: {found} test recordings hold the same samples as one that is trained on (fold "
+        f"{name}: {table.ids[test]} and {table.ids[other]}): remove one of each."
+    ]

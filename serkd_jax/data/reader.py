@@ -7,6 +7,7 @@ bytes for its checksum. `tests/test_reader.py` compares all of this with TensorF
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -93,6 +94,9 @@ class Table:
     folds: np.ndarray
     num_samples: np.ndarray  # (n,) int32, at 16 kHz
     skipped: list[dict[str, str]]  # {"id", "reason"} of files that could not be used
+    # (n,) str: the start of the hash of the samples, and what their reader noticed; or empty arrays
+    hashes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([], str))
+    notices: np.ndarray = dataclasses.field(default_factory=lambda: np.array([], str))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -190,6 +194,7 @@ def load_table(folder: str | os.PathLike) -> Table:
         RecordsError: the folder does not hold audio records, or is damaged.
     """
     names = ("id", "label", "speaker", "session", "split", "fold", "num_samples")
+    names += ("sha256", "notice")
     examples = list(read_examples(folder, names))
 
     def column(name: str, dtype: type) -> np.ndarray:
@@ -205,6 +210,8 @@ def load_table(folder: str | os.PathLike) -> Table:
         folds=column("fold", str),
         num_samples=column("num_samples", np.int32),
         skipped=load_skipped(folder),
+        hashes=column("sha256", str),
+        notices=column("notice", str),
     )
 
 

@@ -4,22 +4,28 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from serkd_jax.audio.logmel import num_samples
 from serkd_jax.audio.waveform import (
+    FULL_SCALE,
     SAMPLE_RATE,
-    SILENCE_PEAK,
     AudioError,
     check_audio,
+    check_rate,
+    downmix,
+    is_silent,
     to_float,
+    to_full_scale,
     to_int16,
 )
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import find_folder, read_config
 from serkd_jax.errors import UserError
+
+MOST_CHANNELS = 64
 
 
 class Window(NamedTuple):
@@ -38,6 +44,7 @@ class Prediction(NamedTuple):
     label: str
     probabilities: dict[str, float]
     windows: list[Window]  # without silent ones
+    notices: list[str]  # what its owner should know of how it was read
 
 
 class Failure(NamedTuple):
@@ -54,6 +61,7 @@ class _Clip:
     source: str
     waveform: np.ndarray
     starts: list[int]  # starts of the windows that are not silent, in samples
+    notices: list[str]
     probabilities: list[np.ndarray] = field(default_factory=list)
 
 
@@ -76,14 +84,14 @@ class Model:
 
     def __call__(
         self,
-        audio: str | Path | np.ndarray,
+        audio: str | Path | Any,
         rate: int = SAMPLE_RATE,
         hop_seconds: float | None = None,
     ) -> Prediction:
         """Classifies one recording.
 
         Args:
-            audio: a file, or samples (n,) or (n, channels): floats of full scale 1, or integers.
+            audio: a file, or samples: see `to_waveform`.
             rate: rate of the samples in Hz; a file has its own.
             hop_seconds: time from one window to the next; None means that they do not overlap. The
                 last window ends with the recording.
@@ -98,7 +106,7 @@ class Model:
 
     def predict(
         self,
-        recordings: Iterable[str | Path | tuple[str | Path | np.ndarray, int]],
+        recordings: Iterable[str | Path | tuple[str | Path | Any, int]],
         hop_seconds: float | None = None,
         batch_size: int = 16,
     ) -> Iterator[Prediction | Failure]:
@@ -129,14 +137,15 @@ class Model:
 
     def _open(self, recording: object, hop: int) -> _Clip | Failure:
         audio, rate = recording if isinstance(recording, tuple) else (recording, SAMPLE_RATE)
-        source = "samples" if isinstance(audio, np.ndarray) else str(audio)
+        is_file, notices = isinstance(audio, str | Path), []
+        source = str(audio) if is_file else "samples"
         try:
-            if isinstance(audio, np.ndarray):
-                waveform = to_waveform(audio, rate)
-            else:
+            if is_file:
                 from serkd_jax.audio.decoding import read_audio
 
-                waveform = read_audio(audio, self._max_samples + 1)
+                waveform = read_audio(audio, self._max_samples + 1, notices=notices)
+            else:
+                waveform = to_waveform(audio, rate, notices)
             if len(waveform) > self._max_samples:
                 limit = self._max_samples / SAMPLE_RATE
                 raise AudioError(
@@ -151,9 +160,11 @@ class Model:
         starts = [
             start
             for start in (*range(0, last, hop), last)
-            if np.abs(waveform[start : start + self._window]).max() >= SILENCE_PEAK
+            if not is_silent(waveform[start : start + self._window])
         ]
-        return _Clip(source, waveform, starts)
+        if not starts:  # such as a constant that changes between the windows
+            return Failure(source, f"{source}: silent; remove it or record it again")
+        return _Clip(source, waveform, starts, notices)
 
     def _run(self, batch: Sequence[tuple[_Clip, int]]) -> None:
         windows = [clip.waveform[start : start + self._window] for clip, start in batch]
@@ -181,7 +192,8 @@ class Model:
             end = min(start + self._window, len(clip.waveform))
             times = (round(sample / SAMPLE_RATE, 3) for sample in (start, end))
             windows.append(Window(*times, *self._label(row)))
-        return Prediction(clip.source, *self._label(np.mean(clip.probabilities, axis=0)), windows)
+        mean = np.mean(clip.probabilities, axis=0)
+        return Prediction(clip.source, *self._label(mean), windows, clip.notices)
 
     def _label(self, probabilities: np.ndarray) -> tuple[str, dict[str, float]]:
         named = dict(zip(self.labels, map(float, probabilities), strict=True))
@@ -212,27 +224,47 @@ def load_model(
     return Model(find_folder(model, revision, format), format, threads, max_seconds)
 
 
-def to_waveform(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Converts samples to 16 kHz mono.
+def to_waveform(audio: Any, rate: int, notices: list[str] | None = None) -> np.ndarray:
+    """Converts samples, floats of full scale 1 or integers, to 16 kHz mono.
 
     Args:
-        audio: (n,) or (n, channels), floats of full scale 1, or integers.
-        rate: rate of the samples in Hz.
+        audio: (n,), (n, channels) or (channels, n) samples: a NumPy, JAX or torch array, or a list.
+            Integers of 32 or 64 bits that fit into 16 are taken as 16-bit samples.
+        rate: their rate, in Hz.
+        notices: a list that gets a sentence for each thing that the owner should know.
 
     Raises:
-        AudioError: the samples have another shape or type; or see
+        AudioError: the samples have another shape or type, or cannot be used, see
             `serkd_jax.audio.waveform.check_audio`.
     """
+    try:
+        if hasattr(audio, "detach"):  # a tensor of torch, which may have a gradient or be on a GPU
+            audio = audio.detach().cpu()
+        audio = np.asarray(audio)
+        if audio.dtype.name == "bfloat16":
+            audio = audio.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(f"{type(audio).__name__} is neither a file nor samples") from error
     if audio.ndim not in (1, 2) or audio.dtype.kind not in "fiu" or audio.size == 0:
         raise AudioError(f"samples of shape {audio.shape} and type {audio.dtype} are not audio")
-    if not 1000 <= rate <= 1_000_000:
-        raise AudioError(f"samples: {rate} Hz is not a rate of audio")
-    if audio.dtype.kind in "iu":  # silence is the middle of an unsigned range, as in 8-bit WAV
-        full_scale = 2.0 ** (8 * audio.dtype.itemsize - 1)
-        audio = audio / full_scale - (audio.dtype.kind == "u")
-    mono = (audio if audio.ndim == 1 else audio.mean(axis=1)).astype(np.float32)
+    check_rate(rate, "samples")
+    if audio.ndim == 2 and len(audio) < audio.shape[1]:
+        audio = audio.T
+    if audio.ndim == 2 and audio.shape[1] > MOST_CHANNELS:
+        raise AudioError(f"samples of shape {audio.shape} are not audio: too many channels")
+    if audio.dtype.kind in "iu":
+        audio = _to_unit(audio)
+    mono = downmix(audio[:, None] if audio.ndim == 1 else audio, notices).astype(np.float32)
     if rate != SAMPLE_RATE:
         import soxr
 
         mono = soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
-    return check_audio(mono, "samples")
+    return check_audio(to_full_scale(mono, notices), "samples")
+
+
+def _to_unit(audio: np.ndarray) -> np.ndarray:
+    """Scales integer samples to full scale 1; unsigned ones swing around the middle, as in WAV."""
+    if audio.dtype.itemsize > 2 and max(audio.max(), -int(audio.min()) - 1) < FULL_SCALE:
+        return audio / FULL_SCALE
+    full_scale = 2.0 ** (8 * audio.dtype.itemsize - 1)
+    return audio / full_scale - (audio.dtype.kind == "u")

@@ -19,6 +19,7 @@ import numpy as np
 from serkd_jax.audio.decoding import check_file, read_audio
 from serkd_jax.audio.waveform import AudioError, to_int16
 from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, tidy
+from serkd_jax.files import content_hashes
 
 NAMES = ("id", "label", "speaker", "session", "split", "fold")
 
@@ -57,7 +58,7 @@ class SpeechCorpus(abc.ABC):
     """
 
     name: ClassVar[str]  # lower_snake_case, also the name of the TFDS dataset
-    VERSION: ClassVar[str] = "1.0.0"
+    VERSION: ClassVar[str] = "1.1.0"
     CLASSES: ClassVar[tuple[str, ...]] = ()  # alphabetical; if empty, the labels that occur
     SPLITS: ClassVar[tuple[str, ...]] = ()  # official parts; ids begin with them and sort alike
     EXTRAS: ClassVar[Mapping[str, type]] = {}  # further fields of a record, each str or float
@@ -88,24 +89,32 @@ class SpeechCorpus(abc.ABC):
         """
         check_file(utterance.path)
 
-    def read_waveform(self, utterance: Utterance) -> np.ndarray:
+    def read_waveform(self, utterance: Utterance, notices: list[str] | None = None) -> np.ndarray:
         """Reads the audio of an utterance: float32 (num_samples,), 16 kHz mono.
+
+        Args:
+            utterance: one of the corpus.
+            notices: a list that gets a sentence for each thing that the user should know.
 
         Raises:
             AudioError: the file cannot be used.
         """
-        return read_audio(utterance.path, start=utterance.start, end=utterance.end)
+        start, end = utterance.start, utterance.end
+        return read_audio(utterance.path, start=start, end=end, notices=notices)
 
     def read_record(self, utterance: Utterance) -> dict[str, Any]:
         """Makes the record of an utterance, with int16 audio, or {"id", "reason"} if it has none.
 
         This runs in other processes and needs neither TensorFlow nor JAX.
         """
+        notices: list[str] = []
         try:
-            audio = to_int16(self.read_waveform(utterance))
+            audio = to_int16(self.read_waveform(utterance, notices))
         except AudioError as error:
             return {"id": utterance.id, "reason": str(error)}
         record = {name: getattr(utterance, name) for name in NAMES} | dict(utterance.extras)
+        digest = hashlib.sha256(audio.tobytes()).hexdigest()[:16]
+        record |= {"sha256": digest, "notice": "; ".join(notices)}
         return record | {"audio": audio, "num_samples": len(audio)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,19 +149,16 @@ class SpeechCorpus(abc.ABC):
     def fingerprint(self) -> str:
         """16 hex digits that change with the classes, with any utterance's data and with files."""
         described = [self.name, self.VERSION, self.class_names]
+        content = self._content()
         described += [
-            dataclasses.astuple(dataclasses.replace(u, path="")) + self._source(u)
+            (*dataclasses.astuple(dataclasses.replace(u, path="")), content[u.path])
             for u in self.utterances
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
-    def _source(self, utterance: Utterance) -> tuple:
-        """Returns what shows a change of an utterance's audio: the size and time of its file."""
-        try:
-            stat = Path(utterance.path).stat()
-        except OSError:
-            return ("missing",)
-        return (stat.st_size, stat.st_mtime_ns)
+    def _content(self) -> dict[str, Any]:
+        """Returns what tells that the file of a path has changed: the hash of its content."""
+        return content_hashes({utterance.path for utterance in self.utterances})
 
 
 def _tidy(utterance: Utterance) -> Utterance:

@@ -1,7 +1,7 @@
 """An embedded corpus that needs no download: vowel-like syllables in four manners of speaking."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -77,10 +77,10 @@ class Synthetic(SpeechCorpus):
     def check_file(self, utterance: Utterance) -> None:
         """Does nothing, since the audio always exists."""
 
-    def _source(self, utterance: Utterance) -> tuple:
-        return tuple(self.parameters.values())
+    def _content(self) -> dict[str, Any]:
+        return {"": sorted(self.parameters.items())}
 
-    def read_waveform(self, utterance: Utterance) -> np.ndarray:
+    def read_waveform(self, utterance: Utterance, notices: list[str] | None = None) -> np.ndarray:
         """Synthesises an utterance: float32 (num_samples,) at 16 kHz."""
         seed = self.parameters["seed"]
         take = int(utterance.id.rsplit("_", 1)[1])
