@@ -1,14 +1,16 @@
 """Files that are complete or do not exist. If there are several processes, the first writes."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import platform
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -29,6 +31,34 @@ def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def lock(folder: Path) -> IO[str] | None:
+    """Claims a folder for this process and returns what holds the claim, to be kept until the end.
+
+    The system takes the claim back when the process ends, however it does. On file systems without
+    locks, and in all processes except the first, nothing is claimed.
+
+    Raises:
+        UserError: another process is working in the folder.
+    """
+    if not parallel.is_first_process():
+        return None
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is in use by {file.read() or 'another process'}: wait until it ends, or use "
+            "another --workdir"
+        ) from None
+    except OSError:
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def content_hashes(paths: Iterable[str | Path]) -> dict[str, str]:

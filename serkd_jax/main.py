@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from serkd_jax.config import choose_dtype
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import parse_flags
+from serkd_jax.files import lock
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe of the experiment.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")
@@ -31,6 +32,7 @@ def _run_experiment() -> None:
 
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
+    held = lock(workdir)  # until the process ends
     if parallel.is_first_process():
         print(f"{_describe_run(_CONFIG.value)}\n", flush=True)
     experiment = prepare_experiment(_CONFIG.value, workdir, _PROFILE.value)
@@ -39,6 +41,7 @@ def _run_experiment() -> None:
     report = experiment.run()
     if parallel.is_first_process():
         print(f"\n{report}\nWritten to {workdir}/results.json and results.md")
+    del held
 
 
 def _describe_run(config: ConfigDict) -> str:

@@ -1,8 +1,10 @@
 """Starts a program as one of several processes, and ends it with an exit status."""
 
+import errno
 import hashlib
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,16 +37,52 @@ def run(work: Callable[[], None]) -> None:
         preemption.listen()
         _keep_compiled_programs()
         work()
-    except (UserError, FileExistsError, PermissionError) as error:
+    except UserError as error:
         _end(f"error: {error}", 1, joined)
     except preemption.Preempted as notice:
         print(f"told to end: {notice}; start again to resume", file=sys.stderr)
         sys.exit(preemption.EXIT_STATUS)
+    except KeyboardInterrupt:
+        _end("interrupted; finished work is kept: start again to resume", 130, joined)
     except Exception as error:
+        if told := of_the_machine(error):
+            _end(f"error: {told}", 1, joined)
         traceback.print_exc()
         if "RESOURCE_EXHAUSTED" in str(error):
             _end("error: out of memory; see docs/scaling.md for settings that need less", 1, joined)
         _end("this is a bug, or one of the processes was lost; finished work is kept", 70, joined)
+
+
+def of_the_machine(error: BaseException | None) -> str:
+    """Says in one line what is wrong with a disk, a folder or a file, and the remedy; or nothing.
+
+    Args:
+        error: any error; those that led to it are looked at as well, since libraries hide them.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    found = [one for one in chain if isinstance(one, OSError) and one.errno]
+    text = " ".join(map(str, chain))
+    place = next((str(one.filename) for one in found if one.filename), "")
+    # TensorStore and TensorFlow say it in words, and call it RESOURCE_EXHAUSTED.
+    full = any(one.errno in (errno.ENOSPC, errno.EDQUOT) for one in found)
+    if full or "No space left on device" in text or "Disk quota exceeded" in text:
+        written = re.search(r'"(/[^"]+)"', text)
+        place = place or (written[1] if written else "this folder")
+        return f"no space left on the disk that has {place}: free some, and start again to resume"
+    if not found or not place:
+        return ""
+    remedy = {
+        errno.EROFS: "it cannot be written to; use another folder",
+        errno.EACCES: "give yourself the permission, or use another folder",
+        errno.EPERM: "give yourself the permission, or use another folder",
+        errno.ENOTDIR: "a part of the path is a file; use another folder",
+        errno.EEXIST: "use another folder, or remove it",
+        errno.ENAMETOOLONG: "use a shorter name",
+    }.get(found[0].errno, "check the disk and the path, and start again to resume")
+    return f"{place}: {found[0].strerror}: {remedy}"
 
 
 def _keep_compiled_programs() -> None:
