@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from exported_models import STUDENT, logits_by_hand, write_model
 from layouts import ROOT, SHARED, needs_corpora, write_wav
+from serkd_jax.data.corpora import make_corpus
+from serkd_jax.data.prepare import prepare_features, prepare_records
 from serkd_jax.deploy.backends import at_most, load_classifier
 from serkd_jax.deploy.folder import FILES, read_config
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained, model_config
@@ -53,6 +55,17 @@ def exported(workdir, tmp_path_factory):
 def predictions(workdir):
     with np.load(workdir / "fold_1" / "predictions.npz") as arrays:
         return dict(arrays)
+
+
+def test_features_of_another_corpus_with_the_same_ids_are_not_taken(workdir, exported, tmp_path):
+    cache = shutil.copytree(workdir / "data", tmp_path / "cache")
+    trained = load_trained(workdir, "1", "updated_student")
+    for seed in range(1, 4):  # so that one of them comes first
+        settings = {**get_config().synthetic, "seed": seed}
+        records = prepare_records(make_corpus("synthetic", **settings), cache)
+        prepare_features(records, trained.frontend, trained.config.max_frames, cache)
+    for found, expected in zip(load_test_inputs(trained, cache), exported[2], strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("row", STUDENT_ROWS)

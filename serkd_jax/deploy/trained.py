@@ -12,7 +12,7 @@ from serkd_jax import __version__
 from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.config import PATH_KEYS
 from serkd_jax.data.reader import read_examples
-from serkd_jax.data.sources import Frontend
+from serkd_jax.data.sources import Frontend, RecordsSource
 from serkd_jax.deploy.backends import Variables, pad_features
 from serkd_jax.deploy.folder import VERSION, ModelConfig, parse_config
 from serkd_jax.encoders.frontends import Pretrained, make_frontend
@@ -169,6 +169,10 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
     held_out = set(ids)
     cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")
     wanted = {"frontend": trained.frontend.fingerprint, "max_frames": config.max_frames}
+    # Other corpora in the cache may have the same ids.
+    corpus = read_json(trained.workdir / "run.json", UNFINISHED)["the corpus"]
+    records = sorted(cache.glob(f"records/*-{corpus}/*/*/dataset_info.json"))
+    wanted["source"] = RecordsSource(records[0].parent).fingerprint if records else ""
     for path in sorted(cache.glob("features/*/metadata.json")):
         made = read_json(path, UNFINISHED)
         if any(made.get(key) != value for key, value in wanted.items()):
