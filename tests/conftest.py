@@ -22,6 +22,14 @@ import pytest
 
 from layouts import make_iemocap, make_meld, write_wav
 
+# The files that take longest come first, so that no worker is left alone with one of them.
+LONGEST = ("test_processes", "test_resume", "test_benchmarks", "test_recipes", "test_every_encoder")
+LONGEST += ("test_features", "test_export", "test_stages", "test_experiment", "test_frontends")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
+
 
 @pytest.fixture(scope="session")
 def iemocap(tmp_path_factory):

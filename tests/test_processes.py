@@ -22,7 +22,7 @@ from serkd_jax.distributed import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of two steps each. In one stage they last long enough for a notice to reach both processes.
-EPOCHS = {"teacher": 2, "student": 12, "distill": 3, "curriculum": 2}
+EPOCHS = {"teacher": 2, "student": 9, "distill": 3, "curriculum": 2}
 FLAGS = ["--config=tests/tiny_config.py", "--config.num_devices=0"]
 FLAGS += [f"--config.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()]
 FLAGS += ["--config.steps_per_dispatch=1"]

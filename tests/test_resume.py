@@ -20,7 +20,7 @@ from serkd_jax.experiment import STAGES
 from serkd_jax.stages.finetune import TeacherState
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCHS = 6
+EPOCHS = 3
 
 
 def start(workdir, cache, *flags):
