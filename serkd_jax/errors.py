@@ -12,6 +12,11 @@ class UserError(ValueError):
     """
 
 
+def readable(text: str) -> str:
+    """Returns text that can be written: bytes of a file name that are not UTF-8 become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags for `absl.app.run`; a mistake ends the program with a message of one line.
 

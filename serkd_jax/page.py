@@ -7,6 +7,7 @@ from this machine, unless --host says otherwise, and keeps no recording for more
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from serkd_jax.deploy.model import Model, Window, load_model
@@ -28,7 +29,11 @@ def build_page(model: Model) -> Any:
         try:
             prediction = model(recording, hop_seconds=model.window_seconds / 4)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            # Of the server's temporary folder, which means nothing to who reads it.
+            told = str(error).replace(recording, Path(recording).name)
+            raise gr.Error(told) from error
+        for notice in prediction.notices:
+            gr.Info(f"{Path(recording).name}: {notice}")
         course = [
             {"seconds": time, "emotion": label, "probability": value}
             for window in prediction.windows

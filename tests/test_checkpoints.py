@@ -314,6 +314,15 @@ def test_wrong_tensors_are_listed_by_name(folder):
         assert words in str(caught.value)
 
 
+def test_a_model_in_another_is_told_by_the_prefix_of_its_names(folder):
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({f"model.net.{name}": x for name, x in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"names begin with 'model\.net\.'") as caught:
+        load_encoder(folder)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("kept", [0, 5, 1_000, -1])
 def test_truncated_file(folder, kept):
     file = folder / "model.safetensors"

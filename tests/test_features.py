@@ -333,10 +333,15 @@ def test_places_without_audio_are_refused(tmp_path):
         AudioFiles(tmp_path)
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.ones(800), 16_000)
-    os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + b"/\xff.wav")
-    with pytest.raises(CorpusError, match="not UTF-8; rename the file"):
+def test_a_name_that_is_no_text_stops_no_folder(tmp_path):
+    for name in (b"/\xff.wav", b"/b.wav"):
+        soundfile.write(tmp_path / "a.wav", np.resize([0.5, -0.5], 800), 16_000)
+        os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + name)
+    source = AudioFiles(tmp_path)
+    assert source.ids == ["b.wav", "\ufffd.wav"]
+    assert [len(clip.waveform) for clip in source.read(range(2), 800)] == [800, 800]
+    os.rename(os.fsencode(tmp_path) + b"/b.wav", os.fsencode(tmp_path) + b"/\xfe.wav")
+    with pytest.raises(CorpusError, match="differ in bytes only"):
         AudioFiles(tmp_path)
 
 

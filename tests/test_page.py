@@ -88,4 +88,6 @@ def test_what_the_microphone_hears_is_classified(browser_page, model):
 def test_a_silent_recording_is_told_so(browser_page, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(16_000), 16_000)
     upload(browser_page, tmp_path / "silent.wav")
-    browser_page.get_by_text("silent, every sample is below").first.wait_for()
+    told = browser_page.get_by_text("silent, every sample is below").first
+    told.wait_for()
+    assert told.inner_text().startswith("silent.wav: ")  # not the server's own path

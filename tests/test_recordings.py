@@ -271,3 +271,22 @@ def test_the_command_prints_notes_beside_the_label(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("a.wav: ")
     assert "note: a.wav: its 2 channels cancel each other: channel 1 is used" in done.stderr
+
+
+def test_a_name_that_is_no_text_is_predicted_or_told(tmp_path):
+    folder = write_model(tmp_path / "m")
+    for name, samples in ((b"/\xff.wav", tone()), (b"/\xfe.wav", np.zeros(9000))):
+        soundfile.write(tmp_path / "a.wav", samples, RATE)
+        os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + name)
+    command = [
+        sys.executable,
+        "-m",
+        "serkd_jax.predict",
+        f"--model={folder}",
+        b"\xff.wav",
+        b"\xfe.wav",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.stdout.decode().startswith("\ufffd.wav: ")
+    assert done.stderr.decode().startswith("error: \ufffd.wav: silent")

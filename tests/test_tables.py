@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from layouts import SHARED, manifest_of, write_wav
 from serkd_jax.audio.decoding import find_audio
 from serkd_jax.data.corpora import CorpusError, Manifest
+from serkd_jax.data.counts import check_counts
+from serkd_jax.data.prepare import prepare_records
+from serkd_jax.data.reader import load_table
 from serkd_jax.data.splits import make_folds, speaker_note
 from serkd_jax.data.tables import alike, locate, plain, read_rows, tidy
 from serkd_jax.errors import UserError
@@ -203,3 +206,11 @@ def test_tables_that_people_sent(name, classes, told):
     assert len(corpus.class_names) == classes
     assert len({u.speaker.lower() for u in corpus.utterances} - {"nan"}) == 4
     assert told in "\n".join(corpus.notes)
+
+
+def test_a_bar_in_a_label_breaks_no_table(tmp_path, three_wavs):
+    corpus = manifest_of(tmp_path, "path,label\na.wav,sad|low\nb.wav,happy\n")
+    table = load_table(prepare_records(corpus, tmp_path / "cache"))
+    header, _, row, *_ = check_counts(table, corpus, strict=False).splitlines()
+    assert r"sad\|low" in header
+    assert header.replace(r"\|", "").count("|") == row.count("|")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -28,7 +29,7 @@ from serkd_jax.audio.waveform import (
     downmix,
     to_full_scale,
 )
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, readable
 
 BLOCK = 2**16  # frames that are decoded at once
 END_TOLERANCE = 0.25  # seconds by which a file may be shorter than its header or a manifest says
@@ -143,7 +144,8 @@ def _decode_libsndfile(
     source: Path | io.BytesIO, start: float, seconds: float, path: Path
 ) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio and its rate; errors name the `path`."""
-    with soundfile.SoundFile(source) as file:
+    # As bytes, since a name need not be UTF-8.
+    with soundfile.SoundFile(os.fsencode(source) if source is path else source) as file:
         log, rate = file.extra_info, file.samplerate
         exact = file.format not in ("MP3", "OGG")  # in the number of samples that it states
         if start:
@@ -182,9 +184,14 @@ def _frames(
             yield from packet.decode()
 
 
+def _name_or(file: BinaryIO, path: Path) -> str | BinaryIO:
+    """Returns the file's name, or the file, which FFmpeg reads more slowly, if it is not UTF-8."""
+    return str(path) if readable(str(path)) == str(path) else file
+
+
 def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio of the first audio track, and its rate."""
-    with av.open(str(path)) as container:
+    with path.open("rb") as file, av.open(_name_or(file, path)) as container:
         if not container.streams.audio:
             raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
         stream = container.streams.audio[0]

@@ -9,6 +9,7 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, speaker_note
+from serkd_jax.data.tables import markdown_cell
 from serkd_jax.errors import UserError
 
 
@@ -145,6 +146,7 @@ def _markdown(
 ) -> list[str]:
     """Makes a Markdown table that is also readable on a terminal."""
     titles = [row or f"no {column}" for row in rows] + ["sum"] * (len(rows) > 1)
+    titles, classes = ([*map(markdown_cell, names)] for names in (titles, classes))
     lines = [[column, *classes, "total"]]
     lines += [[title, *row] for title, row in zip(titles, cells, strict=True)]
     widths = [max(3, *map(len, texts)) for texts in zip(*lines, strict=True)]

@@ -17,6 +17,7 @@ from serkd_jax.data.corpora import CorpusError
 from serkd_jax.data.corpora.manifest import read_manifest
 from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
 from serkd_jax.data.tables import locate
+from serkd_jax.errors import readable
 
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest; they go into records
 
@@ -121,32 +122,29 @@ class AudioFiles:
             data_dir: the folder to which the paths of a manifest are relative; None means its own.
 
         Raises:
-            CorpusError: there is nothing to list, a row has no path, two rows have the same path,
-                or a name is not UTF-8.
+            CorpusError: there is nothing to list, a row has no path, or two have the same.
         """
         place = Path(place)
         if place.is_dir():
-            self._folder, self._rows = place, None
-            self.ids = sorted(path.relative_to(place).as_posix() for path in find_audio(place))
+            self._rows, found = None, sorted(find_audio(place))
+            names = [readable(path.relative_to(place).as_posix()) for path in found]
+            self._files = dict(zip(names, found, strict=True))
+            if len(self._files) < len(found):
+                raise CorpusError(f"{place}: two names differ in bytes only that are not UTF-8")
         elif place.is_file():
-            self._folder, self._rows = Path(data_dir or place.parent), _read_columns(place)
-            self.ids = sorted(self._rows)
+            self._rows = _read_columns(place)
+            files = locate([*self._rows], Path(data_dir or place.parent))
+            self._files = dict(zip(self._rows, files, strict=True))
         else:
             raise CorpusError(f"{place}: no such folder or manifest")
+        self.ids = sorted(self._files)
         if not self.ids:
             what = f"no audio file ({' '.join(SUFFIXES)})" if place.is_dir() else "no rows"
             raise CorpusError(f"{place} holds {what}")
-        files = (
-            locate(self.ids, self._folder) if self._rows else map(self._folder.joinpath, self.ids)
-        )
-        self._files = dict(zip(self.ids, files, strict=True))
         columns = {name for values in (self._rows or {}).values() for name in values}
         self._columns = [name for name in COLUMNS if name in columns]
         self.texts = ["id", *self._columns]
-        try:
-            self.fingerprint = _digest((self._values(key), self._size(key)) for key in self.ids)
-        except UnicodeEncodeError as error:
-            raise CorpusError(f"{error.object!r}: not UTF-8; rename the file") from error
+        self.fingerprint = _digest((self._values(key), self._size(key)) for key in self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,7 +157,7 @@ class AudioFiles:
             try:
                 return Clip(values, read_audio(self._path(values["id"]), max_samples))
             except (AudioError, OSError) as error:
-                return Clip(values, None, str(error))
+                return Clip(values, None, readable(str(error)))
 
         suffixes = {Path(self.ids[row]).suffix.lower() for row in rows}
         threads = 1 if suffixes & set(FFMPEG_SUFFIXES) else os.cpu_count()

@@ -25,6 +25,11 @@ def tidy(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
 
 
+def markdown_cell(text: str) -> str:
+    """Returns text that stays within one cell of a Markdown table."""
+    return text.replace("|", r"\|")
+
+
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     """The groups of different names that differ in case, width or accents only, each sorted."""
     groups: dict[str, set[str]] = {}

@@ -23,7 +23,7 @@ from serkd_jax.audio.waveform import (
 )
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import find_folder, read_config
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, readable
 
 MOST_CHANNELS = 64
 
@@ -138,7 +138,7 @@ class Model:
     def _open(self, recording: object, hop: int) -> _Clip | Failure:
         audio, rate = recording if isinstance(recording, tuple) else (recording, SAMPLE_RATE)
         is_file, notices = isinstance(audio, str | Path), []
-        source = str(audio) if is_file else "samples"
+        source = readable(str(audio)) if is_file else "samples"
         try:
             if is_file:
                 from serkd_jax.audio.decoding import read_audio
@@ -152,7 +152,7 @@ class Model:
                     f"{source}: longer than {limit:g} s: raise max_seconds or split it"
                 )
         except (AudioError, OSError) as error:
-            return Failure(source, str(error))
+            return Failure(source, readable(str(error)))
         except MemoryError:
             return Failure(source, f"{source}: does not fit into memory; split it")
         waveform = to_float(to_int16(waveform))  # as in the records it was trained on

@@ -219,6 +219,15 @@ def _check_shapes(have: dict[str, tuple], want: dict[str, tuple]) -> None:
     Raises:
         UserError: lists the tensors that are missing, unexpected or of another shape.
     """
+    missing = want.keys() - have.keys()
+    example = min(missing, default="")
+    for name in have if missing else ():
+        prefix = name.removesuffix(example)
+        if prefix != name and all(prefix + each in have for each in missing):
+            raise UserError(
+                f"its tensors' names begin with {prefix!r}, as in a model that holds it: save the "
+                f"model in it, or take {prefix!r} off the names"
+            )
     shared = sorted(want.keys() & have.keys())
     misshapen = [
         f"{name} has shape {have[name]} instead of {want[name]}"
@@ -226,7 +235,7 @@ def _check_shapes(have: dict[str, tuple], want: dict[str, tuple]) -> None:
         if have[name] != want[name]
     ]
     lists = {
-        "missing": sorted(want.keys() - have.keys()),
+        "missing": sorted(missing),
         "unexpected": sorted(have.keys() - want.keys()),
         "of another shape": misshapen,
     }

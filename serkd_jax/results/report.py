@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from serkd_jax.data.tables import markdown_cell
 from serkd_jax.files import write_file, write_json
 from serkd_jax.results.metrics import classification_metrics
 
@@ -60,7 +61,8 @@ def write_results(
 
 
 def _markdown(results: dict[str, Any]) -> str:
-    overall, folds, names = results["overall"], results["folds"], results["classes"]
+    overall, folds = results["overall"], results["folds"]
+    names = [*map(markdown_cell, results["classes"])]
     *_, last = overall
     lines = [
         f"# {results['corpus']}",
