@@ -1,9 +1,11 @@
 """MELD: annotations, recordings in several layouts, the release's flaws, the real annotations."""
 
+import dataclasses
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
@@ -278,3 +280,15 @@ def test_the_real_annotations_of_train_and_dev_list_the_counts_of_table_2():
     assert all(
         u.extras["sentiment"] in ("positive", "neutral", "negative") for u in corpus.utterances
     )
+
+
+def test_a_clip_that_is_far_longer_than_its_annotation_is_told(meld, tmp_path):
+    """As some of the release are: 300 s for an utterance of one second."""
+    corpus = MELD(str(meld))
+    usual = next(u for u in corpus.utterances if Path(u.path).exists())
+    assert usual.seconds == pytest.approx(2.793)
+    assert corpus.read_record(usual)["notice"] == ""
+    long = np.resize(np.sin(np.arange(160)), 30 * 16_000).astype(np.float32)
+    path = str(write_mp4(tmp_path / "long.mp4", long))
+    told = corpus.read_record(dataclasses.replace(usual, path=path))["notice"]
+    assert told == "it lasts 30.0 s, but its annotation says 2.8 s"

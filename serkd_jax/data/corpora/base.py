@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from serkd_jax.audio.decoding import check_file, read_audio
-from serkd_jax.audio.waveform import AudioError, to_int16
+from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, to_int16
 from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, tidy
 from serkd_jax.files import content_hashes
 
@@ -37,6 +37,7 @@ class Utterance:
     fold: str = ""  # the official cross-validation fold that tests on this utterance
     start: float = 0.0  # seconds, if the utterance is a part of the file; so is `end`
     end: float | None = None
+    seconds: float | None = None  # how long it is, as the corpus says
     extras: Mapping[str, str | float] = dataclasses.field(default_factory=dict)  # see EXTRAS
 
 
@@ -113,6 +114,9 @@ class SpeechCorpus(abc.ABC):
         except AudioError as error:
             return {"id": utterance.id, "reason": str(error)}
         record = {name: getattr(utterance, name) for name in NAMES} | dict(utterance.extras)
+        there, stated = len(audio) / SAMPLE_RATE, utterance.seconds
+        if stated is not None and there > 3 * stated + 5:
+            notices.append(f"it lasts {there:.1f} s, but its annotation says {stated:.1f} s")
         digest = hashlib.sha256(audio.tobytes()).hexdigest()[:16]
         record |= {"sha256": digest, "notice": "; ".join(notices)}
         return record | {"audio": audio, "num_samples": len(audio)}

@@ -140,5 +140,18 @@ class MELD(Release):
                 path=str(next((files[n] for n in names if n in files), folder / names[-1])),
                 speaker=(row["Speaker"] or "").strip(),
                 split=split,
+                seconds=_seconds_between(row.get("StartTime", ""), row.get("EndTime", "")),
                 extras={"text": row["Utterance"] or "", "sentiment": row["Sentiment"] or ""},
             )
+
+
+def _seconds_between(start: str, end: str) -> float | None:
+    """Returns the seconds from one time to another, such as 00:20:57,256; None if there is none."""
+    found = [re.fullmatch(r"(\d+):(\d+):(\d+)[,.](\d{3})", time) for time in (start, end)]
+    if None in found:
+        return None
+    first, last = (
+        3600 * int(h) + 60 * int(m) + int(s) + int(ms) / 1000
+        for h, m, s, ms in (match.groups() for match in found if match)
+    )
+    return last - first if last > first else None
