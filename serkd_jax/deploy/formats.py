@@ -17,12 +17,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 from safetensors.numpy import save
 
 from serkd_jax.deploy.backends import Variables, flat_variables, make_apply
 from serkd_jax.deploy.folder import FILES, ModelConfig
 from serkd_jax.errors import UserError
 
+# Versions of 2024, which TensorFlow 2.21 reads; JAX writes what is newest.
+TF_STABLEHLO, TF_CALL = "1.8.0", 9
 PLATFORMS = ("cpu", "cuda", "tpu")  # platforms for which the StableHLO is lowered
 
 
@@ -116,27 +120,48 @@ def _write_onnx_int8(path: Path, config: ModelConfig, variables: Variables) -> N
 def _write_tflite(
     path: Path, config: ModelConfig, variables: Variables, quantise: bool = False
 ) -> None:
-    """Writes a model for batches of one; for others, LiteRT does not use its fast kernels."""
+    """Writes the model for batches of one; otherwise LiteRT's fast kernels are not used."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
-    from jax.experimental import jax2tf
+    from tensorflow.compiler.tf2xla.python import xla
 
-    convert = jax2tf.convert(_classify(config, variables), with_gradient=False)
     shapes = {"features": (1, config.max_frames, config.num_features), "num_frames": (1,)}
-    dtypes = {"features": tf.float32, "num_frames": tf.int32}
-    signature = [tf.TensorSpec(shape, dtypes[name], name) for name, shape in shapes.items()]
+    dtypes = {"features": jnp.float32, "num_frames": jnp.int32}
+    inputs = [jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()]
+    model = jax.jit(_classify(config, variables))
+    exported = jax.export.export(model, platforms=["cpu"])(*inputs)
+    signature = [
+        tf.TensorSpec(x.shape, x.dtype, name) for name, x in zip(shapes, inputs, strict=True)
+    ]
 
     @tf.function(input_signature=signature, autograph=False)
-    def classify(features: Any, num_frames: Any) -> Any:
-        return {"logits": convert(features, num_frames)}
+    def classify(*given: Any) -> Any:
+        (logits,) = xla.call_module(
+            [given[i] for i in exported.module_kept_var_idx],
+            version=TF_CALL,
+            module=_as_tensorflow_reads(exported.mlir_module_serialized),
+            Tout=[tf.float32],
+            Sout=[[1, len(config.labels)]],
+            platforms=["CPU"],
+        )
+        return {"logits": logits}
 
     with _quiet("tensorflow"):
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
             [classify.get_concrete_function()], tf.Module()
         )
-        if quantise:  # dynamic range: weights in 8 bits, activations quantised at run time
+        if quantise:  # dynamic range: weights in 8 bits, activations quantised as they come
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         path.write_bytes(converter.convert())
+
+
+def _as_tensorflow_reads(module: bytes) -> bytes:
+    """Rewrites StableHLO in the version that TensorFlow reads; JAX writes newer ones."""
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        return stablehlo.serialize_portable_artifact(
+            stablehlo.deserialize_portable_artifact(context, module), TF_STABLEHLO
+        )
 
 
 def _write_tflite_int8(path: Path, config: ModelConfig, variables: Variables) -> None:
