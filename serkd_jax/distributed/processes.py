@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def run(work: Callable[[], None]) -> None:
     told to end and should be started again; and another one, with a stack trace, for other errors.
     """
     joined = False
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -42,8 +44,6 @@ def run(work: Callable[[], None]) -> None:
     except preemption.Preempted as notice:
         print(f"told to end: {notice}; start again to resume", file=sys.stderr)
         sys.exit(preemption.EXIT_STATUS)
-    except KeyboardInterrupt:
-        _end("interrupted; finished work is kept: start again to resume", 130, joined)
     except Exception as error:
         if told := of_the_machine(error):
             _end(f"error: {told}", 1, joined)
@@ -51,6 +51,12 @@ def run(work: Callable[[], None]) -> None:
         if "RESOURCE_EXHAUSTED" in str(error):
             _end("error: out of memory; see docs/scaling.md for settings that need less", 1, joined)
         _end("this is a bug, or one of the processes was lost; finished work is kept", 70, joined)
+
+
+def _interrupted(*_: object) -> None:
+    """Ends the program at Ctrl-C; an exception could be lost in a thread or in a library."""
+    print("interrupted; finished work is kept: start again to resume", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def of_the_machine(error: BaseException | None) -> str:
