@@ -267,6 +267,8 @@ def small(config: ConfigDict) -> ConfigDict:
 
 def with_student(config: ConfigDict, kind: str) -> ConfigDict:
     """Changes a recipe to a student of another kind, with that kind's default sizes."""
+    if config.student.kind == kind:
+        return config
     kept = {key: config.student[key] for key in STUDENT_SETTINGS}
     defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
     config.student = ConfigDict(defaults | kept | {"kind": kind})

@@ -7,6 +7,7 @@ from flax import linen as nn
 from test_stages import STAGES, as_arrays, run
 
 import serkd_jax.models.students as students
+from configs import common
 from configs.common import with_preset
 from layouts import write_wav
 from serkd_jax.deploy import formats
@@ -110,3 +111,19 @@ def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_pat
     trained = load_trained(finished, "1", "student")
     with pytest.raises(UserError, match=r"onnx cannot hold a student of kind 'toy'.* primitive$"):
         export(trained, tmp_path / "out", ["onnx"], None)
+
+
+def test_a_kind_is_a_preset_with_its_own_sizes(monkeypatch):
+    monkeypatch.setitem(students.STUDENTS, "toy", f"{__name__}:Toy")
+    ours, toy = (with_preset(common.paper(), preset) for preset in ("logmel", "logmel,toy"))
+    assert toy.student.to_dict() == {
+        "kind": "toy",
+        "width": 8,
+        "classifier_dims": (384, 128),
+        "projection_dims": (256, 256),
+        **{key: ours.student[key] for key in ("standardize", "learning_rate", "epochs")},
+    }
+    assert toy.teacher == ours.teacher
+    assert with_preset(common.paper(), "logmel,inverted").student == ours.student
+    with pytest.raises(ValueError, match="no preset 'tow': use :logmel"):
+        with_preset(common.paper(), "logmel,tow")

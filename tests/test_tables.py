@@ -167,8 +167,8 @@ def test_each_real_folder_is_walked_once(tmp_path):
     (tmp_path / "corpus" / "again").symlink_to(tmp_path / "corpus" / "s1")
     write_wav(tmp_path / "elsewhere" / "b.wav", 0)
     (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
-    found = sorted(path.name for path in find_audio(tmp_path / "corpus"))
-    assert found == ["a.wav", "b.wav"]
+    found = sorted(find_audio(tmp_path / "corpus"))
+    assert found == [tmp_path / "corpus" / name for name in ("more/b.wav", "s1/a.wav")]
 
 
 def test_a_class_that_is_not_trained_on_is_named():

@@ -235,7 +235,8 @@ def find_audio(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         walked.add(real)
-        folders.sort()
+        # Links last, so that a file's name is that of its real folder.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
         for path in (Path(place, name) for name in names):
             if path.suffix.lower() in SUFFIXES and not is_litter(path):
                 yield path
