@@ -29,6 +29,12 @@ def rows_of(tmp_path, text, name="m.csv", encoding="utf-8"):
     return [row for _, row in read_rows(path)]
 
 
+def by_speaker(**shares):
+    """The protocol that holds out one speaker at a time."""
+    protocol = {"split_by": "speaker", "groups_per_fold": 1, "num_folds": 5, "file": ""}
+    return ConfigDict(protocol | {"speakers_apart": False, **shares})
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t", " , ", " ;\t"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("empty", ["", ",,", ";;;;", "\t\t"])
@@ -109,10 +115,7 @@ def test_speakers_that_look_alike_are_not_called_independent(tmp_path):
     speakers = np.array(["S1", "S1", "s1", "s1", "s2", "s2"] * 10)
     labels = np.array([0, 1] * 30)
     ids = [f"{k:02d}" for k in range(60)]
-    protocol = ConfigDict(
-        {"split_by": "speaker", "groups_per_fold": 1, "num_folds": 5, "validation": 0.1,
-         "quiz": 0.2, "speakers_apart": False, "file": ""}
-    )  # fmt: skip
+    protocol = by_speaker(validation=0.1, quiz=0.2)
     columns = {"id": ids, "speaker": speakers}
     folds = make_folds(labels, columns, protocol, 0)
     note = speaker_note(folds, speakers)
@@ -174,10 +177,7 @@ def test_each_real_folder_is_walked_once(tmp_path):
 def test_a_class_that_is_not_trained_on_is_named():
     labels = np.array([0, 1] * 10 + [2] * 2)
     speakers = ["s1"] * 10 + ["s2"] * 10 + ["s3"] * 2
-    protocol = ConfigDict(
-        {"split_by": "speaker", "groups_per_fold": 1, "num_folds": 5, "validation": 0.2,
-         "quiz": 0.4, "speakers_apart": False, "file": ""}
-    )  # fmt: skip
+    protocol = by_speaker(validation=0.2, quiz=0.4)
     columns = {"id": [str(k) for k in range(22)], "speaker": speakers}
     with pytest.raises(UserError, match="no training example of the classes sad, which"):
         make_folds(labels, columns, protocol, 0, ("happy", "neutral", "sad"))

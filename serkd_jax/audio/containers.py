@@ -50,7 +50,7 @@ def unfinished_wav(path: Path) -> tuple[io.BytesIO, int, int] | None:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(12)
         if not (head.startswith(b"RIFF") and head[8:12] == b"WAVE") or size > UNKNOWN_LENGTH:
             return None
         chunks = _chunks(file, 12, size)

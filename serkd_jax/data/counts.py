@@ -96,22 +96,27 @@ def _compared_counts(table: Table, corpus: SpeechCorpus) -> tuple[list[str], boo
 def _skipped(skipped: list[dict[str, str]], most_named: int | None) -> list[str]:
     if not skipped:
         return []
-    named = [f"- `{skip['id']}`: {skip['reason']}" for skip in skipped[:most_named]]
-    if len(named) < len(skipped):
-        more = len(skipped) - len(named)
-        named.append(f"- and {more:,} more; `python -m serkd_jax.records` names them all")
-    return [f"{len(skipped):,} files or lines were skipped:", "\n".join(named)]
+    reasons = [(skip["id"], skip["reason"]) for skip in skipped]
+    more = "; `python -m serkd_jax.records` names them all"
+    return [f"{len(skipped):,} files or lines were skipped:", _listed(reasons, most_named, more)]
 
 
 def _noticed(table: Table, most_named: int | None) -> list[str]:
     """Returns what was noticed when recordings were read, if anything."""
-    noticed = np.flatnonzero(table.notices != "")
-    if not len(noticed):
+    noticed = [
+        (name, notice) for name, notice in zip(table.ids, table.notices, strict=False) if notice
+    ]
+    if not noticed:
         return []
-    named = [f"- `{table.ids[row]}`: {table.notices[row]}" for row in noticed[:most_named]]
-    if len(named) < len(noticed):
-        named.append(f"- and {len(noticed) - len(named):,} more")
-    return [f"{len(noticed):,} recordings were not used as they are:", "\n".join(named)]
+    return [f"{len(noticed):,} recordings were not used as they are:", _listed(noticed, most_named)]
+
+
+def _listed(reasons: Sequence[tuple[str, str]], most_named: int | None, more: str = "") -> str:
+    """Lists ids with what is said about each, and after the most to name the number of the rest."""
+    named = [f"- `{name}`: {reason}" for name, reason in reasons[:most_named]]
+    if len(named) < len(reasons):
+        named.append(f"- and {len(reasons) - len(named):,} more{more}")
+    return "\n".join(named)
 
 
 def _copies(table: Table) -> list[str]:

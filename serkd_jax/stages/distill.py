@@ -23,12 +23,13 @@ from serkd_jax.models.students.base import Adapter, Student, StudentOutput, adap
 from serkd_jax.models.teacher import Classifier
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch, QuizBatch, Stage
-from serkd_jax.stages.contrastive import Queue, empty_queue
+from serkd_jax.stages.contrastive import Queue
 from serkd_jax.stages.standardization import Statistics, standardize
 from serkd_jax.stages.student import (
     StudentState,
     descend,
     encode_keys,
+    new_training,
     run_student,
     student_objective,
 )
@@ -169,22 +170,15 @@ class DistillStage(Stage):
         student_rng, adapter_rng = jax.random.split(rng)
         variables = self.new_student(student_rng)
         params = {"student": variables["params"], "adapter": {}}
-        batch_stats = variables.get("batch_stats", {})
         if self.adapter:
             hidden = jnp.zeros((1, self.hidden_width))
             params["adapter"] = self.adapter.init(adapter_rng, hidden)["params"]
-        contrastive, width = self.config.contrastive, self.student.projection_dims[-1]
         return DistillState(
-            step=jnp.int32(0),
             params=params,
-            batch_stats=batch_stats,
             opt_state=self.optimizer.init(params),
             meta_params=jax.tree.map(jnp.copy, teacher_classifier),
             meta_opt_state=self.meta_optimizer.init(teacher_classifier),
-            momentum_params=jax.tree.map(jnp.copy, params["student"]),
-            momentum_stats=jax.tree.map(jnp.copy, batch_stats),
-            queue=empty_queue(contrastive.queue_size, width),
-            frozen=statistics,
+            **new_training(self.student, variables, statistics, self.config.contrastive),
         )
 
     def step(

@@ -81,16 +81,10 @@ class StudentStage(Stage):
     def init(self, rng: jax.Array, statistics: Statistics) -> StudentState:
         """Makes the state before the first step, for features with these statistics."""
         variables = self.new_student(rng)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return StudentState(
-            step=jnp.int32(0),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=self.optimizer.init(params),
-            momentum_params=jax.tree.map(jnp.copy, params),
-            momentum_stats=jax.tree.map(jnp.copy, batch_stats),
-            queue=empty_queue(self.config.queue_size, self.student.projection_dims[-1]),
-            frozen=statistics,
+            params=variables["params"],
+            opt_state=self.optimizer.init(variables["params"]),
+            **new_training(self.student, variables, statistics, self.config),
         )
 
     def step(
@@ -118,6 +112,28 @@ class StudentStage(Stage):
         metrics["gradient_norm"] = optax.global_norm(grads)
         state = descend(self, state, grads, batch_stats, keys, key_labels, self.config.momentum)
         return state, metrics
+
+
+def new_training(
+    student: Student, variables: Any, statistics: Statistics, config: ConfigDict
+) -> dict[str, Any]:
+    """Makes the fields of `StudentState`, except parameters and optimiser, before the first step.
+
+    Args:
+        student: the student.
+        variables: its variables.
+        statistics: what its features are standardised by.
+        config: the config's `contrastive` part.
+    """
+    batch_stats = variables.get("batch_stats", {})
+    return {
+        "step": jnp.int32(0),
+        "batch_stats": batch_stats,
+        "momentum_params": jax.tree.map(jnp.copy, variables["params"]),
+        "momentum_stats": jax.tree.map(jnp.copy, batch_stats),
+        "queue": empty_queue(config.queue_size, student.projection_dims[-1]),
+        "frozen": statistics,
+    }
 
 
 def run_student(
