@@ -64,6 +64,8 @@ def three_wavs(tmp_path):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """Kind -> the folder of a small random encoder in Hugging Face's own format."""
+    import torch
+
     import tiny_encoders
 
     sizes = {
@@ -83,6 +85,7 @@ def encoder_folder(tmp_path_factory):
         config = tiny_encoders.tiny_config(variant, **changes)
         folder = tmp_path_factory.mktemp(kind)
         cls = tiny_encoders.model_class(config)
+        torch.manual_seed(0)
         tiny_encoders.save(cls(config), folder)
         return str(folder)
 

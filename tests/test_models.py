@@ -1,6 +1,6 @@
 """The student and the shared encoder layer against torch; padding; what the options change."""
 
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.flatten_util import ravel_pytree
 from transformers import HubertConfig, HubertModel
 
-from configs import common
+from configs import common, iemocap, meld
 from serkd_jax.data.examples import Examples, predict_rows
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import load_encoder
@@ -453,6 +453,38 @@ def test_the_paper_sizes_are_those_of_table_7(table3, classes, expected):
     assert programs.count_parameters() == expected
     in_table_7 = {"iemocap": (302.45, 11.92), "meld": (301.83, 11.87)}[table3]
     assert tuple(round(count / 2**20, 2) for count in expected.values()) == in_table_7
+
+
+TABLE_3 = """
+teacher.learning_rate        1e-4  1e-4
+teacher.epochs               20    20
+student.learning_rate        1e-4  1e-4
+student.epochs               30    100
+meta.learning_rate           1e-3  1e-3
+distill.epochs               30    100
+curriculum.learning_rate     1e-3  1e-3
+curriculum.epochs            100   100
+batch_size                   32    32
+distill.alpha                0.1   0.5
+distill.beta                 100   100
+contrastive.weight           0.05  0.2
+contrastive.temperature      0.07  1.0
+distill.temperature          5.0   6.0
+max_frames                   326   224
+student.num_layers           4     4
+contrastive.max_frequency_mask 50  50
+contrastive.max_time_mask    8     8
+"""
+
+
+@pytest.mark.parametrize(("column", "recipe"), [(1, iemocap), (2, meld)])
+def test_the_recipes_have_table_3_and_the_sizes_of_sections_4_3_and_4_4(column, recipe):
+    values = recipe.get_config()
+    for line in TABLE_3.strip().splitlines():
+        key, value = line.split()[0], float(line.split()[column])
+        assert reduce(getattr, key.split("."), values) == value, key
+    assert values.frontend.model == "facebook/hubert-large-ll60k"
+    assert values.teacher.model == "facebook/hubert-large-ls960-ft"
 
 
 def test_a_checkpoint_counts_all_parameters_of_its_encoder_as_torch_does(hubert_folder):

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from serkd_jax import losses
 from serkd_jax.data.examples import Examples
 from serkd_jax.distributed import parallel
+from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.models.policy import Policy
 from serkd_jax.stages import curriculum
 from serkd_jax.stages.augmentation import example_keys, spec_augment
@@ -20,11 +21,13 @@ from serkd_jax.stages.base import make_optimizer
 from serkd_jax.stages.standardization import standardize
 from tiny_stages import (
     CLASSIFIER,
+    HUBERT,
     POLICY,
     POLICY_OPTIMIZER,
     RNG,
     STATISTICS,
     STUDENT,
+    TEACHER,
     B,
     K,
     N,
@@ -235,13 +238,20 @@ def test_keys_come_from_the_momentum_encoder_and_enter_the_queue_after_the_step(
     np.testing.assert_allclose(keys, expected, atol=1e-5)
 
 
-def test_the_teacher_hears_masked_frames_if_the_recipe_says_so():
-    losses = []
-    for width in (0, 12):
+def test_the_teacher_has_dropout_and_masks_of_each_steps_and_each_examples_own():
+    quiet = {f"{name}_dropout": 0.0 for name in ("hidden", "attention", "activation")}
+    without = TEACHER.clone(encoder=Wav2Vec2Layers(type(HUBERT)(**HUBERT.to_dict() | quiet)))
+    for width, model in ((0, TEACHER), (12, without)):  # dropout alone, masks alone
         masks = {"max_frequency_mask": width, "max_time_mask": width}
-        make_step, init, batch = teacher_stage(changed(teacher=masks))
-        losses.append(jax.jit(make_step())(init(), batch(0), RNG)[1]["loss"])
-    assert abs(losses[0] - losses[1]) > 1e-3
+        make_step, init, batch = teacher_stage(changed(teacher=masks), model)
+        step, state, examples = jax.jit(make_step()), init(), batch(0)
+        others = examples | {"index": examples["index"] + 1}
+        changes = [(state.replace(step=state.step + 1), examples), (state, others)]
+        first, again, *changed_losses = (
+            step(*given, RNG)[1]["loss"] for given in [(state, examples)] * 2 + changes
+        )
+        assert first == again
+        assert all(abs(loss - first) > 1e-4 for loss in changed_losses)
 
 
 @pytest.mark.parametrize(
@@ -253,17 +263,25 @@ def test_the_teacher_hears_masked_frames_if_the_recipe_says_so():
     ],
     ids=["student", "distill", "curriculum"],
 )
-def test_the_query_is_never_masked_but_has_dropout(make_stage, own):
+def test_the_query_has_dropout_and_its_key_masks_of_each_steps_and_each_examples_own(
+    make_stage, own
+):
     """Masks change the contrastive loss, through the keys, and no other part of the loss."""
     metrics = []
     for width in (0, 6):
         masks = {"max_frequency_mask": width, "max_time_mask": width}
         config = changed(contrastive=masks, meta={"order": "none"})
         make_step, init, batch = make_stage(config)
-        step = jax.jit(make_step())
-        metrics.append(step(init(), batch(0), RNG)[1])
-        dropped_otherwise = step(init(), batch(0), jax.random.key(8))[1]
-        assert abs(metrics[-1]["cross_entropy"] - dropped_otherwise["cross_entropy"]) > 1e-4
+        step, state, examples = jax.jit(make_step()), init(), batch(0)
+        after, first = step(state, examples, RNG)
+        metrics.append(first)
+        train = examples.get("train", examples)
+        others = train | {"index": train["index"] + 1}
+        others = examples | {"train": others} if "train" in examples else others
+        for given in ((state.replace(step=state.step + 1), examples), (state, others)):
+            other, changed_metrics = step(*given, RNG)
+            assert abs(first["cross_entropy"] - changed_metrics["cross_entropy"]) > 1e-4
+            assert (jnp.abs(other.queue.keys - after.queue.keys).max() > 1e-3) == (width > 0)
     clean, masked = metrics
     parts = ["cross_entropy", "accuracy", *own]
     np.testing.assert_allclose(
