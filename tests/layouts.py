@@ -66,6 +66,18 @@ def manifest_of(tmp_path, text, name="m.csv", **settings):
     return Manifest(str(tmp_path / name), data_dir=str(tmp_path / "data"), **settings)
 
 
+def make_split(folder):
+    """A manifest of 48 tones of three classes, a third of them for testing."""
+    with (folder / "corpus.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "speaker", "split"])
+        for i in range(48):
+            soundfile.write(folder / f"{i}.wav", tone(200 * 2 ** (i % 3), i), 16_000)
+            label, split = ("calm", "glad", "sad")[i % 3], "test" if i < 16 else "train"
+            rows.writerow([f"{i}.wav", label, f"s{i % 4}", split])
+    return folder / "corpus.csv"
+
+
 def make_iemocap(root, sessions=range(1, 6)):
     """Writes IEMOCAP_full_release: in each of two dialogs of a session, both say every label."""
     release = root / "IEMOCAP_full_release"

@@ -18,12 +18,13 @@ import pytest
 
 import quick_xla
 from finished_runs import final_arrays
+from layouts import make_split
 from serkd_jax.distributed import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of two steps each. In one stage they last long enough for a notice to reach both processes.
-EPOCHS = {"teacher": 2, "student": 9, "distill": 3, "curriculum": 2}
-FLAGS = ["--config=tests/tiny_config.py", "--config.num_devices=0"]
+EPOCHS = {"teacher": 2, "student": 3, "distill": 3, "curriculum": 9}
+FLAGS = ["--config=tests/tiny_config.py:manifest", "--config.num_devices=0"]
 FLAGS += [f"--config.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()]
 FLAGS += ["--config.steps_per_dispatch=1"]
 
@@ -65,35 +66,43 @@ def assert_same_training(actual, expected):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def corpus(tmp_path_factory):
+    """The option that names the corpus."""
+    return f"--config.manifest={make_split(tmp_path_factory.mktemp('corpus'))}"
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
     """The workdir of one process that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    assert start(workdir, 1, 4).wait() == 0, workdir.with_suffix(".log").read_text()[-3000:]
+    assert start(workdir, 1, 4, corpus).wait() == 0, workdir.with_suffix(".log").read_text()[-3000:]
     return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux")
-def test_one_process_preempted_then_two_killed_and_preempted_end_as_one_left_alone(alone, tmp_path):
+def test_one_process_preempted_then_two_killed_and_preempted_end_as_one_left_alone(
+    alone, corpus, tmp_path
+):
     workdir = tmp_path / "run"
     log = workdir.with_suffix(".log")
 
-    job = start(workdir, 1, 4)
+    job = start(workdir, 1, 4, corpus)
     wait_for("epoch", workdir / "fold_1/student/metrics.jsonl", job)
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75
     assert not (workdir / "results.json").exists()
 
-    job = start(workdir, 2, 2, "--config.examples=records")
+    job = start(workdir, 2, 2, corpus, "--config.examples=records")
     wait_for("epoch", workdir / "fold_1/distill/metrics.jsonl", job)
     os.kill(children(job)[1], signal.SIGKILL)  # the launcher starts both again
-    wait_for("epoch", workdir / "fold_2/student/metrics.jsonl", job)
+    wait_for("epoch", workdir / "fold_1/curriculum/metrics.jsonl", job)
     os.kill(children(job)[1], signal.SIGTERM)  # both save and end; the launcher starts them again
     assert job.wait() == 0, log.read_text()[-3000:]
     text = log.read_text()
     assert "SIGKILL" in text
-    assert text.count("told to end: fold 2/2 student") == 2
+    assert text.count("told to end: fold 1/1 curriculum") == 2
     assert_same_training(final_arrays(workdir), final_arrays(alone))
     results = [json.loads((w / "results.json").read_text()) for w in (alone, workdir)]
     assert results[0]["overall"] == results[1]["overall"]
@@ -104,13 +113,13 @@ def test_one_process_preempted_then_two_killed_and_preempted_end_as_one_left_alo
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_see_the_workdir_of_the_first_is_told(tmp_path):
+def test_a_process_that_does_not_see_the_workdir_of_the_first_is_told(corpus, tmp_path):
     """As on two machines without a common file system: two launches, two workdirs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     jobs = [
-        start(tmp_path / f"run{i}", 1, 1, f"--coordinator={address}", "--num_processes=2",
+        start(tmp_path / f"run{i}", 1, 1, corpus, f"--coordinator={address}", "--num_processes=2",
               f"--process_id={i}", f"--config.cache_dir={tmp_path}/cache")
         for i in range(2)
     ]  # fmt: skip

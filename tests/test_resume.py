@@ -15,6 +15,7 @@ import pytest
 
 import quick_xla
 from finished_runs import final_arrays
+from layouts import make_split
 from serkd_jax import training
 from serkd_jax.experiment import STAGES
 from serkd_jax.stages.finetune import TeacherState
@@ -23,14 +24,22 @@ ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3
 
 
-def start(workdir, cache, *flags):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The folder of the corpus, its records and features, and what the runs print."""
+    make_split(folder := tmp_path_factory.mktemp("corpus"))
+    return folder
+
+
+def start(workdir, corpus, *flags):
     """The tiny experiment in a process of its own, on one device."""
-    command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py"]
-    command += [f"--workdir={workdir}", f"--config.cache_dir={cache}/data"]
+    command = [sys.executable, "-m", "serkd_jax.main", "--config=tests/tiny_config.py:manifest"]
+    command += [f"--workdir={workdir}", f"--config.cache_dir={corpus}/data"]
+    command += [f"--config.manifest={corpus}/corpus.csv"]
     command += [f"--config.{kind.name}.epochs={EPOCHS}" for kind in STAGES]
     command += ["--config.steps_per_dispatch=1", *flags]
     environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
-    output = (Path(cache) / "output.log").open("a")
+    output = (corpus / "output.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
@@ -51,16 +60,16 @@ def end_in(stage_dir, process, epoch, how):
 
 
 @pytest.mark.slow
-def test_a_run_ended_in_every_stage_ends_bit_for_bit_as_one_left_alone(tmp_path):
-    alone = start(tmp_path / "alone", tmp_path)
-    assert alone.wait() == 0, (tmp_path / "output.log").read_text()[-3000:]
+def test_a_run_ended_in_every_stage_ends_bit_for_bit_as_one_left_alone(corpus, tmp_path):
+    alone = start(tmp_path / "alone", corpus)
+    assert alone.wait() == 0, (corpus / "output.log").read_text()[-3000:]
     for i, stage in enumerate(kind.name for kind in STAGES):
         stage_dir = tmp_path / "ended" / "fold_1" / stage
         epoch, how = random.randint(1, EPOCHS), [signal.SIGTERM, signal.SIGKILL][i % 2]
         print(f"{stage} gets {how.name} in epoch {epoch} of {EPOCHS}")
-        run = start(tmp_path / "ended", tmp_path)
+        run = start(tmp_path / "ended", corpus)
         assert end_in(stage_dir, run, epoch, how) == (75 if how == signal.SIGTERM else -how)
-    assert start(tmp_path / "ended", tmp_path).wait() == 0
+    assert start(tmp_path / "ended", corpus).wait() == 0
     assert_same_bits(tmp_path / "ended", tmp_path / "alone")
 
 
@@ -86,17 +95,17 @@ def test_a_checkpoint_keeps_the_losses_of_its_step_whatever_comes_while_it_is_wr
 
 
 @pytest.mark.slow
-def test_a_run_told_to_end_in_the_middle_of_an_epoch_goes_on_from_the_last_step(tmp_path):
+def test_a_run_told_to_end_in_the_middle_of_an_epoch_goes_on_from_the_last_step(corpus, tmp_path):
     flags = ["--config.stages=student", "--config.student.epochs=1", "--config.batch_size=2"]
-    alone = start(tmp_path / "alone", tmp_path, *flags)
-    assert alone.wait() == 0, (tmp_path / "output.log").read_text()[-3000:]
-    run = start(tmp_path / "run", tmp_path, *flags)
+    alone = start(tmp_path / "alone", corpus, *flags)
+    assert alone.wait() == 0, (corpus / "output.log").read_text()[-3000:]
+    run = start(tmp_path / "run", corpus, *flags)
     student = tmp_path / "run" / "fold_1" / "student"
     assert end_in(student, run, 1, signal.SIGTERM) == 75
-    log = (tmp_path / "output.log").read_text()
+    log = (corpus / "output.log").read_text()
     step = re.search(r"told to end: .* student: step (\d+) is saved; start again", log)[1]
     saved = [path.name for path in (student / "checkpoints").iterdir() if path.name.isdigit()]
     assert saved == [step]
     assert epochs_logged(student) == 0
-    assert start(tmp_path / "run", tmp_path, *flags).wait() == 0
+    assert start(tmp_path / "run", corpus, *flags).wait() == 0
     assert_same_bits(tmp_path / "run", tmp_path / "alone")

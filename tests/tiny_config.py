@@ -5,8 +5,11 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config() -> ConfigDict:
-    """Log-mel on the synthetic corpus, everything as small as it goes."""
+def get_config(corpus: str = "") -> ConfigDict:
+    """Log-mel, everything as small as it goes, on the synthetic corpus or a `manifest` to be named.
+
+    A manifest has the column `split`, so that there is one fold.
+    """
     config = common.logmel(common.paper())
     config.corpus = "synthetic"
     config.synthetic = ConfigDict(
@@ -26,4 +29,8 @@ def get_config() -> ConfigDict:
     config.curriculum.update({"num_tasks": 2, "episode_steps": 3})
     for stage in ("teacher", "student", "distill", "curriculum"):
         config[stage].epochs = 2
+    if corpus == "manifest":
+        del config.synthetic
+        config.corpus, config.manifest = "manifest", ""
+        config.protocol.split_by = "split"
     return config
