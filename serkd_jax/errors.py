@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -15,6 +15,13 @@ class UserError(ValueError):
 def readable(text: str) -> str:
     """Returns text that can be written: bytes of a file name that are not UTF-8 become U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def some_of(names: Iterable[object], most: int = 10) -> str:
+    """Returns names joined by commas: the beginnings of the first ones, and how many follow."""
+    names = [str(name) for name in names]
+    shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
