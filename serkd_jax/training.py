@@ -1,6 +1,7 @@
 """The loop around the steps of every stage: progress, metrics, checkpoints, selection, resuming."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ from serkd_jax.data.examples import read_ahead
 from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
+
+# Orbax also logs, with a stack trace each, the errors that it raises.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 History = dict[str, list[float]]  # each metric's values in the steps of the epoch so far
 

@@ -76,7 +76,7 @@ def of_the_machine(error: BaseException | None) -> str:
     full = any(one.errno in (errno.ENOSPC, errno.EDQUOT) for one in found)
     if full or "No space left on device" in text or "Disk quota exceeded" in text:
         written = re.search(r'"(/[^"]+)"', text)
-        place = place or (written[1] if written else "this folder")
+        place = place or (written[1] if written else "the workdir, the cache or temporary files")
         return f"no space left on the disk that has {place}: free some, and start again to resume"
     if not found or not place:
         return ""
