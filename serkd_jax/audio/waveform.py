@@ -86,15 +86,15 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
         )
     if is_silent(audio):
         raise AudioError(
-            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale; "
-            "remove it or record it again"
+            f"{name}: silent, no sample is {SILENCE_PEAK:g} of full scale away from their "
+            "mean; remove it or record it again"
         )
     return audio
 
 
-def check_rate(rate: int, name: object) -> None:
+def check_rate(rate: object, name: object) -> None:
     """Raises an `AudioError` if `rate`, in Hz, is not a rate of audio."""
-    if not 1000 <= rate <= 1_000_000:
+    if not isinstance(rate, int | float | np.number) or not 1000 <= rate <= 1_000_000:
         raise AudioError(f"{name}: {rate} Hz is not a rate of audio")
 
 
