@@ -104,14 +104,17 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
 
     Raises:
         UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except ValueError as error:  # neither UTF-8 nor JSON

@@ -214,7 +214,11 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
-    """Makes a manager that keeps the last saved step, for resuming, and the best-scored epoch."""
+    """Makes a manager that keeps the last saved step, for resuming, and the best-scored epoch.
+
+    Raises:
+        UserError: the scores that are there cannot be read.
+    """
 
     def score(metrics: dict[str, float]) -> float:
         return metrics["score"]
@@ -223,7 +227,13 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         best_fn=score, preservation_policy=AnyPreservationPolicy([LatestN(1), best])
     )
-    return _Checkpoints((directory / "checkpoints").absolute(), options=options)
+    try:
+        return _Checkpoints((directory / "checkpoints").absolute(), options=options)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: the score of a checkpoint cannot be read ({error}). Delete "
+            f"{directory.parent} to train the fold again"
+        ) from error
 
 
 def _save(
@@ -271,8 +281,8 @@ def _restore(
     except (ValueError, KeyError, OSError) as error:  # what orbax raises for a damaged file
         raise UserError(
             f"{title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
-            f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "
-            "the fold again"
+            f"({str(error).splitlines()[0][:200]}). Delete {checkpoints.directory.parents[1]} to "
+            "train the fold again"
         ) from error
     return restored.state, restored.history
 

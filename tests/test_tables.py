@@ -213,6 +213,14 @@ def test_leading_folders_are_left_off_for_all_rows_or_none(tmp_path):
     assert found == ["wav/u1.wav", "s9/u9.wav"]
     absolute = str(tmp_path / "u9.wav")
     assert locate([absolute], tmp_path / "wav") == [Path(absolute)]
+    notes = []
+    assert locate(["s1/u1.wav"], tmp_path / "wav", notes) == [tmp_path / "wav/s1/u1.wav"]
+    assert notes == []
+    locate(listed, tmp_path, notes)
+    assert notes == []
+    assert locate(["s1/u9.wav", "s2/u9.wav"], tmp_path, notes) == [tmp_path / "u9.wav"] * 2
+    assert notes[0].startswith(f"WARNING: {tmp_path} has no s1, s2: the paths are read without")
+    assert locate(["x/../wav/u1.wav"], tmp_path) == [tmp_path / "wav/u1.wav"]
 
 
 def test_each_real_folder_is_walked_once(tmp_path):
@@ -260,8 +268,13 @@ def test_tables_that_people_sent(name, classes, told):
 
 
 def test_a_bar_in_a_label_breaks_no_table(tmp_path, three_wavs):
-    corpus = manifest_of(tmp_path, "path,label\na.wav,sad|low\nb.wav,happy\n")
+    (tmp_path / "data" / "c`<b>.wav").write_text("no audio <b> here")
+    text = "path,label\na.wav,sad|low\nb.wav,<b>happy\nc`<b>.wav,<b>happy\n"
+    corpus = manifest_of(tmp_path, text)
     table = load_table(prepare_records(corpus, tmp_path / "cache"))
-    header, _, row, *_ = check_counts(table, corpus, strict=False).splitlines()
+    header, _, row, *_, skipped = check_counts(table, corpus, strict=False).splitlines()
+    assert r"\<b>happy" in header
+    assert skipped.startswith("- `` c`<b>.wav ``: ")
+    assert r"\<b> here" in skipped
     assert r"sad\|low" in header
     assert header.replace(r"\|", "").count("|") == row.count("|")

@@ -3,13 +3,14 @@
 import csv
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, some_of
 
 SEPARATORS = (",", ";", "\t", "|")
 # Text that programs and people write where a value is missing.
@@ -42,8 +43,14 @@ def _visible(text: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Returns text that stays within one cell of a Markdown table."""
-    return text.replace("|", r"\|")
+    """Returns text that stays text, and within one cell, in a Markdown table."""
+    return re.sub("[|<`]", r"\\\g<0>", text)
+
+
+def markdown_code(text: str) -> str:
+    """Returns text as code of one line in Markdown."""
+    text = " ".join(text.split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def is_no_name(name: str) -> bool:
@@ -167,12 +174,17 @@ def _as_text(value: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # half a pair of surrogates is no letter
 
 
-def locate(paths: Sequence[str], folder: Path) -> list[Path]:
+def locate(paths: Sequence[str], folder: Path, notes: list[str] | None = None) -> list[Path]:
     """The files below a folder that paths of a list name.
 
     Leading folders that are not there are left off, the same number for all paths: as many as it
     takes until the first part of one of them is there. Separators may be those of Windows, and
     letters composed or not.
+
+    Args:
+        paths: what a list says.
+        folder: what relative paths begin at.
+        notes: gets a sentence if different folders are left off.
     """
     split = [_parts(path, folder) for path in paths]
     known: dict[str, bool] = {}
@@ -185,12 +197,18 @@ def locate(paths: Sequence[str], folder: Path) -> list[Path]:
     depth = max(map(len, split), default=1)
     there = (k for k in range(depth) if any(exists(parts[k]) for parts in split if k < len(parts)))
     left_off = next(there, 0)
+    beginnings = sorted({"/".join(parts[:left_off]) for parts in split})
+    if len(beginnings) > 1 and notes is not None:
+        notes.append(
+            f"WARNING: {folder} has no {some_of(beginnings, 3)}: the paths are read without these "
+            "folders, so that files of other folders may be taken."
+        )
     return [_find(folder, parts[min(left_off, len(parts) - 1) :]) for parts in split]
 
 
 def _parts(path: str, folder: Path) -> tuple[str, ...]:
-    if "\\" in path and not _exists(folder / path):
-        path = path.replace("\\", "/")
+    if ("\\" in path or ".." in path) and not _exists(folder / path):
+        path = os.path.normpath(path.replace("\\", "/"))
     return PurePosixPath(path).parts or (path,)
 
 

@@ -86,7 +86,7 @@ class Manifest(SpeechCorpus):
                         f"{where}: no {column}; each row needs path and label, "
                         f"this one has {filled}"
                     )
-        files = locate([values["path"] for _, values in listed], self.data_dir)
+        files = locate([values["path"] for _, values in listed], self.data_dir, self.notes)
         for (where, values), file in zip(listed, files, strict=True):
             start, end = values.get("start", ""), values.get("end", "")
             part = f"#{start}-{end}" if start or end else ""
