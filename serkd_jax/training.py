@@ -83,7 +83,7 @@ def train(run: Training, directory: Path) -> Any:
         UserError: a loss is not finite, or a checkpoint cannot be read.
         Preempted: the process was told to end; the last step is saved.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)  # Orbax waits if it is a file
     shapes = jax.eval_shape(run.init).replace(frozen=None)
     template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
