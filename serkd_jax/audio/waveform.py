@@ -85,9 +85,10 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
             f"{name}: samples of {np.abs(audio).max():g}, where full scale is 1; divide them by it"
         )
     if is_silent(audio):
+        beside = " beside a constant" if np.abs(audio).max() > SILENCE_PEAK else ""
         raise AudioError(
-            f"{name}: silent, no sample is {SILENCE_PEAK:g} of full scale away from their "
-            "mean; remove it or record it again"
+            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale{beside}; "
+            "remove it or record it again"
         )
     return audio
 
