@@ -1,8 +1,10 @@
 """Errors that the user can act on, and mistakes on the command line."""
 
+import contextlib
+import errno
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -15,6 +17,61 @@ class UserError(ValueError):
 def readable(text: str) -> str:
     """Returns text that can be written: bytes of a file name that are not UTF-8 become U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def some_of(names: Iterable[object], most: int = 10) -> str:
+    """Returns names joined by commas: the beginnings of the first ones, and how many follow."""
+    names = [str(name) for name in names]
+    shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def of_the_machine(error: BaseException | None) -> str:
+    """Says in one line what is wrong with a disk, a folder or a file, and the remedy; or nothing.
+
+    Args:
+        error: any error; those that led to it are looked at as well, since libraries hide them.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    found = [one for one in chain if isinstance(one, OSError) and one.errno]
+    text = " ".join(map(str, chain))
+    place = next((str(one.filename) for one in found if one.filename), "")
+    # TensorStore and TensorFlow say it in words, and call it RESOURCE_EXHAUSTED.
+    full = any(one.errno in (errno.ENOSPC, errno.EDQUOT) for one in found)
+    if full or "No space left on device" in text or "Disk quota exceeded" in text:
+        written = re.search(r'"(/[^"]+)"', text)
+        place = place or (written[1] if written else "the workdir, the cache or temporary files")
+        return f"no space left on the disk that has {place}: free some, and start again to resume"
+    if not found or not place:
+        return ""
+    remedy = {
+        errno.EROFS: "it cannot be written to; use another folder",
+        errno.EACCES: "give yourself the permission, or use another folder",
+        errno.EPERM: "give yourself the permission, or use another folder",
+        errno.ENOTDIR: "a part of the path is a file; use another folder",
+        errno.EEXIST: "use another folder, or remove it",
+        errno.ENAMETOOLONG: "use a shorter name",
+    }.get(found[0].errno, "check the disk and the path, and start again to resume")
+    return f"{place}: {found[0].strerror}: {remedy}"
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Ends a command at an error that the user can correct, with a line that says so, or Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if told := of_the_machine(error):
+            sys.exit(f"error: {told}")
+        raise
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -83,7 +83,9 @@ class Experiment:
             Test labels and predicted classes, for each row of the results that there is so far.
         """
         saved = self._directory(fold, "predictions.npz")
-        logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
+        logits, test = {}, fold.test
+        if saved.exists():
+            logits = read_arrays(saved, RETRAIN, ("ids", "label"))
         stages = chosen_stages(self.config)
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
             if any(kind.student_row for kind in STAGES if kind.name in stages):
@@ -126,7 +128,7 @@ class Experiment:
             logits=lambda state, rows: programs.teacher_predict(state, examples, rows).logits,
         )
         saved = self._directory(fold, "teacher/outputs.npz")
-        arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
+        arrays = read_arrays(saved, RETRAIN, ("hidden", "logits")) if saved.exists() else {}
         # All processes have looked for the file before it is written.
         parallel.wait_for_processes(f"fold {fold.name} teacher")
         if not arrays:

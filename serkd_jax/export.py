@@ -5,7 +5,6 @@ repository for the Hugging Face hub. Every format is run on the fold's test utte
 model card says how it compares with the student in Flax.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
 from serkd_jax.encoders.checkpoint import save_encoder
 from serkd_jax.encoders.frontends import Pretrained
-from serkd_jax.errors import UserError, parse_flags
+from serkd_jax.errors import UserError, parse_flags, told_in_one_line
 from serkd_jax.files import write_file
 from serkd_jax.results.metrics import classification_metrics
 
@@ -47,12 +46,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     formats = list(files.FILES) if _FORMAT.value == ["all"] else _FORMAT.value
     out = Path(_OUT.value)
-    try:
+    with told_in_one_line():
         trained = load_trained(Path(_WORKDIR.value), _FOLD.value, _ROW.value)
         inputs = load_test_inputs(trained, _CACHE_DIR.value) if _CHECK.value else None
         export(trained, out, formats, inputs)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     print((out / files.CARD).read_text().partition("## Files\n\n")[2].partition("\n\n## ")[0])
     print(f"Written to {out}")
 

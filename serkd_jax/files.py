@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile
@@ -104,14 +104,18 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str, Any]:
+    """Reads a JSON file that holds an object with these keys.
 
     Raises:
         UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        _check_keys(value, keys)
+        return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except ValueError as error:  # neither UTF-8 nor JSON
@@ -125,14 +129,20 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_file(path, buffer.getvalue())
 
 
-def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
-    """Reads named arrays from an .npz file, without pickles.
+def read_arrays(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Reads named arrays, among them these keys, from an .npz file, without pickles.
 
     Raises:
         UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            _check_keys(arrays, keys)
             return dict(arrays)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
+
+
+def _check_keys(found: Collection[str], keys: Collection[str]) -> None:
+    if missing := [key for key in keys if key not in found]:
+        raise ValueError(f"it has no {', '.join(missing)}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serkd_jax.data.tables import markdown_cell
 from serkd_jax.deploy.model import Model, Window, load_model
 from serkd_jax.errors import UserError
 from serkd_jax.predict import add_model_options
@@ -45,7 +46,8 @@ def build_page(model: Model) -> Any:
     with gr.Blocks(title="Speech emotion", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.Markdown(
             "# Speech emotion\nWhat a voice sounds like to a small model, not what a person feels. "
-            f"It knows {', '.join(model.labels)}, and hears {model.window_seconds:.1f} s at once."
+            f"It knows {', '.join(map(markdown_cell, model.labels))}, and hears "
+            f"{model.window_seconds:.1f} s at once."
         )
         recording = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Speech")
         button = gr.Button("Classify", variant="primary")

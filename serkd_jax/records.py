@@ -8,11 +8,9 @@ compares the number of utterances of each class with the paper's Table 1 or 2; w
 difference is an error.
 """
 
-import sys
-
 from absl import app, flags, logging
 
-from serkd_jax.errors import UserError, parse_flags
+from serkd_jax.errors import parse_flags, told_in_one_line
 
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld, emodb, manifest or synthetic.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of the corpus as published.")
@@ -44,7 +42,7 @@ def main(argv: list[str]) -> None:
     from serkd_jax.data.prepare import prepare_records
     from serkd_jax.data.reader import load_table
 
-    try:
+    with told_in_one_line():
         corpus = corpora.make_corpus(
             _CORPUS.value,
             data_dir=_DATA_DIR.value,
@@ -55,8 +53,6 @@ def main(argv: list[str]) -> None:
         folder = prepare_records(corpus, _CACHE_DIR.value, _BEAM.value)
         table = load_table(folder)
         report = check_counts(table, corpus, _STRICT.value)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     hours = table.num_samples.sum() / SAMPLE_RATE / 3600
     print(f"{report}\n\n{len(table):,} utterances, {hours:.2f} h of audio, are in {folder}")
 

@@ -1,6 +1,7 @@
 """The loop around the steps of every stage: progress, metrics, checkpoints, selection, resuming."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ from serkd_jax.data.examples import read_ahead
 from serkd_jax.distributed import parallel, preemption
 from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
+
+# Orbax also logs, with a stack trace each, the errors that it raises.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 History = dict[str, list[float]]  # each metric's values in the steps of the epoch so far
 
@@ -77,7 +83,7 @@ def train(run: Training, directory: Path) -> Any:
         UserError: a loss is not finite, or a checkpoint cannot be read.
         Preempted: the process was told to end; the last step is saved.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)  # Orbax waits if it is a file
     shapes = jax.eval_shape(run.init).replace(frozen=None)
     template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
@@ -208,7 +214,11 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
-    """Makes a manager that keeps the last saved step, for resuming, and the best-scored epoch."""
+    """Makes a manager that keeps the last saved step, for resuming, and the best-scored epoch.
+
+    Raises:
+        UserError: the scores that are there cannot be read.
+    """
 
     def score(metrics: dict[str, float]) -> float:
         return metrics["score"]
@@ -217,7 +227,13 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         best_fn=score, preservation_policy=AnyPreservationPolicy([LatestN(1), best])
     )
-    return _Checkpoints((directory / "checkpoints").absolute(), options=options)
+    try:
+        return _Checkpoints((directory / "checkpoints").absolute(), options=options)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: the score of a checkpoint cannot be read ({error}). Delete "
+            f"{directory.parent} to train the fold again"
+        ) from error
 
 
 def _save(
@@ -265,8 +281,8 @@ def _restore(
     except (ValueError, KeyError, OSError) as error:  # what orbax raises for a damaged file
         raise UserError(
             f"{title}: cannot read the checkpoint {checkpoints.directory / str(step)} "
-            f"({str(error).splitlines()[0]}). Delete {checkpoints.directory.parents[1]} to train "
-            "the fold again"
+            f"({str(error).splitlines()[0][:200]}). Delete {checkpoints.directory.parents[1]} to "
+            "train the fold again"
         ) from error
     return restored.state, restored.history
 

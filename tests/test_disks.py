@@ -35,7 +35,10 @@ def caused_by(error, cause):
         (os_error(errno.ENOSPC), "no space left on the disk that has /runs/a/x.npz: free some"),
         (os_error(errno.EDQUOT), "no space left on the disk that has /runs/a/x.npz: free some"),
         (ValueError(TENSORSTORE), "the disk that has /runs/a/checkpoints/4/d/0f.__lock: free"),
-        (caused_by(RuntimeError("TFDS"), OSError(errno.ENOSPC, "full")), "has this folder: free"),
+        (
+            caused_by(RuntimeError("TFDS"), OSError(errno.ENOSPC, "full")),
+            "has the workdir, the cache or temporary files: free",
+        ),
         (os_error(errno.EROFS), "/runs/a/x.npz: Read-only file system: it cannot be written to"),
         (os_error(errno.EACCES), "/runs/a/x.npz: Permission denied: give yourself"),
         (os_error(errno.ENOTDIR), "a part of the path is a file"),

@@ -221,6 +221,12 @@ def test_the_code_in_the_docs_runs(page, tmp_path, monkeypatch, capsys):
         (lambda w: shutil.rmtree(w), "name the workdir of a finished run"),
         (lambda w: (w / "results.json").unlink(), "name the workdir of a finished run"),
         (lambda w: (w / "results.json").write_text("{"), "is damaged"),
+        (lambda w: (w / "results.json").write_text("[]"), r"is damaged \(not an object\)"),
+        (lambda w: (w / "run.json").write_text("{}"), "is damaged .it has no the front-end"),
+        (
+            lambda w: shutil.copy(w / "fold_1/statistics.npz", w / "fold_1/predictions.npz"),
+            r"predictions\.npz cannot be read \(it has no ids, label\)",
+        ),
         (lambda w: shutil.rmtree(w / "fold_1" / "curriculum"), "has no checkpoints"),
         (lambda w: (w / "fold_2" / "predictions.npz").write_bytes(b""), "cannot be read"),
         (lambda w: (w / "results.json").write_text(

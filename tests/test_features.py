@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from absl.testing import flagsaver
 
+from layouts import write_wav
 from serkd_jax import features as cli
 from serkd_jax.audio.decoding import read_audio
 from serkd_jax.audio.waveform import to_float
@@ -277,6 +278,15 @@ def test_a_folder_of_audio_gives_features_by_relative_path(audio_folder, tmp_pat
     # The last shard held but one file, which cannot be used.
     lengths = tfds.builder_from_directory(tmp_path / "out").info.splits["utterances"].shard_lengths
     assert sum(lengths) == 12
+
+
+def test_other_content_of_the_same_size_is_another_source(tmp_path):
+    path = write_wav(tmp_path / "in" / "a.wav", seed=0)
+    before = AudioFiles(tmp_path / "in").fingerprint
+    write_wav(path, seed=1)
+    assert AudioFiles(tmp_path / "in").fingerprint != before
+    write_wav(path, seed=0)
+    assert AudioFiles(tmp_path / "in").fingerprint == before
 
 
 def test_a_shard_may_hold_nothing(audio_folder, tmp_path):

@@ -234,6 +234,12 @@ def audio_of(folder):
 
 def test_damaged_records_are_told_with_the_remedy(tmp_path):
     folder = prepare_records(Synthetic(1, 1, 0.2, 0.3), tmp_path)
+    for name, text in (("skipped-missing.jsonl", "{"), ("metadata.json", "[]")):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(text)
+        with pytest.raises(RecordsError, match="delete this folder and run again"):
+            load_table(folder)
+        (folder / name).write_text(whole)
     (data,) = folder.glob("*.tfrecord*")
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(RecordsError, match=r"damaged (?s:.*) delete this folder and run again"):

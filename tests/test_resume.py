@@ -17,6 +17,7 @@ import quick_xla
 from finished_runs import final_arrays
 from layouts import make_split
 from serkd_jax import training
+from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES
 from serkd_jax.stages.finetune import TeacherState
 
@@ -92,6 +93,27 @@ def test_a_checkpoint_keeps_the_losses_of_its_step_whatever_comes_while_it_is_wr
         checkpoints.wait_until_finished()
         _, saved = training._restore(checkpoints, "stage", 1)
     assert saved == {"loss": [2.0]}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "told"),
+    [
+        ("*/state/d/*", "cannot read the checkpoint"),
+        ("*/history/*", "cannot read the checkpoint"),
+        ("*/metrics/*", "the score of a checkpoint cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_a_short_line(tmp_path, damaged, told):
+    stage = tmp_path / "fold_1" / "student"
+    state = TeacherState(1, {"x": np.arange(2000.0)}, {}, None)
+    with training._checkpoint_manager(stage) as checkpoints:
+        training._save(checkpoints, 1, state, {}, {"score": 0.5})
+        checkpoints.wait_until_finished()
+    for path in (stage / "checkpoints").glob(damaged):
+        path.write_bytes(b"{")
+    with pytest.raises(UserError, match=rf"{told}.*Delete {tmp_path}/fold_1 to train") as error:
+        training.load_selected(stage)
+    assert len(str(error.value)) < 700
 
 
 @pytest.mark.slow

@@ -35,13 +35,17 @@ def by_speaker(**shares):
     return ConfigDict(protocol | {"speakers_apart": False, **shares})
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t", " , ", " ;\t"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", " , ", " ;\t"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("empty", ["", ",,", ";;;;", "\t\t"])
-def test_a_table_is_read_with_any_separator_spaces_and_empty_rows(tmp_path, separator, end, empty):
+@pytest.mark.parametrize("before", [[], ["", " "], ["sep={}"]])
+def test_a_table_is_read_with_any_separator_spaces_and_empty_rows(
+    tmp_path, separator, end, empty, before
+):
     empty = empty if not empty or empty[0] in separator else separator.strip(" ") * 2
     lines = [separator.join(row) for row in ROWS]
-    text = "\ufeff" + end.join([*lines[:2], empty, *lines[2:], empty, ""])
+    before = [line.format(separator.strip(" ")[:1]) for line in before]
+    text = "\ufeff" + end.join([*before, *lines[:2], empty, *lines[2:], empty, ""])
     expected = [dict(zip(ROWS[0], row, strict=True)) for row in ROWS[1:]]
     assert rows_of(tmp_path, text) == expected
 
@@ -49,6 +53,7 @@ def test_a_table_is_read_with_any_separator_spaces_and_empty_rows(tmp_path, sepa
 def test_a_separator_in_a_value_is_one_only_unquoted(tmp_path):
     text = 'path;label;text\na.wav;sad;"well; yes, no"\n'
     assert rows_of(tmp_path, text)[0]["text"] == "well; yes, no"
+    assert rows_of(tmp_path, 'path, text\na.wav, "well, no"\n')[0]["text"] == "well, no"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,8 @@ def test_a_separator_in_a_value_is_one_only_unquoted(tmp_path):
         ("path,label\na,x,7\n", "m.csv", "line 2: more values than columns"),
         ('{"path": "a", "label": "x", "label": "y"}\n', "m.jsonl", "line 1: two values are named"),
         ("path,label\nä,x\n", "m.csv", "save it as UTF-8"),
+        ("p\0a\0t\0h\0,\0l\0", "m.csv", "as in UTF-16; save it as UTF-8"),
+        ('path,label\na,"x\nb,y\n', "m.csv", "line 3: unexpected end of data; check the quotes"),
         ("a", "m.xlsx", r"use \.csv, \.tsv or \.jsonl"),
     ],
 )
@@ -83,11 +90,44 @@ def test_our_name_of_a_column_wins_over_emoboxs(tmp_path, three_wavs):
     }  # fmt: skip
     text = "Path,LABEL\na.wav,sad\nb.wav,happy\n"
     assert manifest_of(tmp_path, text).class_names == ("happy", "sad")
-    with pytest.raises(CorpusError, match="two columns are the label"):
+    with pytest.raises(CorpusError, match="two columns are the label, 'label' and 'Label'"):
         _ = manifest_of(tmp_path, "path,label,Label\na.wav,sad,0\n").utterances
+    text = "wav,emo,Label,PATH\nb.wav,0,sad,a.wav\na.wav,1,happy,b.wav\n"
+    corpus = manifest_of(tmp_path, text)
+    assert [(u.id, u.label) for u in corpus.utterances] == [("a.wav", "sad"), ("b.wav", "happy")]
 
 
-@pytest.mark.parametrize("other", ["s1 ", " s1", "s1\u00a0", "\u200bs1", "s1\ufeff"])
+def test_a_label_map_has_one_class_for_a_label(tmp_path, three_wavs):
+    text = "path,label\na.wav,ＳＡＤ\nb.wav,hap\n"
+
+    def classes(labels):
+        (tmp_path / "map.json").write_text(labels)
+        return manifest_of(tmp_path, text, label_map=str(tmp_path / "map.json")).class_names
+
+    assert classes('{"sad ": "sad", "sad": " sad", "hap": "happy"}') == ("happy", "sad")
+    with pytest.raises(CorpusError, match="has 'hap' twice, as 'happy' and 'glad'; remove one"):
+        classes('{"sad": "sad", "hap": "happy", "hap ": "glad"}')
+    with pytest.raises(CorpusError, match="must be like"):
+        classes('{"sad": " ", "hap": "happy"}')
+
+
+def test_messages_name_a_few_of_many(tmp_path, three_wavs):
+    columns = ",".join(f"feature_{k}" for k in range(2000))
+    with pytest.raises(CorpusError, match=r"feature_9 and 1,990 more") as error:
+        _ = manifest_of(tmp_path, f"{columns}\n{'1,' * 1999}1\n").utterances
+    assert len(str(error.value)) < 500
+    speakers = "".join(f"{name}.wav,sad,{name * 90}\n" for name in "abc")
+    corpus = manifest_of(tmp_path, "path,label,speaker\n" + speakers)
+    protocol = by_speaker(groups_per_fold=9)
+    columns = {"id": "abc", "speaker": [u.speaker for u in corpus.utterances]}
+    with pytest.raises(UserError, match="only 3 ") as error:
+        make_folds(np.array([0, 1, 1]), columns, protocol, 0)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "other", ["s1 ", " s1", "s1\u00a0", "\u200bs1", "s1\ufeff", "s\u00ad1", "\u200es1", "s1\ufe0f"]
+)
 def test_spaces_and_invisible_letters_make_no_other_name(tmp_path, three_wavs, other):
     text = f"path,label,speaker\na.wav,sad,s1\nb.wav, sad ,{other}\nc.wav,happy\u00a0,s2\n"
     corpus = manifest_of(tmp_path, text)
@@ -104,11 +144,18 @@ def test_letters_composed_or_not_are_the_same(tmp_path):
     assert all(path.exists() for path in found)
 
 
-@pytest.mark.parametrize("other", ["S1", "s1", "s１"])
+@pytest.mark.parametrize("other", ["S1", "s1", "s１", "s01", "ѕ1", "s١"])
 def test_names_that_look_alike_are_found(other):
     names = {"s1", "s2", other}
     assert alike(names) == ([] if other == "s1" else [tuple(sorted(("s1", other)))])
     assert plain("Zoë") == plain("ZOE")
+
+
+def test_numbers_and_hyphens_are_read_as_people_mean_them():
+    for one, other in (("1", "001"), ("7", "7.0"), ("a_b", "a-b"), ("a b", "a–b"), ("0", "00")):
+        assert plain(one) == plain(other)
+    names = ["1", "10", "-1", "1.5", "1.05", "11", "1_1", "s1", "s10", "s100", "a", "ab"]
+    assert alike(names) == []
 
 
 def test_speakers_that_look_alike_are_not_called_independent(tmp_path):
@@ -121,6 +168,10 @@ def test_speakers_that_look_alike_are_not_called_independent(tmp_path):
     note = speaker_note(folds, speakers)
     assert "speaker-independent:" in note
     assert "tests 'S1' and trains on 's1'" in note
+    unnamed = np.where(speakers == "S1", "NaN", "s2")
+    unnamed[:3] = "s3"
+    folds = make_folds(labels, columns | {"speaker": unnamed}, protocol, 0)
+    assert "could not be checked" in speaker_note(folds, unnamed)
     independent = np.array(["s1", "s1", "s3", "s3", "s2", "s2"] * 10)
     folds = make_folds(labels, columns | {"speaker": independent}, protocol, 0)
     assert "No test speaker is trained on" in speaker_note(folds, independent)
@@ -162,6 +213,14 @@ def test_leading_folders_are_left_off_for_all_rows_or_none(tmp_path):
     assert found == ["wav/u1.wav", "s9/u9.wav"]
     absolute = str(tmp_path / "u9.wav")
     assert locate([absolute], tmp_path / "wav") == [Path(absolute)]
+    notes = []
+    assert locate(["s1/u1.wav"], tmp_path / "wav", notes) == [tmp_path / "wav/s1/u1.wav"]
+    assert notes == []
+    locate(listed, tmp_path, notes)
+    assert notes == []
+    assert locate(["s1/u9.wav", "s2/u9.wav"], tmp_path, notes) == [tmp_path / "u9.wav"] * 2
+    assert notes[0].startswith(f"WARNING: {tmp_path} has no s1, s2: the paths are read without")
+    assert locate(["x/../wav/u1.wav"], tmp_path) == [tmp_path / "wav/u1.wav"]
 
 
 def test_each_real_folder_is_walked_once(tmp_path):
@@ -209,8 +268,13 @@ def test_tables_that_people_sent(name, classes, told):
 
 
 def test_a_bar_in_a_label_breaks_no_table(tmp_path, three_wavs):
-    corpus = manifest_of(tmp_path, "path,label\na.wav,sad|low\nb.wav,happy\n")
+    (tmp_path / "data" / "c`<b>.wav").write_text("no audio <b> here")
+    text = "path,label\na.wav,sad|low\nb.wav,<b>happy\nc`<b>.wav,<b>happy\n"
+    corpus = manifest_of(tmp_path, text)
     table = load_table(prepare_records(corpus, tmp_path / "cache"))
-    header, _, row, *_ = check_counts(table, corpus, strict=False).splitlines()
+    header, _, row, *_, skipped = check_counts(table, corpus, strict=False).splitlines()
+    assert r"\<b>happy" in header
+    assert skipped.startswith("- `` c`<b>.wav ``: ")
+    assert r"\<b> here" in skipped
     assert r"sad\|low" in header
     assert header.replace(r"\|", "").count("|") == row.count("|")

@@ -5,6 +5,7 @@ somewhere: as the size of a chunk, a box or a segment, or by frames that end whe
 """
 
 import io
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,19 +13,38 @@ from pathlib import Path
 HEAD = 1 << 16  # bytes of a file in which its headers are
 # Sizes above this are what streaming writers (ffmpeg pipes) put down before they know.
 UNKNOWN_LENGTH = 0x7FFF_0000
+_WAV = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+# Some headers of WAV, MP3 and SPHERE files are a little off.
+TOLERANCE = 0.01
+
+
+_OTHERS = {  # what files of other kinds begin with, in lower case
+    "an archive: unpack it first": (b"pk\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"rar!", b"bzh"),
+    "a document, not audio; fetch the recording itself": (b"%pdf", b"\xd0\xcf\x11\xe0"),
+    "a picture, not audio; fetch the recording itself": (b"\x89png", b"\xff\xd8\xff", b"gif8"),
+}
 
 
 def what_else(path: Path) -> str:
     """Says what a file is that is not audio, by its first bytes, and the remedy; or nothing."""
     with path.open("rb") as file:
         head = file.read(1024)
+    if not any(head) and not any(path.read_bytes()):
+        return "nothing but zeros: copy it from the corpus again"
+    if head.startswith(b"NIST_1A"):  # its header is text
+        return ""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself: run `git lfs pull` where it is from"
     if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
         return "a web page, not the file itself: the download failed; fetch it again"
-    if start.startswith((b"pk\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"rar!")):
-        return "an archive: unpack it first"
+    for what, beginnings in _OTHERS.items():
+        if start.startswith(beginnings):
+            return what
+    text = head.decode("utf-8", "replace").strip("\ufeff\ufffd \t\r\n")  # cut within a letter
+    words = " ".join(text.split())
+    if words and words.isprintable() and "\ufffd" not in words:
+        return f"unreadable, a text that begins with {words[:40]!r}; fetch the recording itself"
     return ""
 
 
@@ -39,41 +59,68 @@ def missing_bytes(path: Path) -> int:
     return 0
 
 
-def unfinished_wav(path: Path) -> tuple[io.BytesIO, int, int] | None:
-    """A WAV file whose header states less audio than follows, with the header corrected.
-
-    Recorders write the sizes when they stop, so a crash leaves 0 or what was last written.
+def audio_bytes(path: Path) -> tuple[int, int] | None:
+    """How many bytes of audio the header of a WAV or AU file states, and how many are there.
 
     Returns:
-        The file in memory, and the bytes of audio that were stated and that are there; None if
-        what follows the stated audio is other chunks, or the file is not WAV.
+        None if the file is of another kind, or its header does not know.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(12)
-        if not (head.startswith(b"RIFF") and head[8:12] == b"WAVE") or size > UNKNOWN_LENGTH:
+        head = file.read(36)
+        if not (found := _find_audio(file, head, size)):
             return None
-        chunks = _chunks(file, 12, size)
-        found = next((chunk for chunk in chunks if chunk[0] == b"data"), None)
-        if found is None:
-            return None
-        _, start, length = found
+        start, length = found
         end = start + length + length % 2
-        if end >= size or _are_chunks(file, end, size):
-            return None
+        if end == size or (end < size and head[:4] in _WAV and _are_chunks(file, end, size)):
+            return length, length
+    return length, size - start
+
+
+def corrected(path: Path) -> io.BytesIO | None:
+    """A WAV or AU file whose header states that the audio ends where the file does, in memory.
+
+    Recorders write the sizes when they stop, so a crash leaves 0 or what was last written.
+    """
+    size = path.stat().st_size
+    if size > UNKNOWN_LENGTH:
+        return None
+    with path.open("rb") as file:
+        start, _ = _find_audio(file, file.read(36), size) or (0, 0)
         file.seek(0)
         content = bytearray(file.read())
-    there = size - start
-    content[4:8] = struct.pack("<I", size - 8)
-    content[start - 4 : start] = struct.pack("<I", there)
-    return io.BytesIO(bytes(content)), length, there
+    if content[:4] == b".snd":
+        content[8:12] = struct.pack(">I", size - start)
+    else:
+        order = ">" if content[:4] == b"RIFX" else "<"
+        content[:4] = b"RIFX" if order == ">" else b"RIFF"
+        content[4:8] = struct.pack(f"{order}I", size - 8)
+        content[start - 4 : start] = struct.pack(f"{order}I", size - start)
+    return io.BytesIO(bytes(content))
 
 
-def _chunks(file: io.BufferedReader, place: int, size: int) -> Iterator[tuple[bytes, int, int]]:
+def _find_audio(file: io.BufferedReader, head: bytes, size: int) -> tuple[int, int] | None:
+    """Returns where the audio of a WAV or AU file starts, and its length if that is known."""
+    if head[:4] == b".snd" and len(head) >= 24:
+        start, length = struct.unpack(">II", head[4:12])
+        return (start, length) if length < UNKNOWN_LENGTH else None
+    if head[:4] not in _WAV or head[8:12] != b"WAVE":
+        return None
+    for name, start, length in _chunks(file, 12, size, ">" if head[:4] == b"RIFX" else "<"):
+        if name == b"data":
+            if length == 0xFFFFFFFF and head[12:16] == b"ds64":  # RF64 states it there
+                return start, struct.unpack("<Q", head[28:36])[0]
+            return (start, length) if length < UNKNOWN_LENGTH else None
+    return None
+
+
+def _chunks(
+    file: io.BufferedReader, place: int, size: int, order: str = "<"
+) -> Iterator[tuple[bytes, int, int]]:
     """Yields the name, start and stated length of each chunk of a RIFF file."""
     while place + 8 <= size:
         file.seek(place)
-        name, length = struct.unpack("<4sI", file.read(8))
+        name, length = struct.unpack(f"{order}4sI", file.read(8))
         yield name, place + 8, length
         place += 8 + length + length % 2
 
@@ -97,12 +144,6 @@ def _end_of_aiff(file: io.BufferedReader, head: bytes, size: int) -> int:
     return 8 + struct.unpack(">I", head[4:8])[0]
 
 
-def _end_of_au(file: io.BufferedReader, head: bytes, size: int) -> int:
-    del file, size
-    start, length = struct.unpack(">II", head[4:12])
-    return start + length if length < UNKNOWN_LENGTH else 0
-
-
 def _end_of_w64(file: io.BufferedReader, head: bytes, size: int) -> int:
     del file, size
     return struct.unpack("<Q", head[16:24])[0]
@@ -113,9 +154,9 @@ def _end_of_caf(file: io.BufferedReader, head: bytes, size: int) -> int:
     del head
     place = 8
     while place + 12 <= size:
-        file.seek(place + 4)
-        length = struct.unpack(">q", file.read(8))[0]
-        if length < 0:
+        file.seek(place)
+        name, length = struct.unpack(">4sq", file.read(12))
+        if length < 0 or not name.isalnum():  # unknown, or audio of which its chunk does not know
             return size
         place += 12 + length
     return place
@@ -138,20 +179,32 @@ def _end_of_boxes(file: io.BufferedReader, head: bytes, size: int) -> int:
 
 
 def _end_of_segment(file: io.BufferedReader, head: bytes, size: int) -> int:
-    """Returns the end of the segment of a WebM or Matroska file."""
-    del file, size
+    """Returns the end of the last element of a WebM or Matroska file.
 
-    def number(place: int) -> tuple[int | None, int]:
-        """A number of variable length, None if it is unknown, and where it ends."""
-        width = 9 - head[place].bit_length()
-        value = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
-        return None if value == (1 << 7 * width) - 1 else value, place + width
+    Live recordings do not state the lengths of the segment and its clusters, but of all in them.
+    """
+    del head
+    place = 0
+    while place + 12 <= size:
+        file.seek(place)
+        header = file.read(12)
+        name, start = _number(header, 0)
+        length, start = _number(header, start)
+        known = length < (1 << 7 * (start - _number(header, 0)[1])) - 1
+        holder = header[:4] in (b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75")
+        if not name or not (known or holder):
+            return size
+        if known and place + start + length > size:
+            return place + start + length
+        place += start + (length if known else 0)
+    return max(place, size)
 
-    length, place = number(4)  # of the EBML header
-    if length is None or head[place + length :][:4] != b"\x18\x53\x80\x67":
-        return 0
-    length, place = number(place + length + 4)
-    return 0 if length is None else place + length
+
+def _number(data: bytes, place: int) -> tuple[int, int]:
+    """Returns a number of variable length, and where it ends."""
+    width = 9 - data[place].bit_length()
+    value = int.from_bytes(data[place : place + width], "big")
+    return value & ((1 << 7 * width) - 1), place + width
 
 
 def _end_of_asf(file: io.BufferedReader, head: bytes, size: int) -> int:
@@ -175,25 +228,53 @@ def _end_of_ogg(file: io.BufferedReader, head: bytes, size: int) -> int:
     return size if whole and tail[place + 5] & 4 else size + 1
 
 
-def _end_of_frames(length: Callable[[bytes], int], least: int) -> Callable:
-    """Makes a function that walks over frames that state their length, to where the last ends."""
+def _end_of_sphere(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of a NIST SPHERE file, whose header is text; it may be compressed."""
+    del file
+    fields = dict(re.findall(rb"^(\w+) -\S+ (\S+)", head[:4096], re.MULTILINE))
+    if b"," in fields.get(b"sample_coding", b""):
+        return 0
+    names = (b"sample_count", b"sample_n_bytes", b"channel_count")
+    try:
+        start, count = int(head[8:16]), int(fields[names[0]])
+        length = count * int(fields[names[1]]) * int(fields.get(names[2], 1))
+    except (KeyError, ValueError):
+        return 0
+    return start + length if size - start < (1 - TOLERANCE) * length else 0
+
+
+def _end_of_frames(
+    length: Callable[[bytes], int], least: int, stated: Callable[[bytes], int] = lambda _: 0
+) -> Callable:
+    """Makes a function that walks over frames that state their length, to where the last ends.
+
+    Args:
+        length: the first bytes of a frame -> its length; 0 if it is none.
+        least: how many bytes `length` needs.
+        stated: the first frame -> what it says of the length of all; 0 if it says nothing.
+    """
 
     def end(file: io.BufferedReader, head: bytes, size: int) -> int:
         del head
         file.seek(0)
         content = file.read()
-        place = _after_id3(content)
+        place = first = _first_frame(content)
         while place + least <= size:
             if (step := length(content[place : place + least])) == 0:
-                return size  # a tag, or what no decoder would read either
+                break  # a tag, or what no decoder would read either
             place += step
-        return place if place > size else size
+        whole = stated(content[first : first + 200])
+        if size - first < (1 - TOLERANCE) * whole:
+            return first + whole
+        return max(place, size)
 
     return end
 
 
-def _after_id3(content: bytes) -> int:
-    """Returns where the frames begin, after tags, whose size has 7 bits a byte."""
+def _first_frame(content: bytes) -> int:
+    """Returns where the frames begin: after AMR's magic, or tags, whose size has 7 bits a byte."""
+    if content.startswith(b"#!AMR"):
+        return content.index(b"\n") + 1
     place = 0
     while content[place : place + 3] == b"ID3":
         length = 0
@@ -201,6 +282,20 @@ def _after_id3(content: bytes) -> int:
             length = length << 7 | byte & 127
         place += 10 + length
     return place
+
+
+def _xing_bytes(frame: bytes) -> int:
+    """Returns the bytes of all frames of an MP3 file, if its first frame states them."""
+    place = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if place < 0 or not frame[place + 7] & 2:
+        return 0
+    place += 8 + 4 * (frame[place + 7] & 1)
+    return int.from_bytes(frame[place : place + 4], "big")
+
+
+def _amr_frame(sizes: tuple[int, ...]) -> Callable[[bytes], int]:
+    """Makes a function that returns the length of an AMR frame, by its mode."""
+    return lambda header: 1 + sizes[header[0] >> 3 & 15] if header[0] & 0x83 == 0 else 0
 
 
 _BITRATES = {  # kbit/s of layer III, by whether it is MPEG 1
@@ -228,16 +323,21 @@ def _adts_frame(header: bytes) -> int:
     return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
 
 
+# Bytes of a frame after its first, by its mode.
+_AMR = (12, 13, 15, 17, 19, 20, 26, 31, 5, 6, 5, 5, 0, 0, 0, 0)
+_AMR_WB = (17, 23, 32, 36, 40, 46, 50, 58, 60, 5, 0, 0, 0, 0, 0, 0)
+
+
 def _begins(head: bytes, frame: Callable[[bytes], int], least: int) -> bool:
-    place = _after_id3(head)
+    place = _first_frame(head)
     first = head[place : place + least]
     return len(first) == least and frame(first) > 0
 
 
 # What a kind of file begins with, and the end of the file as it states it; 0 if it does not.
 _KINDS: list[tuple[Callable[[bytes], bool], Callable]] = [
-    (lambda head: head[:4] == b"FORM" and head[8:11] == b"AIF", _end_of_aiff),
-    (lambda head: head[:4] == b".snd" and len(head) >= 24, _end_of_au),
+    (lambda head: head[:7] == b"NIST_1A", _end_of_sphere),
+    (lambda head: head[:4] == b"FORM" and head[8:11] in (b"AIF", b"8SV", b"16S"), _end_of_aiff),
     (lambda head: head[:4] == b"riff" and len(head) >= 40, _end_of_w64),
     (lambda head: head[:4] == b"caff", _end_of_caf),
     (lambda head: head[:4] == b"RIFF" and head[8:12] == b"AVI ", _end_of_avi),
@@ -245,6 +345,8 @@ _KINDS: list[tuple[Callable[[bytes], bool], Callable]] = [
     (lambda head: head[:4] == b"\x1a\x45\xdf\xa3", _end_of_segment),
     (lambda head: head[:4] == b"\x30\x26\xb2\x75", _end_of_asf),
     (lambda head: head[:4] == b"OggS", _end_of_ogg),
-    (lambda head: _begins(head, _mp3_frame, 4), _end_of_frames(_mp3_frame, 4)),
+    (lambda head: head[:6] == b"#!AMR\n", _end_of_frames(_amr_frame(_AMR), 1)),
+    (lambda head: head[:9] == b"#!AMR-WB\n", _end_of_frames(_amr_frame(_AMR_WB), 1)),
+    (lambda head: _begins(head, _mp3_frame, 4), _end_of_frames(_mp3_frame, 4, _xing_bytes)),
     (lambda head: _begins(head, _adts_frame, 7), _end_of_frames(_adts_frame, 7)),
 ]

@@ -5,22 +5,15 @@ import io
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
 import soundfile
 import soxr
 
-from serkd_jax.audio.containers import (
-    UNKNOWN_LENGTH,
-    missing_bytes,
-    unfinished_wav,
-    what_else,
-)
+from serkd_jax.audio.containers import TOLERANCE, audio_bytes, corrected, missing_bytes, what_else
 from serkd_jax.audio.waveform import (
     SAMPLE_RATE,
     AudioError,
@@ -29,9 +22,10 @@ from serkd_jax.audio.waveform import (
     downmix,
     to_full_scale,
 )
-from serkd_jax.errors import UserError, readable
+from serkd_jax.errors import UserError
 
 BLOCK = 2**16  # frames that are decoded at once
+UNKNOWN_FRAMES = 1 << 62
 END_TOLERANCE = 0.25  # seconds by which a file may be shorter than its header or a manifest says
 
 # Formats that libsndfile does not read.
@@ -40,8 +34,6 @@ FFMPEG_SUFFIXES += (".wma", ".wv")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
 SUFFIXES += (".snd", ".sph", ".w64", *FFMPEG_SUFFIXES)
 
-# libsndfile reads the rest of a truncated file without an error; only its log shows it.
-_SHORT_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNREADABLE = (soundfile.LibsndfileError, av.FFmpegError, RuntimeError, ValueError, OSError)
 
 
@@ -56,7 +48,7 @@ def read_audio(
     """Reads the audio of a file of any format, rate and channel count.
 
     libsndfile decodes the formats that it knows and FFmpeg the others (in a video, the first audio
-    track), whatever the file's suffix. `serkd_jax.audio.waveform.downmix` mixes the channels. Rates
+    track), whatever the file's name. `serkd_jax.audio.waveform.downmix` mixes the channels. Rates
     other than 16 kHz are resampled by soxr. Samples beyond full scale are scaled down, not clipped.
 
     Args:
@@ -74,6 +66,8 @@ def read_audio(
             silent, has no audio track, ends before `end`, or holds NaN or infinity.
     """
     path = check_file(path)
+    if what := what_else(path):  # first, since FFmpeg would follow the paths in a playlist
+        raise AudioError(f"{path}: {what}")
     if not 0 <= start < (math.inf if end is None else end):
         raise AudioError(f"{path}: cannot read from {start:g} s to {end} s; correct start and end")
     seconds = math.inf if end is None else end - start
@@ -88,11 +82,12 @@ def read_audio(
     except AudioError:
         raise
     except _UNREADABLE as error:
-        what = what_else(path) or (
-            f"unreadable or truncated audio ({str(error) or type(error).__name__}); "
-            "copy it from the corpus again or convert it to WAV"
-        )
-        raise AudioError(f"{path}: {what}") from error
+        reasons = (getattr(error, name, "") for name in ("error_string", "strerror"))
+        reason = next(filter(None, reasons), str(error)) or type(error).__name__
+        raise AudioError(
+            f"{path}: unreadable or truncated audio ({reason}); copy it from the corpus again or "
+            "convert it to WAV"
+        ) from error
     if start and not len(mono):
         raise AudioError(f"{path}: ends before {start:g} s, the start of the utterance")
     missing = seconds - len(mono) / rate
@@ -108,8 +103,14 @@ def check_file(path: str | os.PathLike) -> Path:
         AudioError: there is no file, or it is empty.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: no such audio file; check the corpus folder or the manifest")
+    try:
+        if not path.is_file():
+            what = " but a folder" if path.is_dir() else ""
+            raise AudioError(
+                f"{path}: no such audio file{what}; check the corpus folder or the manifest"
+            )
+    except OSError as error:
+        raise AudioError(f"{path}: {error.strerror}; rename it, or allow reading it") from error
     if path.stat().st_size == 0:
         raise AudioError(f"{path}: the file is empty (0 bytes); copy it from the corpus again")
     return path
@@ -119,55 +120,54 @@ def _decode(
     path: Path, start: float, seconds: float, notices: list[str] | None
 ) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio and its rate, from the decoder that knows the file."""
+    stated, there = audio_bytes(path) or (0, 0)
+    if there < (1 - TOLERANCE) * stated:
+        raise AudioError(
+            f"{path}: truncated, {there} of {stated} bytes of audio are there; "
+            "copy it from the corpus again"
+        )
     if missing := missing_bytes(path):
         raise AudioError(
             f"{path}: truncated, at least {missing} bytes are missing at its end; "
             "copy it from the corpus again"
         )
-    if path.suffix.lower() in FFMPEG_SUFFIXES:
-        return _decode_ffmpeg(path, start, seconds)
-    source: Path | io.BytesIO = path
-    if unfinished := unfinished_wav(path):
-        source, stated, there = unfinished
-        if notices is not None:
-            notices.append(f"its header states {stated} bytes of audio, but all {there} are read")
-    try:
-        return _decode_libsndfile(source, start, seconds, path)
-    except soundfile.LibsndfileError as error:
+    with path.open("rb") as file:
+        source: int | io.BytesIO = file.fileno()  # by its name, libsndfile takes a .au for noise
+        if there > stated and (whole := corrected(path)):
+            source = whole
+            if notices is not None:
+                notices.append(
+                    f"its header states {stated} bytes of audio, but all {there} are read"
+                )
         try:
+            sound = soundfile.SoundFile(source, closefd=False)
+        except soundfile.LibsndfileError:
             return _decode_ffmpeg(path, start, seconds)
-        except av.FFmpegError:
-            raise error from None
+        if sound.frames > UNKNOWN_FRAMES:  # of a FLAC file from a pipe, in which it cannot seek
+            sound.close()
+            return _decode_ffmpeg(path, start, seconds)
+        with sound:
+            return _decode_libsndfile(sound, start, seconds, path)
 
 
 def _decode_libsndfile(
-    source: Path | io.BytesIO, start: float, seconds: float, path: Path
+    file: soundfile.SoundFile, start: float, seconds: float, path: Path
 ) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio and its rate; errors name the `path`."""
-    # As bytes, since a name need not be UTF-8.
-    with soundfile.SoundFile(os.fsencode(source) if source is path else source) as file:
-        log, rate = file.extra_info, file.samplerate
-        exact = file.format not in ("MP3", "OGG")  # in the number of samples that it states
-        if start:
-            file.seek(min(round(start * rate), file.frames))
-        left = seconds if math.isinf(seconds) else round(seconds * rate)
-        stated = min(left, file.frames - file.tell())
-        # In blocks, since a header may promise more than there is, or than there is memory for.
-        blocks, count = [np.zeros((0, file.channels), np.float32)], 0
-        while left > count and len(
-            block := file.read(min(BLOCK, left - count), dtype="float32", always_2d=True)
-        ):
-            blocks.append(block)
-            count += len(block)
-    if match := _SHORT_DATA_CHUNK.search(log):
-        should, there = int(match[1]), int(match[2])
-        if there < 0.99 * should and should < UNKNOWN_LENGTH:  # some headers are a little off
-            raise AudioError(
-                f"{path}: truncated, {there} of {should} bytes of audio are there; "
-                "copy it from the corpus again"
-            )
-        exact = False
-    if exact and count < stated:
+    rate = file.samplerate
+    if start:
+        file.seek(min(round(start * rate), file.frames))
+    left = seconds if math.isinf(seconds) else round(seconds * rate)
+    stated = min(left, file.frames - file.tell())
+    # In blocks, since a header may promise more than there is, or than there is memory for.
+    blocks, count = [np.zeros((0, file.channels), np.float32)], 0
+    while left > count and len(
+        block := file.read(min(BLOCK, left - count), dtype="float32", always_2d=True)
+    ):
+        blocks.append(block)
+        count += len(block)
+    # MP3 and Ogg files are not exact in the number of samples that they state.
+    if count < stated and file.format not in ("MP3", "OGG"):
         raise AudioError(
             f"{path}: truncated, {count} of {stated} samples can be decoded; "
             "copy it from the corpus again"
@@ -184,17 +184,18 @@ def _frames(
             yield from packet.decode()
 
 
-def _name_or(file: BinaryIO, path: Path) -> str | BinaryIO:
-    """Returns the file's name, or the file, which FFmpeg reads more slowly, if it is not UTF-8."""
-    return str(path) if readable(str(path)) == str(path) else file
-
-
 def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio of the first audio track, and its rate."""
-    with path.open("rb") as file, av.open(_name_or(file, path)) as container:
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(path.open("rb"))
+        # By its descriptor, since a name need not be UTF-8; no other file may be opened.
+        only = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
+        container = opened.enter_context(av.open("fd:", options=only))
         if not container.streams.audio:
             raise AudioError(f"{path}: has no audio track; fetch the file again or leave it out")
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise AudioError(f"{path}: no decoder knows its audio; convert it to WAV")
         stated = float((stream.duration or 0) * (stream.time_base or 0))
         if container.format.name in ("aac", "amr"):  # without a header, so FFmpeg guesses
             stated = 0.0
@@ -207,6 +208,8 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
                 count += chunks[-1].shape[1]
             if count >= (start + seconds) * rate:
                 break
+    if not rate:
+        raise AudioError(f"{path}: no audio in it can be decoded; copy it from the corpus again")
     missing = min(stated, start + seconds) - count / rate
     if missing > max(END_TOLERANCE, 0.1 * stated):  # edited files state more than they hold
         raise AudioError(

@@ -85,16 +85,17 @@ def check_audio(audio: np.ndarray, name: object) -> np.ndarray:
             f"{name}: samples of {np.abs(audio).max():g}, where full scale is 1; divide them by it"
         )
     if is_silent(audio):
+        beside = " beside a constant" if np.abs(audio).max() > SILENCE_PEAK else ""
         raise AudioError(
-            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale; "
+            f"{name}: silent, every sample is below {SILENCE_PEAK:g} of full scale{beside}; "
             "remove it or record it again"
         )
     return audio
 
 
-def check_rate(rate: int, name: object) -> None:
+def check_rate(rate: object, name: object) -> None:
     """Raises an `AudioError` if `rate`, in Hz, is not a rate of audio."""
-    if not 1000 <= rate <= 1_000_000:
+    if not isinstance(rate, int | float | np.number) or not 1000 <= rate <= 1_000_000:
         raise AudioError(f"{name}: {rate} Hz is not a rate of audio")
 
 

@@ -9,7 +9,7 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, speaker_note
-from serkd_jax.data.tables import markdown_cell
+from serkd_jax.data.tables import markdown_cell, markdown_code
 from serkd_jax.errors import UserError
 
 
@@ -113,7 +113,10 @@ def _noticed(table: Table, most_named: int | None) -> list[str]:
 
 def _listed(reasons: Sequence[tuple[str, str]], most_named: int | None, more: str = "") -> str:
     """Lists ids with what is said about each, and after the most to name the number of the rest."""
-    named = [f"- `{name}`: {reason}" for name, reason in reasons[:most_named]]
+    named = [
+        f"- {markdown_code(name)}: {markdown_cell(' '.join(reason.split()))}"
+        for name, reason in reasons[:most_named]
+    ]
     if len(named) < len(reasons):
         named.append(f"- and {len(reasons) - len(named):,} more{more}")
     return "\n".join(named)

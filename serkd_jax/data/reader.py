@@ -124,6 +124,8 @@ def describe(folder: str | os.PathLike) -> Description:
             json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("dataset_info.json", "features.json", "metadata.json")
         )
+        if not isinstance(metadata, dict):
+            raise TypeError("metadata.json is not an object")
         stored = features["featuresDict"]["features"]
         names = []
         if "classLabel" in stored.get("label", {}):
@@ -178,13 +180,18 @@ def read_examples(folder: str | os.PathLike, names: Collection[str]) -> Iterator
 
 
 def load_skipped(folder: str | os.PathLike) -> list[dict[str, str]]:
-    """Reads {"id", "reason"} of the utterances whose audio could not be used, sorted by id."""
-    lines = [
-        line
-        for path in Path(folder).glob("skipped-*.jsonl")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
+    """Reads {"id", "reason"} of the utterances whose audio could not be used, sorted by id.
+
+    Raises:
+        RecordsError: a list of them is damaged.
+    """
+    with _readable_errors(folder):
+        lines = [
+            line
+            for path in Path(folder).glob("skipped-*.jsonl")
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
 
 
 def load_table(folder: str | os.PathLike) -> Table:

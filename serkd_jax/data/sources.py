@@ -18,6 +18,7 @@ from serkd_jax.data.corpora.manifest import read_manifest
 from serkd_jax.data.reader import UTTERANCE_TEXTS, describe, load_skipped, read_examples
 from serkd_jax.data.tables import locate
 from serkd_jax.errors import readable
+from serkd_jax.files import content_hashes
 
 COLUMNS = ("label", "speaker", "session", "split", "fold")  # of a manifest; they go into records
 
@@ -144,7 +145,10 @@ class AudioFiles:
         columns = {name for values in (self._rows or {}).values() for name in values}
         self._columns = [name for name in COLUMNS if name in columns]
         self.texts = ["id", *self._columns]
-        self.fingerprint = _digest((self._values(key), self._size(key)) for key in self.ids)
+        hashes = content_hashes(self._files.values())
+        self.fingerprint = _digest(
+            (self._values(key), hashes[str(self._files[key])]) for key in self.ids
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,12 +174,6 @@ class AudioFiles:
 
     def _path(self, key: str) -> Path:
         return self._files[key]
-
-    def _size(self, key: str) -> int:
-        try:
-            return self._path(key).stat().st_size
-        except OSError:
-            return -1
 
 
 def _read_columns(manifest: Path) -> dict[str, dict[str, str]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from serkd_jax.data.tables import plain, tidy
-from serkd_jax.errors import UserError
+from serkd_jax.data.tables import DIFFER, is_no_name, plain, tidy
+from serkd_jax.errors import UserError, some_of
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 PARTS = ("train", "quiz", "reward", "validation", "test")
@@ -85,7 +85,7 @@ def make_folds(
         _check_parts(fold, labels, columns["id"], class_names)
         if config.split_by in SPEAKER_INDEPENDENT and (both := _heard_before(fold, speakers)):
             raise UserError(
-                f"fold {fold.name} ({fold.held_out}): speakers {', '.join(both)} are in both "
+                f"fold {fold.name} ({fold.held_out}): speakers {some_of(both)} are in both "
                 "training and test. For a protocol that is not speaker-independent, use "
                 "split_by=fold, split or random"
             )
@@ -106,7 +106,7 @@ def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
     """Says what a reader of the scores must know about speakers in both training and test."""
     speakers = np.asarray(speakers)
     shared = [_heard_before(fold, speakers) for fold in folds]
-    unknown = int((speakers == "").sum())
+    unknown = sum(map(is_no_name, speakers.tolist()))
     if unknown and not any(shared):
         return (
             f"{unknown:,} of {len(speakers):,} utterances have no speaker: whether test speakers "
@@ -117,8 +117,8 @@ def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
             if twins := _twins(fold, speakers):
                 return (
                     f"WARNING: fold {fold.name} tests {twins[0][0]!r} and trains on "
-                    f"{twins[0][1]!r}, which differ in case, width or accents only. If they are "
-                    "one person, the scores are not speaker-independent: give each person one name."
+                    f"{twins[0][1]!r}, which {DIFFER}. If they are one person, the scores are not "
+                    "speaker-independent: give each person one name."
                 )
         return "No test speaker is trained on: the scores are speaker-independent."
     first = next(k for k, both in enumerate(shared) if both)
@@ -180,11 +180,11 @@ def _groups(column: str, values: Sequence[str], groups_per_fold: int) -> list[tu
     if len(names) <= groups_per_fold:
         raise UserError(
             f"cannot hold out {groups_per_fold} {column}(s): the corpus has only {len(names)} "
-            f"({', '.join(names)}). Use protocol.split_by=random or split"
+            f"({some_of(names)}). Use protocol.split_by=random or split"
         )
     chunks = [names[i : i + groups_per_fold] for i in range(0, len(names), groups_per_fold)]
     return [
-        (f"{column} {', '.join(chunk)}", np.flatnonzero(np.isin(values, chunk)), None)
+        (f"{column} {some_of(chunk)}", np.flatnonzero(np.isin(values, chunk)), None)
         for chunk in chunks
     ]
 
@@ -196,7 +196,7 @@ def _official_split(values: Sequence[str]) -> tuple:
     unknown = sorted(set(values.tolist()) - {"train", "test", *VALIDATION_NAMES})
     if unknown:
         raise UserError(
-            f"protocol.split_by=split, but the split column has {unknown}: "
+            f"protocol.split_by=split, but the split column has {some_of(unknown)}: "
             f"use train, test and {VALIDATION_NAMES[0]}"
         )
     validation = np.flatnonzero(np.isin(values, VALIDATION_NAMES))
@@ -260,7 +260,7 @@ def _whole_speakers(
     names, speaker = np.unique(speakers[rows], return_inverse=True)
     if len(names) < 2:
         raise UserError(
-            f"protocol.speakers_apart=True, but only speaker {', '.join(names)} is left to divide: "
+            f"protocol.speakers_apart=True, but only speaker {some_of(names)} is left to divide: "
             "use fewer groups_per_fold or speakers_apart=False"
         )
     counts = np.zeros((len(names), labels.max() + 1))
@@ -319,12 +319,12 @@ def _check_parts(
     if unseen:
         raise UserError(
             f"fold {fold.name} ({fold.held_out}): no training example of the classes "
-            f"{', '.join(class_names[k] if class_names else str(k) for k in unseen)}, which the "
+            f"{some_of(class_names[k] if class_names else k for k in unseen)}, which the "
             "test part has. Use larger folds or merge the classes"
         )
     rows, counts = np.unique(np.concatenate([*fold.parts.values()]), return_counts=True)
     if (counts > 1).any():
-        twice = ", ".join(ids[row] for row in rows[counts > 1][:5])
+        twice = some_of(ids[row] for row in rows[counts > 1])
         raise UserError(f"fold {fold.name}: {twice} are in two parts, or twice in one")
 
 

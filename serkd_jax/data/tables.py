@@ -3,17 +3,22 @@
 import csv
 import json
 import math
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, some_of
 
-SEPARATORS = (",", ";", "\t")
-# Text that programs write where a value is missing.
-NO_NAMES = ("nan", "none", "null", "n/a")
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+SEPARATORS = (",", ";", "\t", "|")
+# Text that programs and people write where a value is missing.
+NO_NAMES = ("nan", "none", "null", "n/a", "na", "n.a.", "<na>", "#n/a", "-", "?", "undefined")
+NO_NAMES += ("unknown",)
+DIFFER = "differ in case, width, accents, zeros or hyphens only"  # what `alike` finds
+# Letters of Greek and Cyrillic that look like Latin ones, at least in capitals.
+_SAME_SHAPES = str.maketrans("авекмнорстухіјѕαβεζηικμνορτυχı", "abekmhopctyxijsabezhikmnoptyxi")
 
 
 class CorpusError(UserError):
@@ -22,16 +27,39 @@ class CorpusError(UserError):
 
 def tidy(name: str) -> str:
     """A name as people see it: composed (NFC), without invisible characters and outer spaces."""
-    return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
+    return " ".join(_visible(unicodedata.normalize("NFC", name)).split())
+
+
+def _visible(text: str) -> str:
+    """Text without characters that have no shape: of control, of format, variation selectors."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter
+        for letter in text
+        if letter.isspace()
+        or not (unicodedata.category(letter) in ("Cc", "Cf") or "\ufe00" <= letter <= "\ufe0f")
+    )
 
 
 def markdown_cell(text: str) -> str:
-    """Returns text that stays within one cell of a Markdown table."""
-    return text.replace("|", r"\|")
+    """Returns text that stays text, and within one cell, in a Markdown table."""
+    return re.sub("[|<`]", r"\\\g<0>", text)
+
+
+def markdown_code(text: str) -> str:
+    """Returns text as code of one line in Markdown."""
+    text = " ".join(text.split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def is_no_name(name: str) -> bool:
+    """Whether a name is empty or says that there is none."""
+    return not name or name.lower() in NO_NAMES
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The groups of different names that differ in case, width or accents only, each sorted."""
+    """The groups of different names that people may take for the same, each sorted."""
     groups: dict[str, set[str]] = {}
     for name in filter(None, names):
         groups.setdefault(plain(name), set()).add(name)
@@ -39,17 +67,23 @@ def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def plain(name: str) -> str:
-    """A name without case, width and accents."""
-    letters = unicodedata.normalize("NFKD", name)
-    kept = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    return tidy(kept.casefold())
+    """A name without case, width, accents, zeros before a number, and with spaces for hyphens."""
+    letters = unicodedata.normalize("NFKD", name).casefold().translate(_SAME_SHAPES)
+    kept = "".join(
+        str(unicodedata.decimal(letter, letter))
+        for letter in letters
+        if not unicodedata.combining(letter)
+    )
+    kept = re.sub(r"(?<=[^\W_])[\s_\u2010-\u2015-]+(?=[^\W_])", " ", tidy(kept))
+    kept = re.sub(r"^(\d+)\.0+$", r"\1", kept)  # as tables write whole numbers beside missing ones
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", kept)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("FILE, line N", {column: value}) for each row of a CSV or JSONL file.
 
-    A CSV file may be separated by commas, semicolons or tabs. Spaces around values and names of
-    columns are dropped, as are empty rows; a missing value, JSON's null and NaN are empty.
+    A CSV file may be separated by commas, semicolons, tabs or bars. Spaces around values and names
+    of columns are dropped, as are empty rows; a missing value, JSON's null and NaN are empty.
 
     Raises:
         CorpusError: the file cannot be read, a column has two places, or a line makes no sense.
@@ -59,26 +93,31 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise CorpusError(f"{path}: unknown kind {kind!r}; use .csv, .tsv or .jsonl")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            if "\0" in file.read(1024):
+                raise CorpusError(f"{path}: zero bytes, as in UTF-16; save it as UTF-8 text")
+            file.seek(0)
             yield from readers[kind](file, path)
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: {error}; save it as UTF-8 text") from error
 
 
 def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    first = file.readline()
+    first = next(filter(str.strip, file), "")
     file.seek(0)
+    told = re.fullmatch(r'"?sep=(.)"?\s*', first)  # Excel's first line
     # The one that makes the most columns of the first line.
     separator = max(SEPARATORS, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
-    reader = csv.reader(file, delimiter=separator)
-    names = [tidy(name) for name in next(reader, [])]
+    separator = told[1] if told else separator
+    rows = _filled_rows(file, path, separator)
+    _, names = next(rows, ("", []))
+    if told:
+        _, names = next(rows, ("", []))
+    names = [tidy(name) for name in names]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise CorpusError(f"{path}: two columns are named {twice[0]!r}; rename or remove one")
-    for cells in reader:
-        where, cells = f"{path}, line {reader.line_num}", [cell.strip() for cell in cells]
-        if not any(cells):
-            continue
+    for where, cells in rows:
         if any(cells[len(names) :]):
             raise CorpusError(
                 f"{where}: more values than columns; quote values that hold {separator!r}"
@@ -89,6 +128,18 @@ def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         ]:
             raise CorpusError(f"{where}: {nameless[0]!r} is in a column without a name; name it")
         yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name}
+
+
+def _filled_rows(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("FILE, line N", cells without outer spaces) of each row that is not empty."""
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        for cells in reader:
+            if any(cells := [cell.strip() for cell in cells]):
+                yield f"{path}, line {reader.line_num}", cells
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise CorpusError(f"{where}: {error}; check the quotes up to there") from error
 
 
 def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -117,43 +168,65 @@ class _Pairs(list):
 def _as_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return str(dict(value) if isinstance(value, _Pairs) else value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # in JSON, 1.0 is 1
+    text = str(dict(value) if isinstance(value, _Pairs) else value).strip()
+    return text.encode("utf-8", "replace").decode()  # half a pair of surrogates is no letter
 
 
-def locate(paths: Sequence[str], folder: Path) -> list[Path]:
+def locate(paths: Sequence[str], folder: Path, notes: list[str] | None = None) -> list[Path]:
     """The files below a folder that paths of a list name.
 
     Leading folders that are not there are left off, the same number for all paths: as many as it
     takes until the first part of one of them is there. Separators may be those of Windows, and
     letters composed or not.
+
+    Args:
+        paths: what a list says.
+        folder: what relative paths begin at.
+        notes: gets a sentence if different folders are left off.
     """
     split = [_parts(path, folder) for path in paths]
     known: dict[str, bool] = {}
 
     def exists(part: str) -> bool:
         if part not in known:
-            known[part] = _find(folder, (part,)).exists()
+            known[part] = _exists(_find(folder, (part,)))
         return known[part]
 
     depth = max(map(len, split), default=1)
     there = (k for k in range(depth) if any(exists(parts[k]) for parts in split if k < len(parts)))
     left_off = next(there, 0)
+    beginnings = sorted({"/".join(parts[:left_off]) for parts in split})
+    if len(beginnings) > 1 and notes is not None:
+        notes.append(
+            f"WARNING: {folder} has no {some_of(beginnings, 3)}: the paths are read without these "
+            "folders, so that files of other folders may be taken."
+        )
     return [_find(folder, parts[min(left_off, len(parts) - 1) :]) for parts in split]
 
 
 def _parts(path: str, folder: Path) -> tuple[str, ...]:
-    if "\\" in path and not (folder / path).exists():
-        path = path.replace("\\", "/")
+    if ("\\" in path or ".." in path) and not _exists(folder / path):
+        path = os.path.normpath(path.replace("\\", "/"))
     return PurePosixPath(path).parts or (path,)
 
 
 def _find(folder: Path, parts: Sequence[str]) -> Path:
     """The path, in the first form of its letters that is there."""
     path = folder.joinpath(*parts)
-    if path.exists():
+    if _exists(path):
         return path
     for form in ("NFC", "NFD"):
-        other = folder.joinpath(*(unicodedata.normalize(form, part) for part in parts))
-        if other.exists():
-            return other
+        for shown in (str, _visible):
+            names = (unicodedata.normalize(form, shown(part)) for part in parts)
+            if _exists(other := folder.joinpath(*names)):
+                return other
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or no permission: told when it is read
+        return False

@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.audio.logmel import FRAME_RATE
+from serkd_jax.data.tables import markdown_cell
 from serkd_jax.deploy.backends import make_student
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
@@ -64,7 +65,8 @@ def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> st
     about = _paragraph(
         f"The {row} of fold {trained.fold} of a run of serkd-jax on {corpus}: {_kind(trained)}, "
         f"{size:,} parameters. Audio at 16 kHz goes through {_frontend(trained)}, in windows of at "
-        f"most {config.max_frames / FRAME_RATE:g} s, to {len(labels)} classes: {', '.join(labels)}."
+        f"most {config.max_frames / FRAME_RATE:g} s, to {len(labels)} classes: "
+        f"{', '.join(map(markdown_cell, labels))}."
     )
     run = trained.results["config"]
     protocol = _paragraph(

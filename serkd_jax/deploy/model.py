@@ -10,7 +10,6 @@ import numpy as np
 
 from serkd_jax.audio.logmel import num_samples
 from serkd_jax.audio.waveform import (
-    FULL_SCALE,
     SAMPLE_RATE,
     AudioError,
     check_audio,
@@ -136,7 +135,8 @@ class Model:
         yield from self._finished(open_clips)
 
     def _open(self, recording: object, hop: int) -> _Clip | Failure:
-        audio, rate = recording if isinstance(recording, tuple) else (recording, SAMPLE_RATE)
+        is_pair = isinstance(recording, tuple) and len(recording) == 2
+        audio, rate = recording if is_pair else (recording, SAMPLE_RATE)
         is_file, notices = isinstance(audio, str | Path), []
         source = readable(str(audio)) if is_file else "samples"
         try:
@@ -229,7 +229,7 @@ def to_waveform(audio: Any, rate: int, notices: list[str] | None = None) -> np.n
 
     Args:
         audio: (n,), (n, channels) or (channels, n) samples: a NumPy, JAX or torch array, or a list.
-            Integers of 32 or 64 bits that fit into 16 are taken as 16-bit samples.
+            Integers of 32 or 64 bits that fit into 16, 24 or 32 are taken as samples of so many.
         rate: their rate, in Hz.
         notices: a list that gets a sentence for each thing that the owner should know.
 
@@ -240,6 +240,7 @@ def to_waveform(audio: Any, rate: int, notices: list[str] | None = None) -> np.n
     try:
         if hasattr(audio, "detach"):  # a tensor of torch, which may have a gradient or be on a GPU
             audio = audio.detach().cpu()
+            audio = audio.float() if "bfloat16" in str(audio.dtype) else audio
         audio = np.asarray(audio)
         if audio.dtype.name == "bfloat16":
             audio = audio.astype(np.float32)
@@ -253,7 +254,7 @@ def to_waveform(audio: Any, rate: int, notices: list[str] | None = None) -> np.n
     if audio.ndim == 2 and audio.shape[1] > MOST_CHANNELS:
         raise AudioError(f"samples of shape {audio.shape} are not audio: too many channels")
     if audio.dtype.kind in "iu":
-        audio = _to_unit(audio)
+        audio = _to_unit(audio, notices)
     mono = downmix(audio[:, None] if audio.ndim == 1 else audio, notices).astype(np.float32)
     if rate != SAMPLE_RATE:
         import soxr
@@ -262,9 +263,15 @@ def to_waveform(audio: Any, rate: int, notices: list[str] | None = None) -> np.n
     return check_audio(to_full_scale(mono, notices), "samples")
 
 
-def _to_unit(audio: np.ndarray) -> np.ndarray:
+def _to_unit(audio: np.ndarray, notices: list[str] | None) -> np.ndarray:
     """Scales integer samples to full scale 1; unsigned ones swing around the middle, as in WAV."""
-    if audio.dtype.itemsize > 2 and max(audio.max(), -int(audio.min()) - 1) < FULL_SCALE:
-        return audio / FULL_SCALE
-    full_scale = 2.0 ** (8 * audio.dtype.itemsize - 1)
-    return audio / full_scale - (audio.dtype.kind == "u")
+    signed, bits = audio.dtype.kind == "i", 8 * audio.dtype.itemsize
+    if bits > 16:  # programs put samples into larger integers as they are
+        peak = max(int(audio.max()), -int(audio.min()) - 1)
+        fits = next(few for few in (16, 24, 32, 64) if peak < 2 ** (few - signed))
+        if fits < bits and notices is not None:
+            notices.append(
+                f"its {bits}-bit integers are taken as samples of {fits} bits, which fit"
+            )
+        bits = min(fits, bits)
+    return audio / 2.0 ** (bits - 1) - (not signed)

@@ -61,21 +61,28 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         UserError: the run is not finished, was made by another version or has no such fold or row,
             or its front-end has changed since.
     """
-    results = read_json(workdir / "results.json", UNFINISHED)
+    results = read_json(workdir / "results.json", UNFINISHED, ("folds", "config", "classes"))
+    run = read_json(workdir / "run.json", UNFINISHED, ("the front-end",))
     if fold not in results["folds"]:
         raise UserError(f"{workdir} has no fold {fold}: use one of {', '.join(results['folds'])}")
     if row not in results["folds"][fold]:
-        raise UserError(f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}")
+        raise UserError(
+            f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}: use --row"
+        )
     stage = STAGE_OF_ROW[row]
     selected = load_selected(workdir / f"fold_{fold}" / stage.name)
     params = stage.student_params(selected["params"])
-    statistics = read_arrays(workdir / f"fold_{fold}" / "statistics.npz", UNFINISHED)
+    statistics = read_arrays(
+        workdir / f"fold_{fold}" / "statistics.npz", UNFINISHED, ("mean", "spread")
+    )
     params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
-    if frontend.fingerprint != read_json(workdir / "run.json", UNFINISHED)["the front-end"]:
+    if frontend.fingerprint != run["the front-end"]:
         raise UserError(f"the front-end is not what {workdir} was trained on: its weights changed")
     predictions = {
-        name: read_arrays(workdir / f"fold_{name}" / "predictions.npz", UNFINISHED)
+        name: read_arrays(
+            workdir / f"fold_{name}" / "predictions.npz", UNFINISHED, ("ids", "label")
+        )
         for name in results["folds"]
     }
     return Trained(
@@ -170,7 +177,7 @@ def load_test_inputs(trained: Trained, cache_dir: str | None) -> tuple[np.ndarra
     cache = Path(cache_dir or trained.results["config"]["cache_dir"] or trained.workdir / "data")
     wanted = {"frontend": trained.frontend.fingerprint, "max_frames": config.max_frames}
     # Other corpora in the cache may have the same ids.
-    corpus = read_json(trained.workdir / "run.json", UNFINISHED)["the corpus"]
+    corpus = read_json(trained.workdir / "run.json", UNFINISHED, ("the corpus",))["the corpus"]
     records = sorted(cache.glob(f"records/*-{corpus}/*/*/dataset_info.json"))
     wanted["source"] = RecordsSource(records[0].parent).fingerprint if records else ""
     for path in sorted(cache.glob("features/*/metadata.json")):

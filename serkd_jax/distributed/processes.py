@@ -1,10 +1,8 @@
 """Starts a program as one of several processes, and ends it with an exit status."""
 
-import errno
 import hashlib
 import os
 import platform
-import re
 import signal
 import sys
 import traceback
@@ -15,7 +13,7 @@ import jax
 from absl import flags
 
 from serkd_jax.distributed import parallel, preemption
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, of_the_machine
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes in all.")
@@ -57,38 +55,6 @@ def _interrupted(*_: object) -> None:
     """Ends the program at Ctrl-C; an exception could be lost in a thread or in a library."""
     print("interrupted; finished work is kept: start again to resume", file=sys.stderr, flush=True)
     os._exit(130)
-
-
-def of_the_machine(error: BaseException | None) -> str:
-    """Says in one line what is wrong with a disk, a folder or a file, and the remedy; or nothing.
-
-    Args:
-        error: any error; those that led to it are looked at as well, since libraries hide them.
-    """
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    found = [one for one in chain if isinstance(one, OSError) and one.errno]
-    text = " ".join(map(str, chain))
-    place = next((str(one.filename) for one in found if one.filename), "")
-    # TensorStore and TensorFlow say it in words, and call it RESOURCE_EXHAUSTED.
-    full = any(one.errno in (errno.ENOSPC, errno.EDQUOT) for one in found)
-    if full or "No space left on device" in text or "Disk quota exceeded" in text:
-        written = re.search(r'"(/[^"]+)"', text)
-        place = place or (written[1] if written else "this folder")
-        return f"no space left on the disk that has {place}: free some, and start again to resume"
-    if not found or not place:
-        return ""
-    remedy = {
-        errno.EROFS: "it cannot be written to; use another folder",
-        errno.EACCES: "give yourself the permission, or use another folder",
-        errno.EPERM: "give yourself the permission, or use another folder",
-        errno.ENOTDIR: "a part of the path is a file; use another folder",
-        errno.EEXIST: "use another folder, or remove it",
-        errno.ENAMETOOLONG: "use a shorter name",
-    }.get(found[0].errno, "check the disk and the path, and start again to resume")
-    return f"{place}: {found[0].strerror}: {remedy}"
 
 
 def _keep_compiled_programs() -> None:

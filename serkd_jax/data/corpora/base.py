@@ -18,10 +18,11 @@ import numpy as np
 
 from serkd_jax.audio.decoding import check_file, read_audio
 from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, to_int16
-from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, tidy
+from serkd_jax.data.tables import DIFFER, CorpusError, alike, is_no_name, tidy
 from serkd_jax.files import content_hashes
 
 NAMES = ("id", "label", "speaker", "session", "split", "fold")
+MOST_NAMED = 5  # groups of names that look alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,18 +180,22 @@ def _check_names(utterances: Sequence[Utterance]) -> list[str]:
     notes = []
     for column in NAMES[1:]:
         counts = collections.Counter(getattr(utterance, column) for utterance in utterances)
-        for names in alike(counts):
+        # `splits` reads official parts whatever their case.
+        groups = alike(counts) if column != "split" else []
+        for names in groups[:MOST_NAMED]:
             listed = " and ".join(map(repr, names))
             if column == "label":
                 raise CorpusError(
-                    f"the classes {listed} differ in case, width or accents only: give both one "
-                    "name in the data, or in a label map"
+                    f"the classes {listed} {DIFFER}: give both one name in the data, or in a "
+                    "label map"
                 )
             notes.append(
-                f"WARNING: the {column}s {listed} differ in case, width or accents only and are "
-                f"taken as different: if they are one {column}, give it one name."
+                f"WARNING: the {column}s {listed} {DIFFER} and are taken as different: if they are "
+                f"one {column}, give it one name."
             )
-        for name in filter(lambda name: name.lower() in NO_NAMES, counts):
+        if more := len(groups[MOST_NAMED:]):
+            notes.append(f"WARNING: {more} more groups of {column}s {DIFFER}.")
+        for name in filter(is_no_name, filter(None, counts)):
             notes.append(
                 f"WARNING: {counts[name]} utterances have the {column} {name!r}, which is taken as "
                 "a name: leave it empty if it is missing."

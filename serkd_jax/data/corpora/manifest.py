@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
-from serkd_jax.data.tables import locate, read_rows, tidy
+from serkd_jax.data.tables import locate, plain, read_rows, tidy
+from serkd_jax.errors import some_of
 
 COLUMNS = ("path", "label", "id", "speaker", "session", "split", "fold", "start", "end")
 ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "end_time": "end"}
@@ -80,11 +81,12 @@ class Manifest(SpeechCorpus):
         for where, values in listed:
             for column in ("path", "label"):
                 if not values.get(column):
+                    filled = some_of(name for name, value in values.items() if value)
                     raise CorpusError(
                         f"{where}: no {column}; each row needs path and label, "
-                        f"this one has {', '.join(values)}"
+                        f"this one has {filled}"
                     )
-        files = locate([values["path"] for _, values in listed], self.data_dir)
+        files = locate([values["path"] for _, values in listed], self.data_dir, self.notes)
         for (where, values), file in zip(listed, files, strict=True):
             start, end = values.get("start", ""), values.get("end", "")
             part = f"#{start}-{end}" if start or end else ""
@@ -119,11 +121,11 @@ class Manifest(SpeechCorpus):
         if label in classes:
             return classes[label]
         # EmoBox's maps have "Neutral" where its data have "neutral".
-        matches = {name for key, name in classes.items() if key.lower() == label.lower()}
+        matches = {name for key, name in classes.items() if plain(key) == plain(label)}
         if len(matches) != 1:
             raise CorpusError(
-                f"{where}: label {label!r} is not in {self.label_map}; "
-                f"it has {', '.join(classes)}; add it there or correct the row"
+                f"{where}: label {some_of([label])!r} is not in {self.label_map}; "
+                f"it has {some_of(classes)}; add it there or correct the row"
             )
         return matches.pop()
 
@@ -131,12 +133,22 @@ class Manifest(SpeechCorpus):
         if self.label_map is None:
             return None
         try:
-            classes = json.loads(self.label_map.read_text(encoding="utf-8-sig"))
+            text = self.label_map.read_text(encoding="utf-8-sig")
+            pairs = json.loads(text, object_pairs_hook=tuple)
         except (OSError, ValueError) as error:
             raise CorpusError(f"label map {self.label_map} cannot be read: {error}") from error
-        if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
+        if not isinstance(pairs, tuple) or not all(
+            isinstance(c, str) and tidy(c) for _, c in pairs
+        ):
             raise CorpusError(f'label map {self.label_map} must be like {{"label": "class name"}}')
-        return {tidy(label): tidy(name) for label, name in classes.items()}
+        classes: dict[str, str] = {}
+        for label, name in ((tidy(label), tidy(name)) for label, name in pairs):
+            if classes.setdefault(label, name) != name:
+                raise CorpusError(
+                    f"label map {self.label_map} has {label!r} twice, as {classes[label]!r} and "
+                    f"{name!r}; remove one"
+                )
+        return classes
 
     def _add_emobox_parts(self, rows: dict[str, dict[str, str]]) -> None:
         """Adds EmoBox's folds or its split, unless the manifest has folds or splits of its own."""
@@ -209,20 +221,24 @@ class Manifest(SpeechCorpus):
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("FILE, line N", {column: value}) of a CSV or JSONL file, with our names of columns.
 
-    Where a column is there under our name and under EmoBox's, ours is read.
+    Where a column is there under our name, in any case, and under EmoBox's, ours is read.
 
     Raises:
         CorpusError: the file cannot be read, a line makes no sense, or two columns are the same.
     """
     for where, row in read_rows(path):
-        ours: dict[str, str] = {}
+        there = {column.lower() for column in row}
+        columns: dict[str, str] = {}  # our name -> theirs
         for column in row:
             name = column.lower() if column.lower() in {*COLUMNS, *ALIASES} else column
-            name = ALIASES.get(name, name) if ALIASES.get(name) not in row else name
-            if name in ours:
-                raise CorpusError(f"{where}: two columns are the {name}; rename or remove one")
-            ours[name] = row[column]
-        yield where, ours
+            name = ALIASES.get(name, name) if ALIASES.get(name) not in there else name
+            if name in columns:
+                raise CorpusError(
+                    f"{where}: two columns are the {name}, {columns[name]!r} and {column!r}; "
+                    "rename or remove one"
+                )
+            columns[name] = column
+        yield where, {name: row[column] for name, column in columns.items()}
 
 
 def _read_stm_speakers(path: Path) -> dict[str, str]:
