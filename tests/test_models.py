@@ -198,15 +198,23 @@ def test_the_time_token_student_does_not_see_padding(features, use_norm):
     np.testing.assert_allclose(batched, alone, atol=1e-5)
 
 
-def test_use_norm_makes_the_student_blind_to_loudness(features):
-    lengths = np.full(B, T)
-    for use_norm in (False, True):
-        student = InvertedStudent(3, **SIZES, use_norm=use_norm)
-        params = random_params(student, features, lengths)
-        logits = [
-            student.apply({"params": params}, gain * features, lengths).logits for gain in (1, 30)
-        ]
-        assert np.allclose(*logits, atol=1e-3) == use_norm
+@TOKENS
+def test_use_norm_standardises_every_variate_over_the_valid_frames_of_the_clip(features, tokens):
+    """As iTransformer does; here they have other means and spreads, and the last is constant."""
+    lengths = np.array([T, 4, 7])
+    features = features * np.array([0.1, 0.3, 1, 3, 30, 0]) + np.arange(N)
+    expected = np.zeros_like(features)
+    for clip, length, standard in zip(features, lengths, expected, strict=True):
+        clip[length:] = 0
+        mean, variance = clip[:length].mean(0), clip[:length].var(0)
+        standard[:length] = (clip[:length] - mean) / np.sqrt(variance + 1e-5)
+    student = InvertedStudent(3, **SIZES, **tokens)
+    params = random_params(student, features, lengths)
+    logits, standardised = (
+        jax.jit(used.apply)({"params": params}, x.astype(np.float32), lengths).logits
+        for used, x in ((student.clone(use_norm=True), features), (student, expected))
+    )
+    np.testing.assert_allclose(logits, standardised, atol=1e-5)
 
 
 @pytest.mark.parametrize("readout", ["variates", "tokens"])
