@@ -253,17 +253,14 @@ def test_the_teacher_hears_masked_frames_if_the_recipe_says_so():
     ],
     ids=["student", "distill", "curriculum"],
 )
-def test_the_query_is_never_masked_but_has_dropout(make_stage, own):
+def test_the_query_is_never_masked(make_stage, own):
     """Masks change the contrastive loss, through the keys, and no other part of the loss."""
     metrics = []
     for width in (0, 6):
         masks = {"max_frequency_mask": width, "max_time_mask": width}
         config = changed(contrastive=masks, meta={"order": "none"})
         make_step, init, batch = make_stage(config)
-        step = jax.jit(make_step())
-        metrics.append(step(init(), batch(0), RNG)[1])
-        dropped_otherwise = step(init(), batch(0), jax.random.key(8))[1]
-        assert abs(metrics[-1]["cross_entropy"] - dropped_otherwise["cross_entropy"]) > 1e-4
+        metrics.append(jax.jit(make_step())(init(), batch(0), RNG)[1])
     clean, masked = metrics
     parts = ["cross_entropy", "accuracy", *own]
     np.testing.assert_allclose(
