@@ -230,6 +230,7 @@ def test_every_step_of_a_stage_drops_anew_for_every_example_wherever_it_is(make_
 
     batch = make_batch(0)
     first, later, other = masks(0, batch), masks(1, batch), masks(0, batch, jax.random.key(8))
+    assert len(first) == (5 if make_stage is teacher_stage else 3)  # of one layer each
     drawn = [np.asarray(mask) for each in (first, later, other) for mask in each.values()]
     assert_drawn_apart(drawn, len(drawn) * [RATE])
     for mask in first.values():
