@@ -93,8 +93,9 @@ def test_of_a_long_file_no_more_than_the_beginning_is_decoded(tmp_path, monkeypa
     assert decoded == [17_600]
 
 
-def test_loud_float_audio_is_clipped_not_wrapped():
-    np.testing.assert_array_equal(to_int16(np.array([2.0, -2.0])), [32767, -32768])
+def test_float_audio_is_rounded_to_the_nearest_and_clipped_not_wrapped():
+    audio = np.array([0.6, -0.6, 99.4, -99.4, 20_000.4, 65_536, -65_536]) / 32_768
+    np.testing.assert_array_equal(to_int16(audio), [1, -1, 99, -99, 20_000, 32_767, -32_768])
 
 
 def write(path, samples, subtype="FLOAT"):

@@ -21,7 +21,6 @@ from serkd_jax.encoders.checkpoint import _param_shapes, convert_params, load_en
 from serkd_jax.encoders.wav2vec2 import (
     PositionalConv,
     Wav2Vec2Layers,
-    _FeatureProjection,
     conv_frames,
 )
 from serkd_jax.encoders.wavlm import distance_buckets
@@ -281,48 +280,6 @@ def test_softmax_and_statistics_of_norms_are_float32_in_bfloat16(models):
     dtypes = re.findall(r":(\w+)\[[^\]]*\] = (?:exp|reduce_max|rsqrt)\b", str(jaxpr))
     assert len(dtypes) > 10
     assert set(dtypes) == {"f32"}
-
-
-def test_dropout_of_every_kind():
-    none = dict.fromkeys(
-        ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0
-    )
-    config, kind = tiny_config("hubert base", num_hidden_layers=1, **none), find_encoder("hubert")
-    params = convert_params(kind, config, to_numpy(random_torch_model(config)))
-    frames = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
-    mask = np.arange(6) < np.array([[6], [3]])
-
-    def run(**rates: float) -> np.ndarray:
-        config = tiny_config("hubert base", num_hidden_layers=1, **none | rates)
-
-        @jax.jit
-        def apply(key):
-            keys = jax.random.split(key, 2)
-            projection = {"params": params["embed"]["feature_projection"]}
-            hidden = _FeatureProjection(config).apply(projection, frames, keys)
-            encoder = {"params": params["encoder"]}
-            return Wav2Vec2Layers(config).apply(encoder, hidden, mask, keys)
-
-        return np.asarray(apply(jax.random.key(0))[0])[mask]
-
-    expected = run()
-    for name in none:
-        assert np.abs(run(**{name: 0.5}) - expected).max() > 1e-2, name
-
-
-@pytest.mark.parametrize("kind", ["wavlm large", "whisper 80"])
-def test_the_recipes_dropout_reaches_every_part_of_the_layers(kind):
-    """Of those that HuBERT does not share: each alone changes what a layer gives."""
-    encoder = find_encoder(kind.split()[0])
-    none = dict.fromkeys(encoder.dropouts, 0.0)
-    frames = np.random.default_rng(0).normal(size=(2, 6, 32)).astype(np.float32)
-    params = encoder.layers(tiny_config(kind, **none)).init(jax.random.key(0), frames)
-    keys, outputs = jax.random.split(jax.random.key(1), 2), []
-    for rates in ({}, *({name: 0.5} for name in encoder.dropouts)):
-        layers = encoder.layers(tiny_config(kind, **none | rates))
-        outputs.append(np.asarray(jax.jit(layers.apply)(params, frames, None, keys)[0]))
-    for i, one in enumerate(outputs):
-        assert all(np.abs(one - other).max() > 1e-2 for other in outputs[:i])
 
 
 @pytest.mark.parametrize("models", ["hubert base", "whisper 80"], indirect=True)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -14,11 +15,13 @@ import transformers
 
 from serkd_jax.deploy.folder import FRONTEND
 from serkd_jax.deploy.trained import load_test_inputs, load_trained
-from serkd_jax.encoders import ENCODERS
+from serkd_jax.encoders import ENCODERS, find_encoder
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
 from serkd_jax.experiment import ROWS, STAGES, prepare_experiment
 from serkd_jax.export import export
 from serkd_jax.predict import load_model
+from serkd_jax.programs import Programs
+from serkd_jax.stages.finetune import TeacherStage
 from tiny_config import get_config
 from tiny_encoders import torch_states
 
@@ -62,6 +65,29 @@ def encoder(kind: str, folder: str) -> dict:
     return {"name": kind, "model": folder, "layer": LAYERS[kind]}
 
 
+@pytest.mark.parametrize("kind", ["hubert", "whisper"])
+def test_a_teacher_starts_as_the_pretrained_encoder_in_torch(kind, encoder_folder):
+    """Its hidden vector is the mean of torch's frames, whatever follows a clip in the batch."""
+    config, folder = get_config(), encoder_folder(kind)
+    settings = {"input": "waveform", "model": folder, "patch_frames": 0, "projector": 0}
+    config.teacher.update(settings)
+    programs = Programs(config, 2, (24, 8), 8, 1, jax.devices()[:1])
+    stage = programs.stage(TeacherStage)
+    state = jax.jit(stage.init)(jax.random.key(0), programs.embed_params)
+    samples = np.random.default_rng(0).integers(-9999, 9999, (2, 8000)).astype(np.int16)
+    lengths = np.array([8000, 5000], np.int32)
+    out = jax.jit(stage.predict)(state, {"inputs": samples, "length": lengths})
+
+    model = getattr(transformers, find_encoder(kind).model_name).from_pretrained(folder).eval()
+    for hidden, clip, length in zip(out.hidden, samples, lengths, strict=True):
+        waveform = (clip[:length] / 2**15).astype(np.float32)
+        if kind == "hubert":
+            waveform = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+        with torch.no_grad():
+            frames = torch_states(model, waveform[None])[-1][0]
+        np.testing.assert_allclose(hidden, frames.mean(0), atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_features_and_a_teacher_on_waveforms_through_all_stages(
@@ -100,7 +126,11 @@ def assert_teacher_saves_back(workdir: Path, start: str, folder: Path) -> None:
     with torch.no_grad():
         theirs = torch_states(model, waveform)[-1]
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
-    assert np.abs(ours - after.encode(before.params, waveform).last_hidden_state).max() > 1e-4
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), params["encoder"], before.params["encoder"]
+    )
+    rate = get_config().teacher.learning_rate  # which is how far Adam moves a weight in a step
+    assert 0 < max(jax.tree.leaves(moved)) < 2 * rate * state["step"]
 
 
 def assert_exported_student_hears_the_same(

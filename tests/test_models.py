@@ -1,5 +1,6 @@
 """The student and the shared encoder layer against torch; padding; what the options change."""
 
+import re
 from functools import partial, reduce
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.flatten_util import ravel_pytree
 from transformers import HubertConfig, HubertModel
@@ -198,15 +200,23 @@ def test_the_time_token_student_does_not_see_padding(features, use_norm):
     np.testing.assert_allclose(batched, alone, atol=1e-5)
 
 
-def test_use_norm_makes_the_student_blind_to_loudness(features):
-    lengths = np.full(B, T)
-    for use_norm in (False, True):
-        student = InvertedStudent(3, **SIZES, use_norm=use_norm)
-        params = random_params(student, features, lengths)
-        logits = [
-            student.apply({"params": params}, gain * features, lengths).logits for gain in (1, 30)
-        ]
-        assert np.allclose(*logits, atol=1e-3) == use_norm
+@TOKENS
+def test_use_norm_standardises_every_variate_over_the_valid_frames_of_the_clip(features, tokens):
+    """As iTransformer does; here they have other means and spreads, and the last is constant."""
+    lengths = np.array([T, 4, 7])
+    features = features * np.array([0.1, 0.3, 1, 3, 30, 0]) + np.arange(N)
+    expected = np.zeros_like(features)
+    for clip, length, standard in zip(features, lengths, expected, strict=True):
+        clip[length:] = 0
+        mean, variance = clip[:length].mean(0), clip[:length].var(0)
+        standard[:length] = (clip[:length] - mean) / np.sqrt(variance + 1e-5)
+    student = InvertedStudent(3, **SIZES, **tokens)
+    params = random_params(student, features, lengths)
+    logits, standardised = (
+        jax.jit(used.apply)({"params": params}, x.astype(np.float32), lengths).logits
+        for used, x in ((student.clone(use_norm=True), features), (student, expected))
+    )
+    np.testing.assert_allclose(logits, standardised, atol=1e-5)
 
 
 @pytest.mark.parametrize("readout", ["variates", "tokens"])
@@ -368,17 +378,24 @@ def test_the_slope_of_gelu_is_torchs():
     np.testing.assert_allclose(slopes, x.grad, rtol=1e-9, atol=1e-12)
 
 
-@TOKENS
-def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, monkeypatch):
-    """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
+@pytest.fixture
+def h100(monkeypatch):
+    """JAX takes the CPU for this GPU."""
     client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
-    h100 = SimpleNamespace(platform="gpu", compute_capability="9.0", client=client)
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0", client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [h100])
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    return device
+
+
+@TOKENS
+def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, h100):
+    """As lowered for a GPU; no GPU is needed for that, nor does the test run the program."""
     model = InvertedStudent(3, width=32, mlp_dim=16, num_heads=2, num_layers=1, **tokens)
     features, num_frames = jnp.zeros((B, T, N)), jnp.full(B, T)
     params = jax.eval_shape(model.init, jax.random.key(0), features, num_frames)
+    mask = "NO_MASK" if model.inverted else "PADDING"
 
     def calls(twice=False, **options):
         used = model.clone(**options)
@@ -394,13 +411,45 @@ def test_on_a_gpu_half_precision_attention_and_its_gradient_are_cudnns(tokens, m
 
         traced = jax.jit(slope if twice else gradient).trace(params)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        return [text.count(f"@__cudnn$fmhaSoftmax{part}(") for part in ("", "Backward")]
+        kernels = re.findall(r"@__cudnn\$fmhaSoftmax(\w*)\(.*mask_type\\22: \\22(\w+)", text)
+        return [kernels.count((part, mask)) for part in ("", "Backward")]
 
     assert calls(dtype=jnp.bfloat16) == [1, 1]
     assert calls(twice=True, dtype=jnp.bfloat16)[0] == 1
     assert calls() == calls(dtype=jnp.bfloat16, portable=True) == [0, 0]
     h100.compute_capability = "7.5"
     assert calls(dtype=jnp.bfloat16) == [0, 0]
+
+
+@TOKENS
+def test_cudnns_kernel_attends_to_the_valid_tokens_alone(tokens, features, request, monkeypatch):
+    """A loop over clips in torch stands in for it; the output is that of a CPU, where it is not."""
+    lengths, received = np.array([T, 4, 7]), []
+
+    def stand_in(*heads, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        received.append(key_value_seq_lengths)
+        counts = [None] * B if received[-1] is None else np.array(received[-1])
+        out = []
+        for count, *clip in zip(counts, *(np.array(x, np.float32) for x in heads), strict=True):
+            query, key, value = (torch.tensor(x).transpose(0, 1) for x in clip)
+            attended = F.scaled_dot_product_attention(query, key[:, :count], value[:, :count])
+            out.append(attended.transpose(0, 1).numpy())
+        return jnp.asarray(np.stack(out), heads[0].dtype)
+
+    student = InvertedStudent(3, **SIZES | {"width": 16}, **tokens, dtype=jnp.bfloat16)
+    features = features * (np.arange(T) < lengths[:, None])[..., None]
+    params = random_params(student, features, lengths)
+    expected = student.apply({"params": params}, features, lengths)
+    request.getfixturevalue("h100")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    actual = student.apply({"params": params}, features, lengths)
+    assert len(received) == 1
+    if student.inverted:
+        assert received == [None]
+    else:
+        np.testing.assert_array_equal(received[0], lengths)
+    np.testing.assert_allclose(actual.hidden, expected.hidden, atol=0.02)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

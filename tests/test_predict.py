@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from exported_models import STUDENT, logits_by_hand, settings, write_model
 from layouts import ROOT, SHARED, needs_corpora, tone, write_mp4
 from serkd_jax import predict
-from serkd_jax.audio.waveform import AudioError, to_float, to_int16
+from serkd_jax.audio.waveform import AudioError
 from serkd_jax.deploy.backends import load_frontend
 from serkd_jax.deploy.folder import FILES, parse_config, read_config, sealed
 from serkd_jax.encoders.checkpoint import load_encoder, save_encoder
@@ -52,9 +52,10 @@ def copied(folder, tmp_path):
 
 
 def by_hand(folder, waveform):
-    """Probabilities of one window, from the parts that training has, and the softmax by hand."""
+    """Probabilities of one window, by parts of training; 16 bits and the softmax by hand."""
     config = read_config(folder)
-    features, num_frames = load_frontend(folder, config)([to_float(to_int16(waveform))])
+    samples = np.floor(2**15 * waveform.astype(np.float64) + 0.5).clip(-(2**15), 2**15 - 1)
+    features, num_frames = load_frontend(folder, config)([(samples / 2**15).astype(np.float32)])
     values = np.exp(logits_by_hand(folder, features, num_frames)[0].astype(np.float64))
     return values / values.sum()
 

@@ -54,13 +54,17 @@ def children(job):
 
 
 def assert_same_training(actual, expected):
-    """Up to the order of sums; a softmax is blind to the key's bias, whose gradient is rounding."""
+    """Up to the order of sums, 1e-6 of an array: also Adam's moments, which see gradients' scale.
+
+    A softmax is blind to the key's bias, whose gradient is rounding alone.
+    """
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
-        if "k_proj']['bias" in name or "opt_state" in name:
+        if "k_proj']['bias" in name:
             continue
         if array.dtype.kind == "f":
-            np.testing.assert_allclose(actual[name], array, rtol=2e-2, atol=2e-3, err_msg=name)
+            error = np.linalg.norm(actual[name] - array)
+            assert error <= 1e-4 * np.linalg.norm(array), name
         else:
             np.testing.assert_array_equal(actual[name], array, err_msg=name)
 

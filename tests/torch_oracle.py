@@ -31,10 +31,11 @@ class MLP(nn.ModuleList):
 class InvertedTransformer(nn.Module):
     """iTransformer (Liu et al. 2023) without its projection, then Section 4.4's classifier.
 
-    Its encoder has no last norm. `sizes` has the attributes of our student.
+    Its encoder has no last norm. `sizes` has the attributes of our student. Dropout follows the
+    embedding and both parts of a layer; torch's layer has it in two more places.
     """
 
-    def __init__(self, sizes, num_frames, num_variates, num_classes):
+    def __init__(self, sizes, num_frames, num_variates, num_classes, dropout=0.0):
         super().__init__()
         width, self.readout = sizes.width, sizes.readout
         num_tokens, token_size = self.token_shape(num_frames, num_variates)
@@ -51,6 +52,9 @@ class InvertedTransformer(nn.Module):
             )
             for _ in range(sizes.num_layers)
         )
+        self.dropout = nn.Dropout(dropout)
+        for layer in self.layers:
+            layer.dropout1.p = layer.dropout2.p = dropout
         read = {"variates": num_tokens, "tokens": width, "flatten": num_tokens * width}
         hidden = read[self.readout]
         self.classifier = MLP(hidden, *sizes.classifier_dims, num_classes)
@@ -70,7 +74,7 @@ class InvertedTransformer(nn.Module):
 
     def forward(self, features, lengths):
         """(B, T, N) -> hidden, logits, projection."""
-        tokens, padding = self.tokens(features), self.padding(features, lengths)
+        tokens, padding = self.dropout(self.tokens(features)), self.padding(features, lengths)
         for layer in self.layers:
             tokens = layer(tokens, src_key_padding_mask=padding)
         if padding is not None:
