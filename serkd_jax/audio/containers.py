@@ -5,6 +5,8 @@ somewhere: as the size of a chunk, a box or a segment, or by frames that end whe
 """
 
 import io
+import math
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +37,10 @@ def missing_bytes(path: Path) -> int:
         head = file.read(HEAD)
         for is_kind, stated_end in _KINDS:
             if is_kind(head):
-                return max(0, stated_end(file, head, size) - size)
+                try:
+                    return max(0, stated_end(file, head, size) - size)
+                except (IndexError, struct.error):  # it ends within its head
+                    return 1
     return 0
 
 
@@ -84,6 +89,30 @@ def _are_chunks(file: io.BufferedReader, place: int, size: int) -> bool:
         if not all(32 <= letter < 127 for letter in name) or start + length > size + 1:
             return False
     return True
+
+
+def _end_of_wav(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of the audio of a WAV or RF64 file; some headers are a little off."""
+    del head
+    large = 0
+    for name, start, length in _chunks(file, 12, size):
+        if name == b"ds64":
+            file.seek(start + 8)
+            (large,) = struct.unpack("<Q", file.read(8))
+        elif name == b"data":
+            length = large if length == 0xFFFF_FFFF else length * (length < UNKNOWN_LENGTH)
+            return start + length if size - start < 0.99 * length else 0
+    return 0
+
+
+def _end_of_nist(file: io.BufferedReader, head: bytes, size: int) -> int:
+    """Returns the end of a NIST SPHERE file; its audio follows a header of text."""
+    del file, size
+    fields = dict(re.findall(rb"^(\w+) -i (\d+)$", head[:1024], re.MULTILINE))
+    length = math.prod(
+        int(fields.get(name, 0)) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")
+    )
+    return 1024 + length if length else 0
 
 
 def _end_of_avi(file: io.BufferedReader, head: bytes, size: int) -> int:
@@ -138,20 +167,25 @@ def _end_of_boxes(file: io.BufferedReader, head: bytes, size: int) -> int:
 
 
 def _end_of_segment(file: io.BufferedReader, head: bytes, size: int) -> int:
-    """Returns the end of the segment of a WebM or Matroska file."""
-    del file, size
+    """Returns the end of a WebM or Matroska file's segment, or of its last part, if it is known.
 
-    def number(place: int) -> tuple[int | None, int]:
-        """A number of variable length, None if it is unknown, and where it ends."""
-        width = 9 - head[place].bit_length()
-        value = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
-        return None if value == (1 << 7 * width) - 1 else value, place + width
-
-    length, place = number(4)  # of the EBML header
-    if length is None or head[place + length :][:4] != b"\x18\x53\x80\x67":
-        return 0
-    length, place = number(place + length + 4)
-    return 0 if length is None else place + length
+    Browsers write segments and clusters of unknown length, as they record; their parts have one.
+    """
+    del head
+    place = 0
+    while place + 2 <= size:
+        file.seek(place)
+        header = file.read(12)
+        width = 9 - header[0].bit_length()  # of the element's name
+        digits = 9 - header[width].bit_length()
+        length = int.from_bytes(header[width : width + digits], "big") & (1 << 7 * digits) - 1
+        place += width + digits
+        if length == (1 << 7 * digits) - 1:
+            continue
+        place += length
+        if header[:width] == b"\x18\x53\x80\x67":
+            break
+    return place
 
 
 def _end_of_asf(file: io.BufferedReader, head: bytes, size: int) -> int:
@@ -175,14 +209,14 @@ def _end_of_ogg(file: io.BufferedReader, head: bytes, size: int) -> int:
     return size if whole and tail[place + 5] & 4 else size + 1
 
 
-def _end_of_frames(length: Callable[[bytes], int], least: int) -> Callable:
+def _end_of_frames(length: Callable[[bytes], int], least: int, begin: int = 0) -> Callable:
     """Makes a function that walks over frames that state their length, to where the last ends."""
 
     def end(file: io.BufferedReader, head: bytes, size: int) -> int:
         del head
         file.seek(0)
         content = file.read()
-        place = _after_id3(content)
+        place = begin or _after_id3(content)
         while place + least <= size:
             if (step := length(content[place : place + least])) == 0:
                 return size  # a tag, or what no decoder would read either
@@ -228,6 +262,11 @@ def _adts_frame(header: bytes) -> int:
     return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
 
 
+def _amr_frame(lengths: tuple[int, ...]) -> Callable[[bytes], int]:
+    """Makes a function from the first byte of an AMR frame to its length, by the frame's type."""
+    return lambda header: (*lengths, *[1] * 16)[header[0] >> 3 & 15]
+
+
 def _begins(head: bytes, frame: Callable[[bytes], int], least: int) -> bool:
     place = _after_id3(head)
     first = head[place : place + least]
@@ -236,6 +275,8 @@ def _begins(head: bytes, frame: Callable[[bytes], int], least: int) -> bool:
 
 # What a kind of file begins with, and the end of the file as it states it; 0 if it does not.
 _KINDS: list[tuple[Callable[[bytes], bool], Callable]] = [
+    (lambda head: head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE", _end_of_wav),
+    (lambda head: head[:7] == b"NIST_1A", _end_of_nist),
     (lambda head: head[:4] == b"FORM" and head[8:11] == b"AIF", _end_of_aiff),
     (lambda head: head[:4] == b".snd" and len(head) >= 24, _end_of_au),
     (lambda head: head[:4] == b"riff" and len(head) >= 40, _end_of_w64),
@@ -245,6 +286,14 @@ _KINDS: list[tuple[Callable[[bytes], bool], Callable]] = [
     (lambda head: head[:4] == b"\x1a\x45\xdf\xa3", _end_of_segment),
     (lambda head: head[:4] == b"\x30\x26\xb2\x75", _end_of_asf),
     (lambda head: head[:4] == b"OggS", _end_of_ogg),
+    (
+        lambda head: head[:6] == b"#!AMR\n",
+        _end_of_frames(_amr_frame((13, 14, 16, 18, 20, 21, 27, 32, 6)), 1, 6),
+    ),
+    (
+        lambda head: head[:9] == b"#!AMR-WB\n",
+        _end_of_frames(_amr_frame((18, 24, 33, 37, 41, 47, 51, 59, 61, 6)), 1, 9),
+    ),
     (lambda head: _begins(head, _mp3_frame, 4), _end_of_frames(_mp3_frame, 4)),
     (lambda head: _begins(head, _adts_frame, 7), _end_of_frames(_adts_frame, 7)),
 ]
