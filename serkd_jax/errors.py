@@ -4,17 +4,24 @@ import re
 import sys
 from collections.abc import Sequence
 
+LONGEST = 1000  # characters of a message
+
 
 class UserError(ValueError):
     """Bad input or configuration; the message names the file or key and the remedy.
 
-    `serkd_jax.main` prints it without a stack trace.
+    `serkd_jax.main` prints it without a stack trace. It is one line that a terminal can show,
+    whatever the names and values in it are.
     """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable(message))
+        super().__init__(line if len(line) <= LONGEST else f"{line[:600]} ... {line[-300:]}")
 
 
 def readable(text: str) -> str:
     """Returns text that can be written: bytes of a file name that are not UTF-8 become U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

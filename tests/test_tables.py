@@ -61,12 +61,33 @@ def test_a_separator_in_a_value_is_one_only_unquoted(tmp_path):
         ('{"path": "a", "label": "x", "label": "y"}\n', "m.jsonl", "line 1: two values are named"),
         ("path,label\nä,x\n", "m.csv", "save it as UTF-8"),
         ("a", "m.xlsx", r"use \.csv, \.tsv or \.jsonl"),
+        ("path,label\na\0b,x\n", "m.csv", r"line 2: 'path' is no text: 'a\\x00b'"),
+        ('{"path": "\\ud800"}\n', "m.jsonl", "line 1: 'path' is no text"),
     ],
 )
 def test_what_has_two_meanings_is_refused_with_its_name(tmp_path, text, name, message):
     encoding = "latin-1" if "ä" in text else "utf-8"
     with pytest.raises(CorpusError, match=message):
         rows_of(tmp_path, text, name, encoding)
+
+
+@pytest.mark.parametrize("label", ["a\x1b[31m", "\u202e", "a" * 101])
+def test_a_class_that_no_export_could_name_is_refused(tmp_path, three_wavs, label):
+    with pytest.raises(CorpusError, match="cannot be shown"):
+        _ = manifest_of(tmp_path, f"path,label\na.wav,{label}\nb.wav,happy\n").utterances
+
+
+def test_a_path_that_no_system_has_is_a_file_that_is_missing(tmp_path, three_wavs):
+    corpus = manifest_of(tmp_path, f"path,label\n{'a' * 300}.wav,sad\nb.wav,happy\n")
+    (skip,) = [record for u in corpus.utterances if "reason" in (record := corpus.read_record(u))]
+    assert "no such audio file" in skip["reason"]
+
+
+def test_a_message_is_one_line_that_a_terminal_can_show(tmp_path):
+    told = str(UserError(f"{tmp_path}/a\nb\x1b[31m: {'x' * 9999} is not a name; use another"))
+    assert told.startswith(rf"{tmp_path}/a\nb\x1b[31m: xxx")
+    assert told.endswith("xxx is not a name; use another")
+    assert len(told) < 1000
 
 
 def test_missing_values_of_json_are_empty(tmp_path):

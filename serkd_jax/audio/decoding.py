@@ -100,7 +100,7 @@ def check_file(path: str | os.PathLike) -> Path:
         AudioError: there is no file, or it is empty.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for names that are too long, unlike Path.is_file
         raise AudioError(f"{path}: no such audio file; check the corpus folder or the manifest")
     if path.stat().st_size == 0:
         raise AudioError(f"{path}: the file is empty (0 bytes); copy it from the corpus again")

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,6 +15,7 @@ from serkd_jax.errors import UserError
 SEPARATORS = (",", ";", "\t")
 # Text that programs write where a value is missing.
 NO_NAMES = ("nan", "none", "null", "n/a")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # neither files nor records can have such names
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
@@ -23,6 +26,11 @@ class CorpusError(UserError):
 def tidy(name: str) -> str:
     """A name as people see it: composed (NFC), without invisible characters and outer spaces."""
     return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
+
+
+def is_class_name(name: Any) -> bool:
+    """Returns whether a class may have this name; a terminal would obey control characters."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 100
 
 
 def markdown_cell(text: str) -> str:
@@ -59,7 +67,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise CorpusError(f"{path}: unknown kind {kind!r}; use .csv, .tsv or .jsonl")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from readers[kind](file, path)
+            for where, row in readers[kind](file, path):
+                for name, value in row.items():
+                    if _NO_TEXT.search(name + value):
+                        raise CorpusError(f"{where}: {name!r} is no text: {value!r}; correct it")
+                yield where, row
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -97,10 +109,10 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]
         if not line.strip():
             continue
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            pairs = json.loads(line, object_pairs_hook=Pairs)
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where}: not JSON ({error}); put one object on a line") from error
-        if not isinstance(pairs, _Pairs):
+        if not isinstance(pairs, Pairs):
             raise CorpusError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
         row: dict[str, str] = {}
         for name, value in pairs:
@@ -110,14 +122,14 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]
         yield where, row
 
 
-class _Pairs(list):
+class Pairs(list):
     """The names and values of a JSON object, also those that have the same name."""
 
 
 def _as_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return str(dict(value) if isinstance(value, _Pairs) else value).strip()
+    return str(dict(value) if isinstance(value, Pairs) else value).strip()
 
 
 def locate(paths: Sequence[str], folder: Path) -> list[Path]:
@@ -132,7 +144,7 @@ def locate(paths: Sequence[str], folder: Path) -> list[Path]:
 
     def exists(part: str) -> bool:
         if part not in known:
-            known[part] = _find(folder, (part,)).exists()
+            known[part] = os.path.exists(_find(folder, (part,)))
         return known[part]
 
     depth = max(map(len, split), default=1)
@@ -142,7 +154,7 @@ def locate(paths: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _parts(path: str, folder: Path) -> tuple[str, ...]:
-    if "\\" in path and not (folder / path).exists():
+    if "\\" in path and not os.path.exists(folder / path):
         path = path.replace("\\", "/")
     return PurePosixPath(path).parts or (path,)
 
@@ -150,10 +162,10 @@ def _parts(path: str, folder: Path) -> tuple[str, ...]:
 def _find(folder: Path, parts: Sequence[str]) -> Path:
     """The path, in the first form of its letters that is there."""
     path = folder.joinpath(*parts)
-    if path.exists():
+    if os.path.exists(path):  # False for names that are too long, unlike Path.exists
         return path
     for form in ("NFC", "NFD"):
         other = folder.joinpath(*(unicodedata.normalize(form, part) for part in parts))
-        if other.exists():
+        if os.path.exists(other):
             return other
     return path

@@ -18,7 +18,7 @@ import numpy as np
 
 from serkd_jax.audio.decoding import check_file, read_audio
 from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, to_int16
-from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, tidy
+from serkd_jax.data.tables import NO_NAMES, CorpusError, alike, is_class_name, tidy
 from serkd_jax.files import content_hashes
 
 NAMES = ("id", "label", "speaker", "session", "split", "fold")
@@ -174,7 +174,7 @@ def _check_names(utterances: Sequence[Utterance]) -> list[str]:
     """What a reader must know of names that may not mean what they say.
 
     Raises:
-        CorpusError: two classes have names that look alike.
+        CorpusError: two classes have names that look alike, or one cannot be shown.
     """
     notes = []
     for column in NAMES[1:]:
@@ -189,6 +189,10 @@ def _check_names(utterances: Sequence[Utterance]) -> list[str]:
             notes.append(
                 f"WARNING: the {column}s {listed} differ in case, width or accents only and are "
                 f"taken as different: if they are one {column}, give it one name."
+            )
+        if column == "label" and (strange := [n for n in counts if not is_class_name(n)]):
+            raise CorpusError(
+                f"the class {strange[0]!r} cannot be shown: use up to 100 printable characters"
             )
         for name in filter(lambda name: name.lower() in NO_NAMES, counts):
             notes.append(

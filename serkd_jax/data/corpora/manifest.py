@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
-from serkd_jax.data.tables import locate, read_rows, tidy
+from serkd_jax.data.tables import Pairs, locate, read_rows, tidy
 
 COLUMNS = ("path", "label", "id", "speaker", "session", "split", "fold", "start", "end")
 ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "end_time": "end"}
@@ -131,12 +131,17 @@ class Manifest(SpeechCorpus):
         if self.label_map is None:
             return None
         try:
-            classes = json.loads(self.label_map.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+            text = self.label_map.read_text(encoding="utf-8-sig")
+            pairs = json.loads(text, object_pairs_hook=Pairs)
+        except (OSError, ValueError, RecursionError) as error:
             raise CorpusError(f"label map {self.label_map} cannot be read: {error}") from error
-        if not isinstance(classes, dict) or not all(isinstance(c, str) for c in classes.values()):
+        if not isinstance(pairs, Pairs) or not all(isinstance(name, str) for _, name in pairs):
             raise CorpusError(f'label map {self.label_map} must be like {{"label": "class name"}}')
-        return {tidy(label): tidy(name) for label, name in classes.items()}
+        classes: dict[str, str] = {}
+        for label, name in pairs:
+            if classes.setdefault(tidy(label), tidy(name)) != tidy(name):
+                raise CorpusError(f"label map {self.label_map}: {label!r} is there twice")
+        return classes
 
     def _add_emobox_parts(self, rows: dict[str, dict[str, str]]) -> None:
         """Adds EmoBox's folds or its split, unless the manifest has folds or splits of its own."""
