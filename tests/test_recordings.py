@@ -121,6 +121,7 @@ SILENT = np.zeros_like(VOICE)
         ([VOICE, -0.8 * VOICE], VOICE, "cancel"),
         ([SILENT, SILENT, VOICE, SILENT, SILENT], VOICE, "4 of its 5 channels are silent"),
         ([VOICE] * 6, VOICE, "6 channels are averaged"),
+        ([VOICE] * 8, VOICE, "8 channels are averaged"),
     ],
 )
 @pytest.mark.parametrize("kind", ["wav", "flac", "mka"])
@@ -128,7 +129,7 @@ def test_channels_are_mixed_by_one_rule_with_a_notice(tmp_path, channels, expect
     path, notices = tmp_path / f"a.{kind}", []
     stacked = np.stack(channels, axis=1)
     if kind == "mka":
-        layout = {2: "stereo", 5: "5.0", 6: "5.1"}[len(channels)]
+        layout = {2: "stereo", 5: "5.0", 6: "5.1", 8: "7.1"}[len(channels)]
         with av.open(str(path), "w", format="matroska") as file:
             stream = file.add_stream("pcm_s16le", rate=RATE)
             stream.layout = layout

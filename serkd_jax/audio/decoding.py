@@ -184,14 +184,15 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
         stated = float((stream.duration or 0) * (stream.time_base or 0))
         if container.format.name in ("aac", "amr"):  # without a header, so FFmpeg guesses
             stated = 0.0
-        floats = av.AudioResampler(format="fltp")
+        # Interleaved, since PyAV reads beyond the last of 8 or more separate channels.
+        floats = av.AudioResampler(format="flt")
         # A track that cannot be decoded may have neither channels nor a rate.
-        chunks, count, rate = [np.zeros((1, 0), np.float32)], 0, stream.rate or SAMPLE_RATE
+        chunks, count, rate = [np.zeros((0, 1), np.float32)], 0, stream.rate or SAMPLE_RATE
         for frame in itertools.chain(_frames(container, stream), [None]):  # None: what is left
             for block in floats.resample(frame):
                 rate = block.sample_rate  # that of HE-AAC is twice what its header says
-                chunks.append(block.to_ndarray())
-                count += chunks[-1].shape[1]
+                chunks.append(block.to_ndarray().reshape(-1, block.layout.nb_channels))
+                count += block.samples
             if count >= (start + seconds) * rate:
                 break
     missing = min(stated, start + seconds) - count / rate
@@ -203,7 +204,7 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
             "copy it from the corpus again"
         )
     # The header of HE-AAC may state one channel where there are two.
-    channels = np.concatenate([x for x in chunks if len(x) == len(chunks[-1])], axis=1).T
+    channels = np.concatenate([x for x in chunks if x.shape[1] == chunks[-1].shape[1]])
     first = round(start * rate)
     return channels[first : None if math.isinf(seconds) else round((start + seconds) * rate)], rate
 
