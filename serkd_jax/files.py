@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -104,17 +103,20 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
 
     Raises:
         UserError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
@@ -134,5 +136,5 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # what zipfile and NumPy raise for damaged bytes has no base class
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from error

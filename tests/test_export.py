@@ -221,6 +221,8 @@ def test_the_code_in_the_docs_runs(page, tmp_path, monkeypatch, capsys):
         (lambda w: shutil.rmtree(w), "name the workdir of a finished run"),
         (lambda w: (w / "results.json").unlink(), "name the workdir of a finished run"),
         (lambda w: (w / "results.json").write_text("{"), "is damaged"),
+        (lambda w: (w / "results.json").write_text("[" * 99_999), "is damaged"),
+        (lambda w: (w / "results.json").write_text("3"), "is damaged"),
         (lambda w: shutil.rmtree(w / "fold_1" / "curriculum"), "has no checkpoints"),
         (lambda w: (w / "fold_2" / "predictions.npz").write_bytes(b""), "cannot be read"),
         (lambda w: (w / "results.json").write_text(

@@ -144,7 +144,7 @@ def parse_config(given: Any) -> ModelConfig:
     student, frontend = given.get("student"), given.get("frontend")
     if given["max_frames"] * given["num_features"] > 2**26:
         raise ValueError("the model is too large to be run")
-    if not isinstance(student, dict) or student.get("kind") not in STUDENTS:
+    if not isinstance(student, dict) or student.get("kind") not in list(STUDENTS):
         raise ValueError(f"student.kind is not one of {', '.join(STUDENTS)}")
     _check_frontend(frontend, given["num_features"])
     trained = given.get("trained", {})

@@ -135,7 +135,7 @@ def check_sizes(
         least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
         holds, allowed = rule(field.default, least, most, choices)
         if not holds(values[name]):
-            raise ValueError(f"student.{name} is {values[name]!r:.50}: use {allowed}")
+            raise ValueError(f"student.{name} is {str(values[name])[:50]}: use {allowed}")
     return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
