@@ -117,7 +117,7 @@ def test_what_was_written_beside_the_examples_is_told_where_it_is_damaged(
 ):
     folder = shutil.copytree(folders["audio"], tmp_path / "audio")
     (folder / file).write_bytes(content)
-    with pytest.raises(reader.RecordsError, match="damaged .* delete this folder and run again"):
+    with pytest.raises(reader.RecordsError, match=r"damaged .* delete this folder and run again"):
         reader.load_table(folder)
 
 
