@@ -1,46 +1,133 @@
 """The allowed values of a recipe's keys, and which keys do not affect what a run computes."""
 
 import json
-from functools import reduce
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from serkd_jax.audio import logmel
 from serkd_jax.errors import UserError
 from serkd_jax.models.students import STUDENTS, find_student
-from serkd_jax.models.students.base import Student, check_sizes
+from serkd_jax.models.students.base import Rule, Student, check_sizes, rule
 
-CHOICES = {
-    "examples": ("auto", "device", "records"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "selection_metric": ("ua", "wa", "wf1", "last"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "optimizer.decayed": ("kernels", "all"),
-    "teacher.input": ("waveform", "features"),
-    "student.kind": STUDENTS,
-    "distill.direction": ("teacher_student", "student_teacher"),
-    "meta.order": ("second_order", "second_order_forward", "first_order", "none"),
-    "curriculum.task_by": ("difficulty", "class"),
-    "curriculum.sampling": ("policy", "uniform"),
-}
-# The least and greatest values of numbers, by the last part of their keys; None means no bound.
-RANGES: dict[str, tuple[float, float | None]] = {
-    **dict.fromkeys(("seed", "num_devices", "patch_frames", "projector", "beta"), (0, None)),
-    **dict.fromkeys(("max_frequency_mask", "max_time_mask", "clip_norm"), (0, None)),
-    **dict.fromkeys(("learning_rate", "pilot_learning_rate", "policy_learning_rate"), (0, None)),
-    **dict.fromkeys(("weight_decay", "quiz_batch_size"), (0, None)),
-    **dict.fromkeys(
-        ("batch_size", "max_frames", "steps_per_dispatch", "groups_per_fold"), (1, None)
-    ),
-    **dict.fromkeys(("width", "mlp_dim", "num_heads", "num_layers", "time_pooling"), (1, None)),
-    **dict.fromkeys(("num_tasks", "episode_steps", "policy_width", "queue_size"), (1, None)),
-    **dict.fromkeys(("num_folds", "num_speakers"), (2, None)),
-    **dict.fromkeys(("weight", "momentum", "alpha", "discount", "running_rate", "warmup"), (0, 1)),
-    **dict.fromkeys(("dropout", "validation", "quiz"), (0, 0.99)),
-    "temperature": (1e-3, None),
-}
 
+def _one_of(*choices: str) -> Rule:
+    return rule("", choices=choices)
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(k) is int for k in (value if isinstance(value, list | tuple) else [value]))
+
+
+_RATE, _SHARE, _PART = rule(0.0, 0, 1000), rule(0.0, 0, 1), rule(0.0, 0, 0.99)
+_EPOCHS, _FRAMES, _BATCH = rule(1, 0, 10**6), rule(0, 0, 10_000), rule(1, 1, 65_536)
+_SWITCH, _TEXT, _TEMPERATURE = rule(True), rule(""), rule(1.0, 1e-3, 1e6)
+_FRONTEND = {
+    "model": _TEXT,
+    "revision": _TEXT,
+    "layer": (_are_layers, "a number, or a list of numbers"),
+    "dtype": _one_of("float32", "bfloat16"),
+    "pad_to_30s": _SWITCH,
+    "num_mels": rule(1, 1, logmel.FFT_LENGTH // 2),
+}
+# What the keys of a recipe may hold. The student's sizes are not here; its kind declares them.
+KEYS = {
+    "seed": rule(0, 0, 2**32 - 1),
+    "num_devices": rule(0, 0, 10**6),
+    "dtype": _one_of("auto", "float32", "bfloat16"),
+    "remat": _SWITCH,
+    "examples": _one_of("auto", "device", "records"),
+    "steps_per_dispatch": rule(1, 1, 10**6),
+    "cache_dir": _TEXT,
+    "data_dir": _TEXT,
+    "strict": _SWITCH,
+    "stages": _TEXT,
+    "corpus": _TEXT,
+    "frontend.name": _TEXT,
+    "max_frames": rule(1, 1, 10_000),
+    "selection_metric": _one_of("ua", "wa", "wf1", "last"),
+    "batch_size": _BATCH,
+    "protocol.split_by": _one_of("speaker", "session", "fold", "split", "random", "file"),
+    "protocol.groups_per_fold": rule(1, 1, 10**6),
+    "protocol.num_folds": rule(2, 2, 10**6),
+    "protocol.file": _TEXT,
+    "protocol.validation": _PART,
+    "protocol.quiz": _PART,
+    "protocol.speakers_apart": _SWITCH,
+    "optimizer.weight_decay": _RATE,
+    "optimizer.decayed": _one_of("kernels", "all"),
+    "optimizer.clip_norm": rule(0.0, 0, 1e9),
+    "optimizer.schedule": _one_of("constant", "cosine"),
+    "optimizer.warmup": _SHARE,
+    "teacher.input": _one_of("waveform", "features"),
+    "teacher.frontend.name": _TEXT,
+    "teacher.model": _TEXT,
+    "teacher.revision": _TEXT,
+    "teacher.patch_frames": _FRAMES,
+    "teacher.time_pooling": rule(1, 1, 10_000),
+    "teacher.standardize": _SWITCH,
+    "teacher.projector": rule(0, 0, 8192),
+    "teacher.classifier_dims": rule((), 1, 8192),
+    "teacher.dropout": _PART,
+    "teacher.max_frequency_mask": _FRAMES,
+    "teacher.max_time_mask": _FRAMES,
+    "teacher.learning_rate": _RATE,
+    "teacher.epochs": _EPOCHS,
+    "student.kind": _one_of(*STUDENTS),
+    "student.standardize": _SWITCH,
+    "student.learning_rate": _RATE,
+    "student.epochs": _EPOCHS,
+    "contrastive.weight": _SHARE,
+    "contrastive.temperature": _TEMPERATURE,
+    "contrastive.momentum": _SHARE,
+    "contrastive.queue_size": rule(1, 1, 10**6),
+    "contrastive.max_frequency_mask": _FRAMES,
+    "contrastive.max_time_mask": _FRAMES,
+    "distill.alpha": _SHARE,
+    "distill.beta": rule(0.0, 0, 1e9),
+    "distill.soft": _SWITCH,
+    "distill.temperature": _TEMPERATURE,
+    "distill.direction": _one_of("teacher_student", "student_teacher"),
+    "distill.learning_rate": _RATE,
+    "distill.epochs": _EPOCHS,
+    "meta.order": _one_of("second_order", "second_order_forward", "first_order", "none"),
+    "meta.learning_rate": _RATE,
+    "meta.pilot_learning_rate": _RATE,
+    "meta.quiz_batch_size": rule(0, 0, 65_536),
+    "curriculum.learning_rate": _RATE,
+    "curriculum.epochs": _EPOCHS,
+    "curriculum.task_by": _one_of("difficulty", "class"),
+    "curriculum.num_tasks": rule(1, 1, 1000),
+    "curriculum.sampling": _one_of("policy", "uniform"),
+    "curriculum.hold_teacher": _SWITCH,
+    "curriculum.episode_steps": rule(1, 1, 10_000),
+    "curriculum.discount": _SHARE,
+    "curriculum.running_rate": _SHARE,
+    "curriculum.policy_width": rule(1, 1, 8192),
+    "curriculum.policy_learning_rate": _RATE,
+    "curriculum.easy_bias": rule(0.0, -1000, 1000),
+}
+# Keys that only some recipes have.
+OPTIONAL = {
+    "manifest": _TEXT,
+    "label_map": _TEXT,
+    "speaker_pattern": _TEXT,
+    "synthetic.num_speakers": rule(1, 1, 1000),
+    "synthetic.utterances_per_class": rule(1, 1, 10_000),
+    "synthetic.min_seconds": rule(0.0, 0.1, 60),
+    "synthetic.max_seconds": rule(0.0, 0.1, 60),
+    "synthetic.seed": rule(0, 0, 2**32 - 1),
+    **{f"frontend.{key}": allowed for key, allowed in _FRONTEND.items()},
+    **{f"teacher.frontend.{key}": allowed for key, allowed in _FRONTEND.items()},
+}
+FROM_SCRATCH = {  # of a teacher without a pretrained model
+    "teacher.width": rule(1, 1, 8192),
+    "teacher.mlp_dim": rule(1, 1, 65_536),
+    "teacher.num_layers": rule(1, 1, 100),
+    "teacher.num_heads": rule(1, 1, 256),
+}
 # The keys of the config's `student` part that are not sizes of its kind.
 STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
@@ -60,18 +147,20 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError: names the key and its allowed values.
     """
-    for key, choices in CHOICES.items():
-        value = reduce(getattr, key.split("."), config)
-        if value not in choices:
-            raise UserError(f"{key} is {value!r}: use {' or '.join(choices)}")
-    sizes = {f"student.{key}" for key in config.student if key not in STUDENT_SETTINGS}
-    for key, value in _flatten(config.to_dict()).items():
+    values = dict(_leaves(config))
+    needed = KEYS.keys() if values.get("teacher.model") else KEYS | FROM_SCRATCH
+    if missing := [key for key in needed if key not in values]:
+        raise UserError(f"the recipe has no {missing[0]}: see configs/common.py")
+    sizes = {f"student.{key}" for key in config.student} - KEYS.keys()
+    known = KEYS | OPTIONAL | FROM_SCRATCH
+    for key, value in values.items():
         if key in sizes:  # checked by the student's kind
             continue
-        least, greatest = RANGES.get(key.rpartition(".")[2], (None, None))
-        if least is not None and not (least <= value and (greatest is None or value <= greatest)):
-            allowed = f"at least {least}" if greatest is None else f"{least} to {greatest}"
-            raise UserError(f"{key} is {value}: use {allowed}")
+        if key not in known:
+            raise UserError(f"the recipe has {key}, which nothing reads: remove or rename it")
+        holds, allowed = known[key]
+        if not holds(value):
+            raise UserError(f"{key} is {value!r:.50}: use {allowed}")
     try:
         make_student(config, num_classes=2).check(config.max_frames)
     except ValueError as error:
@@ -137,15 +226,14 @@ def quiz_batch_size(config: ConfigDict) -> int:
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
     """Returns what defines a run's results: all values except `PLACE_KEYS`, by dotted keys."""
-    return {k: v for k, v in _flatten(config.to_dict()).items() if k not in PLACE_KEYS}
+    values = {key: value for key, value in _leaves(config) if key not in PLACE_KEYS}
+    return json.loads(json.dumps(values))  # as JSON would read them back
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Joins nested keys with dots; values become what JSON would read back."""
-    flat = {}
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each value that is no part of a config, with its keys joined by dots."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping | ConfigDict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return flat
+            yield f"{prefix}{key}", value

@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -118,7 +117,7 @@ def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str, 
         return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
@@ -139,7 +138,7 @@ def read_arrays(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str
         with np.load(path, allow_pickle=False) as arrays:
             _check_keys(arrays, keys)
             return dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # what zipfile and NumPy raise for damaged bytes has no base class
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
 
 

@@ -288,15 +288,14 @@ def _restore(
 
 
 def _truncate_log(log: Path, done: int) -> None:
-    """Drops lines of epochs that were logged but not saved, and an incomplete last line."""
+    """Drops lines of epochs that were logged but not saved, and what follows a damaged one."""
     if not log.exists():
         return
     kept = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except (ValueError, LookupError, TypeError):
             break
-        if row["step"] <= done:
-            kept.append(line + "\n")
     write_file(log, "".join(kept))

@@ -110,7 +110,7 @@ BAD_FILES = {
     "no such audio file": lambda path: None,
     "is empty": lambda path: path.touch(),
     "unreadable": lambda path: path.write_bytes(b"not audio at all" * 100),
-    "truncated, 9956 of 32000 bytes": lambda path: (
+    "truncated, 9956 of 32000 bytes of audio are there": lambda path: (
         write(path, sine(200, 1), "PCM_16"),
         truncate(path, 10_000),
     ),

@@ -251,6 +251,8 @@ def test_the_code_in_the_docs_runs(page, tmp_path, monkeypatch, capsys):
             lambda w: shutil.copy(w / "fold_1/statistics.npz", w / "fold_1/predictions.npz"),
             r"predictions\.npz cannot be read \(it has no ids, label\)",
         ),
+        (lambda w: (w / "results.json").write_text("[" * 99_999), "is damaged"),
+        (lambda w: (w / "results.json").write_text("3"), "is damaged"),
         (lambda w: shutil.rmtree(w / "fold_1" / "curriculum"), "has no checkpoints"),
         (lambda w: (w / "fold_2" / "predictions.npz").write_bytes(b""), "cannot be read"),
         (lambda w: (w / "results.json").write_text(

@@ -120,7 +120,13 @@ def test_faulty_jsonl_manifest_is_told_with_its_line(tmp_path, three_wavs, probl
 def test_faulty_manifest_files_and_maps_are_told(tmp_path, three_wavs):
     rows = "path,label\na.wav,x\n"
     (tmp_path / "map.json").write_text('{"sad": "Sad"}')
-    (tmp_path / "list.json").write_text("[]")
+    for name, text in {
+        "list.json": "[]",
+        "null.json": '{"x": null}',
+        "deep.json": "[" * 99_999,
+        "twice.json": '{"x": "a", "x ": "b"}',
+    }.items():
+        (tmp_path / name).write_text(text)
     latin = tmp_path / "latin.csv"
     latin.write_bytes("path,label\na.wav,fröhlich\n".encode("latin-1"))
     for make, problem in [
@@ -138,6 +144,9 @@ def test_faulty_manifest_files_and_maps_are_told(tmp_path, three_wavs):
             "cannot be read",
         ),
         (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "list.json")), "must be"),
+        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "null.json")), "must be"),
+        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "deep.json")), "recursion"),
+        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "twice.json")), "'x ' is th"),
     ]:
         with pytest.raises(CorpusError, match=problem):
             make().utterances  # noqa: B018

@@ -403,6 +403,7 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"student": STUDENT | {"num_heads": 3}}, "not divisible"),
         ({"student": STUDENT | {"code": "os.system('true')"}}, "must have the keys"),
         ({"student": None}, "student.kind is not one of inverted"),
+        ({"student": {"kind": {}}}, "student.kind is not one of inverted"),
         ({"frontend": {"name": "logmel", "num_mels": 8, "fingerprint": "v0"}}, "another version"),
         ({"frontend": {"name": "../../etc"}}, "neither logmel nor one of hubert"),
         ({"frontend": {"name": "hubert", "model": "../../etc"}}, "not a name on the hub"),

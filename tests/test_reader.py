@@ -102,6 +102,25 @@ def test_no_damage_passes(file):
             read(file)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("skipped-missing.jsonl", b"\xff"),
+        ("skipped-missing.jsonl", b'{"id": "a"}'),
+        ("skipped-missing.jsonl", b"[" * 99_999),
+        ("features.json", b'{"featuresDict": {"features": {"label": 3}}}'),
+        ("dataset_info.json", b'{"name": "a", "splits": []}'),
+    ],
+)
+def test_what_was_written_beside_the_examples_is_told_where_it_is_damaged(
+    folders, tmp_path, file, content
+):
+    folder = shutil.copytree(folders["audio"], tmp_path / "audio")
+    (folder / file).write_bytes(content)
+    with pytest.raises(reader.RecordsError, match=r"damaged .* delete this folder and run again"):
+        reader.load_table(folder)
+
+
 @pytest.mark.parametrize("found", [1, 3])
 def test_a_shard_that_ends_early_or_late_is_told(folders, tmp_path, found):
     folder = tmp_path / "features"

@@ -68,12 +68,32 @@ def test_a_separator_in_a_value_is_one_only_unquoted(tmp_path):
         ("p\0a\0t\0h\0,\0l\0", "m.csv", "as in UTF-16; save it as UTF-8"),
         ('path,label\na,"x\nb,y\n', "m.csv", "line 3: unexpected end of data; check the quotes"),
         ("a", "m.xlsx", r"use \.csv, \.tsv or \.jsonl"),
+        ("path,label\na\0b,x\n", "m.csv", "zero bytes"),
     ],
 )
 def test_what_has_two_meanings_is_refused_with_its_name(tmp_path, text, name, message):
     encoding = "latin-1" if "ä" in text else "utf-8"
     with pytest.raises(CorpusError, match=message):
         rows_of(tmp_path, text, name, encoding)
+
+
+@pytest.mark.parametrize("label", ["\ue000", "a" * 101])
+def test_a_class_that_no_export_could_name_is_refused(tmp_path, three_wavs, label):
+    with pytest.raises(CorpusError, match="cannot be shown"):
+        _ = manifest_of(tmp_path, f"path,label\na.wav,{label}\nb.wav,happy\n").utterances
+
+
+def test_a_path_that_no_system_has_is_a_file_that_is_missing(tmp_path, three_wavs):
+    corpus = manifest_of(tmp_path, f"path,label\n{'a' * 300}.wav,sad\nb.wav,happy\n")
+    (skip,) = [record for u in corpus.utterances if "reason" in (record := corpus.read_record(u))]
+    assert "File name too long" in skip["reason"]
+
+
+def test_a_message_is_one_line_that_a_terminal_can_show(tmp_path):
+    told = str(UserError(f"{tmp_path}/a\nb\x1b[31m: {'x' * 9999} is not a name; use another"))
+    assert told.startswith(rf"{tmp_path}/a\nb\x1b[31m: xxx")
+    assert told.endswith("xxx is not a name; use another")
+    assert len(told) < 1000
 
 
 def test_missing_values_of_json_are_empty(tmp_path):

@@ -55,7 +55,10 @@ def missing_bytes(path: Path) -> int:
         head = file.read(HEAD)
         for is_kind, stated_end in _KINDS:
             if is_kind(head):
-                return max(0, stated_end(file, head, size) - size)
+                try:
+                    return max(0, stated_end(file, head, size) - size)
+                except (IndexError, struct.error):  # it ends within its head
+                    return 1
     return 0
 
 

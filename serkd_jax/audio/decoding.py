@@ -155,10 +155,11 @@ def _decode_libsndfile(
 ) -> tuple[np.ndarray, int]:
     """Returns (n, channels) float32 audio and its rate; errors name the `path`."""
     rate = file.samplerate
-    if start:
-        file.seek(min(round(start * rate), file.frames))
+    first = min(round(start * rate), file.frames)
+    if first:
+        file.seek(first)
     left = seconds if math.isinf(seconds) else round(seconds * rate)
-    stated = min(left, file.frames - file.tell())
+    stated = min(left, file.frames - first)
     # In blocks, since a header may promise more than there is, or than there is memory for.
     blocks, count = [np.zeros((0, file.channels), np.float32)], 0
     while left > count and len(
@@ -199,25 +200,29 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float) -> tuple[np.ndarray
         stated = float((stream.duration or 0) * (stream.time_base or 0))
         if container.format.name in ("aac", "amr"):  # without a header, so FFmpeg guesses
             stated = 0.0
-        floats = av.AudioResampler(format="fltp")
-        chunks, count, rate = [np.zeros((stream.channels, 0), np.float32)], 0, stream.rate
+        # Interleaved, since PyAV reads beyond the last of 8 or more separate channels.
+        floats = av.AudioResampler(format="flt")
+        # A track that cannot be decoded may have neither channels nor a rate.
+        chunks, count, rate = [np.zeros((0, 1), np.float32)], 0, stream.rate or SAMPLE_RATE
         for frame in itertools.chain(_frames(container, stream), [None]):  # None: what is left
             for block in floats.resample(frame):
                 rate = block.sample_rate  # that of HE-AAC is twice what its header says
-                chunks.append(block.to_ndarray())
-                count += chunks[-1].shape[1]
+                chunks.append(block.to_ndarray().reshape(-1, block.layout.nb_channels))
+                count += block.samples
             if count >= (start + seconds) * rate:
                 break
     if not rate:
         raise AudioError(f"{path}: no audio in it can be decoded; copy it from the corpus again")
     missing = min(stated, start + seconds) - count / rate
-    if missing > max(END_TOLERANCE, 0.1 * stated):  # edited files state more than they hold
+    # FLAC states its exact length, and edited files more than they hold.
+    tolerance = 1e-3 if container.format.name == "flac" else max(END_TOLERANCE, 0.1 * stated)
+    if missing > tolerance:
         raise AudioError(
             f"{path}: truncated, the last {missing:.2f} of {stated:.2f} s cannot be decoded; "
             "copy it from the corpus again"
         )
     # The header of HE-AAC may state one channel where there are two.
-    channels = np.concatenate([x for x in chunks if len(x) == len(chunks[-1])], axis=1).T
+    channels = np.concatenate([x for x in chunks if x.shape[1] == chunks[-1].shape[1]])
     first = round(start * rate)
     return channels[first : None if math.isinf(seconds) else round((start + seconds) * rate)], rate
 

@@ -14,7 +14,11 @@ from serkd_jax.errors import UserError
 
 
 class CountsError(UserError):
-    """A copy of a corpus that differs from what was published."""
+    """A copy of a corpus that differs from what was published; a report may follow the message."""
+
+    def __init__(self, message: str, report: str = ""):
+        super().__init__(message)
+        self.args = (f"{self}\n\n{report}".rstrip(),)
 
 
 def check_counts(
@@ -44,7 +48,8 @@ def check_counts(
     if strict and differ:
         raise CountsError(
             f"strict: this copy of {corpus.name} does not have the counts of "
-            f"{corpus.PUBLISHED.source}\n\n{report}"
+            f"{corpus.PUBLISHED.source}",
+            report,
         )
     return report
 

@@ -130,13 +130,11 @@ def describe(folder: str | os.PathLike) -> Description:
         names = []
         if "classLabel" in stored.get("label", {}):
             names = (folder / "label.labels.txt").read_text(encoding="utf-8").splitlines()
-        return Description(
-            info["name"],
-            {name: _field(name, kind) for name, kind in stored.items()},
-            tuple(names),
-            tuple(_shards(folder, info)),
-            metadata,
-        )
+        shards = tuple(_shards(folder, info))
+        if not shards:
+            raise ValueError("dataset_info.json lists no files")
+        fields = {name: _field(name, kind) for name, kind in stored.items()}
+        return Description(info["name"], fields, tuple(names), shards, metadata)
 
 
 def _field(name: str, stored: Mapping[str, Any]) -> Field:
@@ -183,15 +181,18 @@ def load_skipped(folder: str | os.PathLike) -> list[dict[str, str]]:
     """Reads {"id", "reason"} of the utterances whose audio could not be used, sorted by id.
 
     Raises:
-        RecordsError: a list of them is damaged.
+        RecordsError: the folder is damaged.
     """
     with _readable_errors(folder):
-        lines = [
-            line
+        skipped = [
+            json.loads(line)
             for path in Path(folder).glob("skipped-*.jsonl")
             for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        return sorted(map(json.loads, lines), key=lambda skip: skip["id"])
+        return sorted(
+            ({"id": str(skip["id"]), "reason": str(skip["reason"])} for skip in skipped),
+            key=lambda skip: skip["id"],
+        )
 
 
 def load_table(folder: str | os.PathLike) -> Table:
@@ -384,11 +385,15 @@ def _example_class() -> type[message.Message]:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("serkd.Example"))
 
 
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+_DAMAGE += (RecursionError, message.DecodeError)
+
+
 @contextlib.contextmanager
 def _readable_errors(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, message.DecodeError) as error:
+    except _DAMAGE as error:
         problem = " ".join(str(error).split())[:200]
         raise RecordsError(
             f"{folder} is missing or damaged ({type(error).__name__}: {problem}); "

@@ -285,7 +285,7 @@ def _read_folds(path: str, ids: Sequence[str]) -> list[Fold]:
             )
             for name, fold in json.loads(Path(path).read_text(encoding="utf-8")).items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"protocol.split_by=file, but protocol.file={path!r} cannot be read "
             f"({type(error).__name__}: {error}); give the splits.json of another workdir"

@@ -19,6 +19,7 @@ NO_NAMES += ("unknown",)
 DIFFER = "differ in case, width, accents, zeros or hyphens only"  # what `alike` finds
 # Letters of Greek and Cyrillic that look like Latin ones, at least in capitals.
 _SAME_SHAPES = str.maketrans("авекмнорстухіјѕαβεζηικμνορτυχı", "abekmhopctyxijsabezhikmnoptyxi")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # neither files nor records can have such names
 
 
 class CorpusError(UserError):
@@ -40,6 +41,11 @@ def _visible(text: str) -> str:
         if letter.isspace()
         or not (unicodedata.category(letter) in ("Cc", "Cf") or "\ufe00" <= letter <= "\ufe0f")
     )
+
+
+def is_class_name(name: Any) -> bool:
+    """Returns whether a class may have this name; a terminal would obey control characters."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 100
 
 
 def markdown_cell(text: str) -> str:
@@ -96,7 +102,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             if "\0" in file.read(1024):
                 raise CorpusError(f"{path}: zero bytes, as in UTF-16; save it as UTF-8 text")
             file.seek(0)
-            yield from readers[kind](file, path)
+            for where, row in readers[kind](file, path):
+                for name, value in row.items():
+                    if _NO_TEXT.search(name + value):
+                        raise CorpusError(f"{where}: {name!r} is no text: {value!r}; correct it")
+                yield where, row
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -148,10 +158,10 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]
         if not line.strip():
             continue
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            pairs = json.loads(line, object_pairs_hook=Pairs)
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where}: not JSON ({error}); put one object on a line") from error
-        if not isinstance(pairs, _Pairs):
+        if not isinstance(pairs, Pairs):
             raise CorpusError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
         row: dict[str, str] = {}
         for name, value in pairs:
@@ -161,7 +171,7 @@ def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, str]]
         yield where, row
 
 
-class _Pairs(list):
+class Pairs(list):
     """The names and values of a JSON object, also those that have the same name."""
 
 
@@ -170,7 +180,7 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # in JSON, 1.0 is 1
-    text = str(dict(value) if isinstance(value, _Pairs) else value).strip()
+    text = str(dict(value) if isinstance(value, Pairs) else value).strip()
     return text.encode("utf-8", "replace").decode()  # half a pair of surrogates is no letter
 
 
@@ -191,7 +201,7 @@ def locate(paths: Sequence[str], folder: Path, notes: list[str] | None = None) -
 
     def exists(part: str) -> bool:
         if part not in known:
-            known[part] = _exists(_find(folder, (part,)))
+            known[part] = os.path.exists(_find(folder, (part,)))
         return known[part]
 
     depth = max(map(len, split), default=1)
@@ -207,7 +217,7 @@ def locate(paths: Sequence[str], folder: Path, notes: list[str] | None = None) -
 
 
 def _parts(path: str, folder: Path) -> tuple[str, ...]:
-    if ("\\" in path or ".." in path) and not _exists(folder / path):
+    if ("\\" in path or ".." in path) and not os.path.exists(folder / path):
         path = os.path.normpath(path.replace("\\", "/"))
     return PurePosixPath(path).parts or (path,)
 
@@ -215,18 +225,11 @@ def _parts(path: str, folder: Path) -> tuple[str, ...]:
 def _find(folder: Path, parts: Sequence[str]) -> Path:
     """The path, in the first form of its letters that is there."""
     path = folder.joinpath(*parts)
-    if _exists(path):
+    if os.path.exists(path):
         return path
     for form in ("NFC", "NFD"):
         for shown in (str, _visible):
             names = (unicodedata.normalize(form, shown(part)) for part in parts)
-            if _exists(other := folder.joinpath(*names)):
+            if os.path.exists(other := folder.joinpath(*names)):
                 return other
     return path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, or no permission: told when it is read
-        return False

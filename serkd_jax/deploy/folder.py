@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serkd_jax.audio import logmel
+from serkd_jax.data.tables import is_class_name
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.hub import download
 from serkd_jax.errors import UserError
@@ -133,7 +134,7 @@ def parse_config(given: Any) -> ModelConfig:
     labels = given.get("labels")
     if not (isinstance(labels, list) and 2 <= len(labels) <= 1000):
         raise ValueError("labels is not a list of 2 to 1000 names")
-    if not all(map(_is_name, labels)):
+    if not all(map(is_class_name, labels)):
         raise ValueError("a label is not a name")
     if len(set(labels)) < len(labels):
         raise ValueError("two labels are the same")
@@ -143,18 +144,13 @@ def parse_config(given: Any) -> ModelConfig:
     student, frontend = given.get("student"), given.get("frontend")
     if given["max_frames"] * given["num_features"] > 2**26:
         raise ValueError("the model is too large to be run")
-    if not isinstance(student, dict) or student.get("kind") not in STUDENTS:
+    if not isinstance(student, dict) or student.get("kind") not in list(STUDENTS):
         raise ValueError(f"student.kind is not one of {', '.join(STUDENTS)}")
     _check_frontend(frontend, given["num_features"])
     trained = given.get("trained", {})
     return ModelConfig(
         tuple(labels), given["max_frames"], given["num_features"], student, frontend, trained
     )
-
-
-def _is_name(label: Any) -> bool:
-    """Returns whether a label is a printable name; a terminal would obey control characters."""
-    return isinstance(label, str) and label.isprintable() and 0 < len(label.strip()) <= 100
 
 
 def _check(values: Any, rules: Mapping[str, _Rule], where: str) -> None:

@@ -443,7 +443,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} is missing: a model's folder holds {CONFIG} and {SAFETENSORS}"
         ) from None
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON
         raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: download it again")

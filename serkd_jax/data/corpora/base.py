@@ -18,7 +18,7 @@ import numpy as np
 
 from serkd_jax.audio.decoding import check_file, read_audio
 from serkd_jax.audio.waveform import SAMPLE_RATE, AudioError, to_int16
-from serkd_jax.data.tables import DIFFER, CorpusError, alike, is_no_name, tidy
+from serkd_jax.data.tables import DIFFER, CorpusError, alike, is_class_name, is_no_name, tidy
 from serkd_jax.files import content_hashes
 
 NAMES = ("id", "label", "speaker", "session", "split", "fold")
@@ -175,7 +175,7 @@ def _check_names(utterances: Sequence[Utterance]) -> list[str]:
     """What a reader must know of names that may not mean what they say.
 
     Raises:
-        CorpusError: two classes have names that look alike.
+        CorpusError: two classes have names that look alike, or one cannot be shown.
     """
     notes = []
     for column in NAMES[1:]:
@@ -195,6 +195,10 @@ def _check_names(utterances: Sequence[Utterance]) -> list[str]:
             )
         if more := len(groups[MOST_NAMED:]):
             notes.append(f"WARNING: {more} more groups of {column}s {DIFFER}.")
+        if column == "label" and (strange := [n for n in counts if not is_class_name(n)]):
+            raise CorpusError(
+                f"the class {strange[0]!r} cannot be shown: use up to 100 printable characters"
+            )
         for name in filter(is_no_name, filter(None, counts)):
             notes.append(
                 f"WARNING: {counts[name]} utterances have the {column} {name!r}, which is taken as "

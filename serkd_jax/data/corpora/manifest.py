@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from serkd_jax.data.corpora.base import CorpusError, SpeechCorpus, Utterance
-from serkd_jax.data.tables import locate, plain, read_rows, tidy
+from serkd_jax.data.tables import Pairs, locate, plain, read_rows, tidy
 from serkd_jax.errors import some_of
 
 COLUMNS = ("path", "label", "id", "speaker", "session", "split", "fold", "start", "end")
@@ -134,10 +134,10 @@ class Manifest(SpeechCorpus):
             return None
         try:
             text = self.label_map.read_text(encoding="utf-8-sig")
-            pairs = json.loads(text, object_pairs_hook=tuple)
-        except (OSError, ValueError) as error:
+            pairs = json.loads(text, object_pairs_hook=Pairs)
+        except (OSError, ValueError, RecursionError) as error:
             raise CorpusError(f"label map {self.label_map} cannot be read: {error}") from error
-        if not isinstance(pairs, tuple) or not all(
+        if not isinstance(pairs, Pairs) or not all(
             isinstance(c, str) and tidy(c) for _, c in pairs
         ):
             raise CorpusError(f'label map {self.label_map} must be like {{"label": "class name"}}')

@@ -14,6 +14,8 @@ from serkd_jax.losses import l2_normalize
 from serkd_jax.models.transformer import mlp
 
 LONGEST = 8  # entries in a list of sizes
+# A predicate of the allowed values, and a description of them.
+Rule = tuple[Callable[[Any], bool], str]
 
 
 class StudentOutput(NamedTuple):
@@ -130,20 +132,27 @@ def check_sizes(
     if missing := declared.keys() - values.keys():
         raise ValueError(f"student must have the keys {', '.join(sorted(missing))}, too")
     for name, field in declared.items():
-        holds, allowed = _rule(field)
+        least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
+        holds, allowed = rule(field.default, least, most, choices)
         if not holds(values[name]):
             raise ValueError(f"student.{name} is {str(values[name])[:50]}: use {allowed}")
     return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
-def _rule(field: dataclasses.Field) -> tuple[Callable[[Any], bool], str]:
-    """Returns a predicate of the allowed values, and a description of them."""
-    least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
-    kind = type(field.default)
+def rule(
+    default: Any,
+    least: float | None = None,
+    most: float | None = None,
+    choices: Sequence[str] = (),
+) -> Rule:
+    """Makes the rule of a value of the default's type; see `size`."""
+    kind = type(default)
     if choices:
         return lambda value: value in choices, " or ".join(choices)
     if kind is bool:
         return lambda value: type(value) is bool, "True or False"
+    if kind is str:
+        return lambda value: isinstance(value, str) and "\0" not in value, "text"
     numbers = (int, float) if kind is float else (int,)
     span = f"{least} to {most}" if kind is float else f"an integer, {least} to {most}"
 
