@@ -146,7 +146,7 @@ def test_faulty_manifest_files_and_maps_are_told(tmp_path, three_wavs):
         (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "list.json")), "must be"),
         (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "null.json")), "must be"),
         (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "deep.json")), "recursion"),
-        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "twice.json")), "'x ' is th"),
+        (lambda: manifest_of(tmp_path, rows, label_map=str(tmp_path / "twice.json")), "'x' twice"),
     ]:
         with pytest.raises(CorpusError, match=problem):
             make().utterances  # noqa: B018
