@@ -21,7 +21,7 @@ def _are_layers(value: Any) -> bool:
     return all(type(k) is int for k in (value if isinstance(value, list | tuple) else [value]))
 
 
-_RATE, _SHARE, _PART = rule(0.0, 0, 1000), rule(0.0, 0, 1), rule(0.0, 0, 0.99)
+_RATE, _SHARE, _PART = rule(0.0, 0, 1e30), rule(0.0, 0, 1), rule(0.0, 0, 0.99)
 _EPOCHS, _FRAMES, _BATCH = rule(1, 0, 10**6), rule(0, 0, 10_000), rule(1, 1, 65_536)
 _SWITCH, _TEXT, _TEMPERATURE = rule(True), rule(""), rule(1.0, 1e-3, 1e6)
 _FRONTEND = {
@@ -75,7 +75,7 @@ KEYS = {
     "teacher.max_time_mask": _FRAMES,
     "teacher.learning_rate": _RATE,
     "teacher.epochs": _EPOCHS,
-    "student.kind": _one_of(*STUDENTS),
+    "student.kind": rule("", choices=STUDENTS),
     "student.standardize": _SWITCH,
     "student.learning_rate": _RATE,
     "student.epochs": _EPOCHS,

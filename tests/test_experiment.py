@@ -161,7 +161,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("corpus", None, "corpus is None: use text"),
         ("cache_dir", "a\0b", "use text"),
         ("remat", None, "remat is None: use True or False"),
-        ("student.learning_rate", float("inf"), r"student\.learning_rate is inf: use 0 to 1000"),
+        ("student.learning_rate", float("inf"), r"student\.learning_rate is inf: use 0 to 1e"),
         ("teacher.classifier_dims", ((1,),), r"classifier_dims is \(\(1,\),\): use a list"),
         ("teacher.frontend.layer", "last", "use a number, or a list of numbers"),
         ("student.inverted", False, "its tokens are frames: use readout=tokens"),

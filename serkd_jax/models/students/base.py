@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -143,12 +143,12 @@ def rule(
     default: Any,
     least: float | None = None,
     most: float | None = None,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
 ) -> Rule:
     """Makes the rule of a value of the default's type; see `size`."""
     kind = type(default)
     if choices:
-        return lambda value: value in choices, " or ".join(choices)
+        return lambda value: value in list(choices), " or ".join(choices)
     if kind is bool:
         return lambda value: type(value) is bool, "True or False"
     if kind is str:
