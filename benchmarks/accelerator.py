@@ -324,7 +324,7 @@ def synthetic_table(utterances: int, config: ConfigDict) -> tuple[Table, list[Fo
         skipped=[],
     )
     config.protocol.split_by = "session"
-    return table, make_folds(table.labels, table.columns(), config.protocol, config.seed)
+    return table, make_folds(table.labels, table.columns(), config.protocol)
 
 
 def run_fold(

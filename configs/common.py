@@ -36,7 +36,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     """
     iemocap = {"iemocap": True, "meld": False}[table3]
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of weights, batches, dropout and masks; `protocol.seed` draws the parts
     config.num_devices = 0  # 0: all devices that JAX sees
     config.dtype = "auto"  # of the models' computation; auto: bfloat16 on GPU/TPU, float32 on CPU
     config.remat = False  # recompute activations for the gradient: less memory, more time
@@ -64,6 +64,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "validation": 0.1,  # shares of the training data, stratified
             "quiz": 0.1,
             "speakers_apart": False,  # whether validation and quiz have speakers of their own
+            "seed": 0,  # of what is drawn here
         }
     )
     # Which epoch is kept: the best ua, wa or wf1 on the validation part, or the last one; ours.

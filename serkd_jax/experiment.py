@@ -27,7 +27,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
-from serkd_jax.results import report
+from serkd_jax.results import predictions, report
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
@@ -76,13 +76,14 @@ class Experiment:
         self.data_report, self.profile = data_report, profile
         self.steps_per_epoch = programs.steps_per_epoch
 
-    def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def run_fold(self, fold: Fold) -> dict[str, np.ndarray]:
         """Runs the chosen stages of a fold.
 
         Returns:
-            Test labels and predicted classes, for each row of the results that there is so far.
+            What is written to `predictions.npz`: what the test utterances are, and their logits in
+            each row of the results that there is so far; see `results.predictions.Predictions`.
         """
-        saved = self._directory(fold, "predictions.npz")
+        saved = self._directory(fold, predictions.NAME)
         logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
         stages = chosen_stages(self.config)
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
@@ -105,11 +106,17 @@ class Experiment:
                 updated = self.train_updated_student(fold, distilled, hidden)
                 predicted = self._student_logits(fold, CurriculumStage, updated, test)
                 logits["updated_student"] = predicted
-            logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
+            logits |= {
+                "ids": self.table.ids[test],
+                "speaker": np.asarray(self.table.columns()["speaker"])[test],
+                "label": self.table.labels[test],
+                "classes": np.asarray(self.table.class_names),
+            }
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
-        return {row: (logits["label"], logits[row].argmax(-1)) for row in ROWS if row in logits}
+        order = (*predictions.ABOUT, *ROWS)
+        return {name: logits[name] for name in order if name in logits}
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Runs stage 1, and computes the hidden vectors and logits of every utterance once."""
@@ -194,13 +201,11 @@ class Experiment:
 
     def run(self) -> str:
         """Runs what remains of the chosen stages, and returns the scores as Markdown."""
-        predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
         return report.write_results(
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
-            list(self.table.class_names),
-            predictions,
+            {fold.name: self.run_fold(fold) for fold in self.folds},
             self.programs.count_parameters(),
             self.data_report,
         )
@@ -357,7 +362,7 @@ def prepare_experiment(
     table = reader.load_table(records_dir)
     counted = counts.check_counts(table, corpus, config.strict, most_named=20)
     columns = table.columns()
-    folds = make_folds(table.labels, columns, config.protocol, config.seed, table.class_names)
+    folds = make_folds(table.labels, columns, config.protocol, table.class_names)
     splits = folds_as_json(folds, table.ids)
 
     local = parallel.local_devices(devices)
