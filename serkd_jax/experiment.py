@@ -6,7 +6,7 @@ Parts that are already done are reused. `Experiment.run_fold` has the paper's or
 import hashlib
 import zlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
-from serkd_jax.results import predictions, report
+from serkd_jax.results import costs, predictions, report
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
@@ -55,6 +56,7 @@ class Experiment:
         features: the student's inputs.
         teacher_inputs: the teacher's inputs, waveforms or features.
         data_report: what a reader of the results must know about the data, as Markdown.
+        frontend: the front-end of the student's features.
         profile: whether the stages of the first fold trace some of their steps.
     """
 
@@ -67,13 +69,14 @@ class Experiment:
         folds: list[Fold],
         features: Examples,
         teacher_inputs: Examples,
+        frontend: Frontend,
         data_report: str = "",
         profile: bool = False,
     ):
         self.config, self.workdir, self.programs = config, workdir, programs
         self.table, self.folds = table, folds
         self.features, self.teacher_inputs = features, teacher_inputs
-        self.data_report, self.profile = data_report, profile
+        self.frontend, self.data_report, self.profile = frontend, data_report, profile
         self.steps_per_epoch = programs.steps_per_epoch
 
     def run_fold(self, fold: Fold) -> dict[str, np.ndarray]:
@@ -86,6 +89,12 @@ class Experiment:
         saved = self._directory(fold, predictions.NAME)
         logits, test = read_arrays(saved, RETRAIN) if saved.exists() else {}, fold.test
         stages = chosen_stages(self.config)
+
+        def add_student(kind: type[Stage], state: Any) -> None:
+            out = self._student_outputs(fold, kind, state, test)
+            logits[kind.student_row] = out.logits
+            logits["vectors"] = predictions.principal_components(out.hidden)
+
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
             if any(kind.student_row for kind in STAGES if kind.name in stages):
                 statistics = vars(self.statistics[fold.name])
@@ -95,17 +104,14 @@ class Experiment:
                 hidden = teacher_out.hidden
                 logits["teacher"] = teacher_out.logits[test]
             if "student" in stages:
-                student = self.train_student(fold)
-                logits["student"] = self._student_logits(fold, StudentStage, student, test)
+                add_student(StudentStage, self.train_student(fold))
             if "distill" in stages:
                 distilled = self.distill(fold, teacher, hidden)
                 logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
-                predicted = self._student_logits(fold, DistillStage, distilled, test)
-                logits["distilled_student"] = predicted
+                add_student(DistillStage, distilled)
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
-                predicted = self._student_logits(fold, CurriculumStage, updated, test)
-                logits["updated_student"] = predicted
+                add_student(CurriculumStage, updated)
             logits |= {
                 "ids": self.table.ids[test],
                 "speaker": np.asarray(self.table.columns()["speaker"])[test],
@@ -201,6 +207,8 @@ class Experiment:
 
     def run(self) -> str:
         """Runs what remains of the chosen stages, and returns the scores as Markdown."""
+        if any(kind.student_row for kind in STAGES if kind.name in chosen_stages(self.config)):
+            costs.write_costs(self.workdir, self._measure_costs)
         return report.write_results(
             self.workdir,
             self.config.corpus,
@@ -209,6 +217,13 @@ class Experiment:
             self.programs.count_parameters(),
             self.data_report,
         )
+
+    def _measure_costs(self) -> dict[str, Any]:
+        """Measures what the student costs, with new weights: time does not depend on them."""
+        variables = self.programs.new_student(jax.random.key(0))
+        student = jax.jit(partial(self.programs.student.apply, variables))
+        params = self.programs.count_parameters()
+        return costs.measure_costs(self.frontend, student, self.config.max_frames, params)
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -275,15 +290,16 @@ class Experiment:
         stage, rng = self.programs.stage(kind), self._rng(fold, kind)
         labels = self.table.labels[fold.validation]
 
-        def validate(state: Any) -> dict[str, float]:
+        def validate(state: Any) -> dict[str, Any]:
             if logits:
                 predicted = logits(state, fold.validation)
             else:
-                predicted = self._student_logits(fold, kind, state, fold.validation)
+                predicted = self._student_outputs(fold, kind, state, fold.validation).logits
             num_classes = len(self.table.class_names)
             scores = classification_metrics(labels, predicted.argmax(-1), num_classes)
             loss = float(losses.cross_entropy(predicted, labels))
-            return {"loss": loss, **{metric: scores[metric] for metric in ("ua", "wa", "wf1")}}
+            wanted = ("ua", "wa", "wf1", "confusion")
+            return {"loss": loss, **{metric: scores[metric] for metric in wanted}}
 
         count = min(self.config.steps_per_dispatch, self.steps_per_epoch)
 
@@ -311,13 +327,13 @@ class Experiment:
         )
         return train(training, self._directory(fold, kind.name))
 
-    def _student_logits(
+    def _student_outputs(
         self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
-    ) -> np.ndarray:
-        """Returns (n, C) logits for the utterances `rows`, from the student in a stage's state."""
+    ) -> StudentOutput:
+        """Returns the outputs for the utterances `rows` of the student in a stage's state."""
         variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
         trained = variables, self.statistics[fold.name]
-        return self.programs.student_predict(trained, self.features, rows).logits
+        return self.programs.student_predict(trained, self.features, rows)
 
     def _stream(
         self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0
@@ -409,7 +425,7 @@ def prepare_experiment(
         teacher_inputs = open_features(teacher_frontend)
     notes = [counted, *counts.data_notes(table, folds, max_frames, config.strict)]
     notes += _model_notes(config, programs, (frontend, teacher_frontend))
-    data = table, folds, features, teacher_inputs
+    data = table, folds, features, teacher_inputs, frontend
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
 
 

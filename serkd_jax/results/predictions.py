@@ -15,11 +15,13 @@ from serkd_jax.results.metrics import classification_metrics
 
 NAME = "predictions.npz"
 REMEDY = "delete it, and start the run again, which computes it again"
-ABOUT = ("ids", "speaker", "label", "classes")  # everything else in the file is a row's logits
+# Everything else in the file is the logits of a row of the results.
+ABOUT = ("ids", "speaker", "label", "classes", "vectors")
 
 Predictions = Mapping[str, Mapping[str, np.ndarray]]
 """Fold name -> the arrays of its `predictions.npz`: `ids` (n,) and `speaker` (n,) strings, `label`
-(n,) int, `classes` (C,) strings, and for each row of the results its logits (n, C)."""
+(n,) int, `classes` (C,) strings, `vectors` (n, P) float32 (see `principal_components`; only if a
+student is trained), and for each row of the results its logits (n, C)."""
 
 
 def read_predictions(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -32,6 +34,13 @@ def read_predictions(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
     if not paths:
         raise UserError(f"{workdir} has no fold_*/{NAME}: name the workdir of a finished run")
     return {path.parent.name[5:]: read_arrays(path, REMEDY) for path in paths}
+
+
+def principal_components(vectors: np.ndarray, count: int = 16) -> np.ndarray:
+    """Returns the leading principal components of vectors (n, D), (n, at most `count`) float32."""
+    centred = vectors.astype(np.float64) - vectors.mean(0)
+    left, spread, _ = np.linalg.svd(centred, full_matrices=False)
+    return (left * spread)[:, :count].astype(np.float32)
 
 
 def rows_of(predictions: Predictions) -> list[str]:

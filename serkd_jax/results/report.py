@@ -35,6 +35,7 @@ def write_results(
         "classes": next(iter(predictions.values()))["classes"].tolist(),
         **score(predictions),
         "params": params,
+        "data": data,
     }
     report = _markdown(results)
     write_table(workdir / "predictions.csv", predictions)
