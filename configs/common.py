@@ -43,6 +43,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.examples = "auto"  # on the device if they fit, else read from records when needed
     config.steps_per_dispatch = 32  # per dispatch; SIGTERM and progress are handled after each
     config.cache_dir = ""  # records and features; empty: the workdir. Runs can share one.
+    config.stages_dir = ""  # finished stages, which runs can share; empty: each has its own
     config.data_dir = ""
     config.strict = False  # whether counts that differ from the published ones are an error
 

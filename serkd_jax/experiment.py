@@ -4,8 +4,11 @@ Parts that are already done are reused. `Experiment.run_fold` has the paper's or
 """
 
 import hashlib
+import json
+import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from serkd_jax.data.splits import Fold, folds_as_json, make_folds
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.files import lock, read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
@@ -325,7 +328,10 @@ class Experiment:
             learning_rate=self.programs.learning_rate(kind.name),
             profile=self.profile and fold is self.folds[0],
         )
-        return train(training, self._directory(fold, kind.name))
+        folder = self._stage_folder(fold, kind)
+        held = lock(folder, wait=True) if folder.is_symlink() else None
+        with closing(held) if held else nullcontext():
+            return train(training, folder)
 
     def _student_outputs(
         self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
@@ -348,6 +354,20 @@ class Experiment:
     def _rng(self, fold: Fold, kind: type[Stage]) -> jax.Array:
         rng = jax.random.fold_in(jax.random.key(self.config.seed), int(fold.name))
         return jax.random.fold_in(rng, _number(kind.name))
+
+    def _stage_folder(self, fold: Fold, kind: type[Stage]) -> Path:
+        """Returns a stage's folder: a link to one in `stages_dir`, if runs share their stages."""
+        folder = self._directory(fold, kind.name)
+        if self.config.stages_dir and not folder.exists():
+            described = read_json(self.workdir / "run.json", RETRAIN)
+            name = f"{kind.name}-{stage_identity(kind, described)}"
+            shared = Path(self.config.stages_dir) / name / f"fold_{fold.name}"
+            if parallel.is_first_process():
+                shared.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(exist_ok=True)
+                folder.symlink_to(os.path.relpath(shared.resolve(), folder.parent.resolve()))
+        parallel.wait_for_processes(f"fold {fold.name} {kind.name} folder")
+        return folder
 
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name
@@ -444,6 +464,28 @@ def check_stages(config: ConfigDict) -> None:
                 raise UserError(f"stages has {name} but not {start}, which it starts from")
         if config[name].epochs < 1:
             raise UserError(f"{name}.epochs must be at least 1")
+
+
+def stage_identity(kind: type[Stage], run: Mapping[str, Any]) -> str:
+    """Returns a hash of all on which the result of a stage depends, so that runs can share it.
+
+    Args:
+        kind: the stage's class.
+        run: the contents of `run.json`.
+    """
+    kinds = {each.name: each for each in STAGES}
+    read_by_few = {part for each in STAGES for part in each.reads}
+
+    def matters(key: str) -> bool:
+        part, _, name = key.partition(".")
+        if part not in read_by_few:
+            return "teacher's" not in key or kind is TeacherStage
+        others = part in kinds and part != kind.name and name in ("epochs", "learning_rate")
+        return part in kind.reads and not others
+
+    values = {key: value for key, value in run.items() if matters(key)}
+    values |= {name: stage_identity(kinds[name], run) for name in kind.starts_from}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _number(name: str) -> int:
