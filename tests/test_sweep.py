@@ -23,7 +23,7 @@ from tiny_config import get_config
 
 @pytest.fixture(scope="module")
 def sweep():
-    """The command's module; its flags are taken away again, since other commands name theirs alike."""
+    """The command's module, without its flags, as other commands name theirs alike."""
     from serkd_jax import sweep
 
     for name in flags.FLAGS.flags_by_module_dict()["serkd_jax.sweep"]:
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_told(function, argument, told, sweep, monkeypatc
 def test_parts_are_disjoint_and_together_everything(sweep):
     names = [str(i) for i in range(10)]
     parts = [sweep.shard(names, f"{i}/4") for i in range(1, 5)]
-    assert sorted(sum(parts, [])) == sorted(names)
+    assert sorted(name for part in parts for name in part) == sorted(names)
     assert sweep.shard(names, "1/1") == names
     for wrong in ("0/4", "5/4", "2", "a/b"):
         with pytest.raises(UserError, match="use i/n"):
