@@ -52,6 +52,7 @@ from serkd_jax.data.examples import Examples
 from serkd_jax.data.reader import Table
 from serkd_jax.data.splits import Fold, make_folds
 from serkd_jax.distributed.parallel import replicate
+from serkd_jax.encoders.frontends import LogMel
 from serkd_jax.experiment import STAGES, Experiment
 from serkd_jax.files import write_file, write_json
 from serkd_jax.models.transformer import attend
@@ -324,7 +325,7 @@ def synthetic_table(utterances: int, config: ConfigDict) -> tuple[Table, list[Fo
         skipped=[],
     )
     config.protocol.split_by = "session"
-    return table, make_folds(table.labels, table.columns(), config.protocol, config.seed)
+    return table, make_folds(table.labels, table.columns(), config.protocol)
 
 
 def run_fold(
@@ -353,7 +354,8 @@ def run_fold(
         rng, samples = np.random.default_rng(0), num_samples(config.max_frames)
         features = examples(rng.normal(size=(64, *shape)).astype(np.float16), config.max_frames)
         audio = examples(rng.integers(-9999, 9999, (64, samples)).astype(np.int16), samples)
-        run = Experiment(config, Path(folder) / "run", programs, table, folds, features, audio)
+        data = programs, table, folds, features, audio, LogMel(variates)
+        run = Experiment(config, Path(folder) / "run", *data)
         start = time.monotonic()
         run.run_fold(folds[0])
         taken, stages = time.monotonic() - start, {}

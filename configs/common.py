@@ -36,13 +36,14 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     """
     iemocap = {"iemocap": True, "meld": False}[table3]
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of weights, batches, dropout and masks; `protocol.seed` draws the parts
     config.num_devices = 0  # 0: all devices that JAX sees
     config.dtype = "auto"  # of the models' computation; auto: bfloat16 on GPU/TPU, float32 on CPU
     config.remat = False  # recompute activations for the gradient: less memory, more time
     config.examples = "auto"  # on the device if they fit, else read from records when needed
     config.steps_per_dispatch = 32  # per dispatch; SIGTERM and progress are handled after each
     config.cache_dir = ""  # records and features; empty: the workdir. Runs can share one.
+    config.stages_dir = ""  # finished stages, which runs can share; empty: each has its own
     config.data_dir = ""
     config.strict = False  # whether counts that differ from the published ones are an error
 
@@ -64,6 +65,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "validation": 0.1,  # shares of the training data, stratified
             "quiz": 0.1,
             "speakers_apart": False,  # whether validation and quiz have speakers of their own
+            "seed": 0,  # of what is drawn here
         }
     )
     # Which epoch is kept: the best ua, wa or wf1 on the validation part, or the last one; ours.

@@ -131,7 +131,7 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
 # The keys of the config's `student` part that are not sizes of its kind.
 STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
-PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "protocol.file")
+PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
 PLACE_KEYS += ("steps_per_dispatch", "remat")
 

@@ -4,9 +4,12 @@ Parts that are already done are reused. `Experiment.run_fold` has the paper's or
 """
 
 import hashlib
+import json
+import os
 import zlib
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from serkd_jax.data.splits import Fold, folds_as_json, make_folds
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.files import lock, read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
-from serkd_jax.results import report
+from serkd_jax.results import costs, predictions, report
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
@@ -55,6 +59,7 @@ class Experiment:
         features: the student's inputs.
         teacher_inputs: the teacher's inputs, waveforms or features.
         data_report: what a reader of the results must know about the data, as Markdown.
+        frontend: the front-end of the student's features.
         profile: whether the stages of the first fold trace some of their steps.
     """
 
@@ -67,26 +72,34 @@ class Experiment:
         folds: list[Fold],
         features: Examples,
         teacher_inputs: Examples,
+        frontend: Frontend,
         data_report: str = "",
         profile: bool = False,
     ):
         self.config, self.workdir, self.programs = config, workdir, programs
         self.table, self.folds = table, folds
         self.features, self.teacher_inputs = features, teacher_inputs
-        self.data_report, self.profile = data_report, profile
+        self.frontend, self.data_report, self.profile = frontend, data_report, profile
         self.steps_per_epoch = programs.steps_per_epoch
 
-    def run_fold(self, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def run_fold(self, fold: Fold) -> dict[str, np.ndarray]:
         """Runs the chosen stages of a fold.
 
         Returns:
-            Test labels and predicted classes, for each row of the results that there is so far.
+            What is written to `predictions.npz`: what the test utterances are, and their logits in
+            each row of the results that there is so far; see `results.predictions.Predictions`.
         """
-        saved = self._directory(fold, "predictions.npz")
+        saved = self._directory(fold, predictions.NAME)
         logits, test = {}, fold.test
         if saved.exists():
             logits = read_arrays(saved, RETRAIN, ("ids", "label"))
         stages = chosen_stages(self.config)
+
+        def add_student(kind: type[Stage], state: Any) -> None:
+            out = self._student_outputs(fold, kind, state, test)
+            logits[kind.student_row] = out.logits
+            logits["vectors"] = predictions.principal_components(out.hidden)
+
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
             if any(kind.student_row for kind in STAGES if kind.name in stages):
                 statistics = vars(self.statistics[fold.name])
@@ -96,22 +109,25 @@ class Experiment:
                 hidden = teacher_out.hidden
                 logits["teacher"] = teacher_out.logits[test]
             if "student" in stages:
-                student = self.train_student(fold)
-                logits["student"] = self._student_logits(fold, StudentStage, student, test)
+                add_student(StudentStage, self.train_student(fold))
             if "distill" in stages:
                 distilled = self.distill(fold, teacher, hidden)
                 logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
-                predicted = self._student_logits(fold, DistillStage, distilled, test)
-                logits["distilled_student"] = predicted
+                add_student(DistillStage, distilled)
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
-                predicted = self._student_logits(fold, CurriculumStage, updated, test)
-                logits["updated_student"] = predicted
-            logits |= {"ids": self.table.ids[test], "label": self.table.labels[test]}
+                add_student(CurriculumStage, updated)
+            logits |= {
+                "ids": self.table.ids[test],
+                "speaker": np.asarray(self.table.columns()["speaker"])[test],
+                "label": self.table.labels[test],
+                "classes": np.asarray(self.table.class_names),
+            }
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
-        return {row: (logits["label"], logits[row].argmax(-1)) for row in ROWS if row in logits}
+        order = (*predictions.ABOUT, *ROWS)
+        return {name: logits[name] for name in order if name in logits}
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Runs stage 1, and computes the hidden vectors and logits of every utterance once."""
@@ -196,16 +212,23 @@ class Experiment:
 
     def run(self) -> str:
         """Runs what remains of the chosen stages, and returns the scores as Markdown."""
-        predictions = {fold.name: self.run_fold(fold) for fold in self.folds}
+        if any(kind.student_row for kind in STAGES if kind.name in chosen_stages(self.config)):
+            costs.write_costs(self.workdir, self._measure_costs)
         return report.write_results(
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
-            list(self.table.class_names),
-            predictions,
+            {fold.name: self.run_fold(fold) for fold in self.folds},
             self.programs.count_parameters(),
             self.data_report,
         )
+
+    def _measure_costs(self) -> dict[str, Any]:
+        """Measures what the student costs, with new weights: time does not depend on them."""
+        variables = self.programs.new_student(jax.random.key(0))
+        student = jax.jit(partial(self.programs.student.apply, variables))
+        params = self.programs.count_parameters()
+        return costs.measure_costs(self.frontend, student, self.config.max_frames, params)
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -272,15 +295,16 @@ class Experiment:
         stage, rng = self.programs.stage(kind), self._rng(fold, kind)
         labels = self.table.labels[fold.validation]
 
-        def validate(state: Any) -> dict[str, float]:
+        def validate(state: Any) -> dict[str, Any]:
             if logits:
                 predicted = logits(state, fold.validation)
             else:
-                predicted = self._student_logits(fold, kind, state, fold.validation)
+                predicted = self._student_outputs(fold, kind, state, fold.validation).logits
             num_classes = len(self.table.class_names)
             scores = classification_metrics(labels, predicted.argmax(-1), num_classes)
             loss = float(losses.cross_entropy(predicted, labels))
-            return {"loss": loss, **{metric: scores[metric] for metric in ("ua", "wa", "wf1")}}
+            wanted = ("ua", "wa", "wf1", "confusion")
+            return {"loss": loss, **{metric: scores[metric] for metric in wanted}}
 
         count = min(self.config.steps_per_dispatch, self.steps_per_epoch)
 
@@ -306,15 +330,18 @@ class Experiment:
             learning_rate=self.programs.learning_rate(kind.name),
             profile=self.profile and fold is self.folds[0],
         )
-        return train(training, self._directory(fold, kind.name))
+        folder = self._stage_folder(fold, kind)
+        held = lock(folder, wait=True) if folder.is_symlink() else None
+        with closing(held) if held else nullcontext():
+            return train(training, folder)
 
-    def _student_logits(
+    def _student_outputs(
         self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
-    ) -> np.ndarray:
-        """Returns (n, C) logits for the utterances `rows`, from the student in a stage's state."""
+    ) -> StudentOutput:
+        """Returns the outputs for the utterances `rows` of the student in a stage's state."""
         variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
         trained = variables, self.statistics[fold.name]
-        return self.programs.student_predict(trained, self.features, rows).logits
+        return self.programs.student_predict(trained, self.features, rows)
 
     def _stream(
         self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0
@@ -329,6 +356,20 @@ class Experiment:
     def _rng(self, fold: Fold, kind: type[Stage]) -> jax.Array:
         rng = jax.random.fold_in(jax.random.key(self.config.seed), int(fold.name))
         return jax.random.fold_in(rng, _number(kind.name))
+
+    def _stage_folder(self, fold: Fold, kind: type[Stage]) -> Path:
+        """Returns a stage's folder: a link to one in `stages_dir`, if runs share their stages."""
+        folder = self._directory(fold, kind.name)
+        if self.config.stages_dir and not folder.exists():
+            described = read_json(self.workdir / "run.json", RETRAIN)
+            name = f"{kind.name}-{stage_identity(kind, described)}"
+            shared = Path(self.config.stages_dir) / name / f"fold_{fold.name}"
+            if parallel.is_first_process():
+                shared.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(exist_ok=True)
+                folder.symlink_to(os.path.relpath(shared.resolve(), folder.parent.resolve()))
+        parallel.wait_for_processes(f"fold {fold.name} {kind.name} folder")
+        return folder
 
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name
@@ -359,7 +400,7 @@ def prepare_experiment(
     table = reader.load_table(records_dir)
     counted = counts.check_counts(table, corpus, config.strict, most_named=20)
     columns = table.columns()
-    folds = make_folds(table.labels, columns, config.protocol, config.seed, table.class_names)
+    folds = make_folds(table.labels, columns, config.protocol, table.class_names)
     splits = folds_as_json(folds, table.ids)
 
     local = parallel.local_devices(devices)
@@ -406,7 +447,7 @@ def prepare_experiment(
         teacher_inputs = open_features(teacher_frontend)
     notes = [counted, *counts.data_notes(table, folds, max_frames, config.strict)]
     notes += _model_notes(config, programs, (frontend, teacher_frontend))
-    data = table, folds, features, teacher_inputs
+    data = table, folds, features, teacher_inputs, frontend
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
 
 
@@ -425,6 +466,28 @@ def check_stages(config: ConfigDict) -> None:
                 raise UserError(f"stages has {name} but not {start}, which it starts from")
         if config[name].epochs < 1:
             raise UserError(f"{name}.epochs must be at least 1")
+
+
+def stage_identity(kind: type[Stage], run: Mapping[str, Any]) -> str:
+    """Returns a hash of all on which the result of a stage depends, so that runs can share it.
+
+    Args:
+        kind: the stage's class.
+        run: the contents of `run.json`.
+    """
+    kinds = {each.name: each for each in STAGES}
+    read_by_few = {part for each in STAGES for part in each.reads}
+
+    def matters(key: str) -> bool:
+        part, _, name = key.partition(".")
+        if part not in read_by_few:
+            return "teacher's" not in key or kind is TeacherStage
+        others = part in kinds and part != kind.name and name in ("epochs", "learning_rate")
+        return part in kind.reads and not others
+
+    values = {key: value for key, value in run.items() if matters(key)}
+    values |= {name: stage_identity(kinds[name], run) for name in kind.starts_from}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _number(name: str) -> int:

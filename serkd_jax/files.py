@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sqlite3
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -32,14 +33,18 @@ def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
     temporary.replace(path)
 
 
-def lock(folder: Path) -> IO[str] | None:
-    """Claims a folder for this process and returns what holds the claim, to be kept until the end.
+def lock(folder: Path, wait: bool = False) -> IO[str] | None:
+    """Claims a folder for this process and returns what holds the claim, until it is closed.
 
     The system takes the claim back when the process ends, however it does. On file systems without
     locks, and in all processes except the first, nothing is claimed.
 
+    Args:
+        folder: an existing folder.
+        wait: whether to wait while another process is working in the folder.
+
     Raises:
-        UserError: another process is working in the folder.
+        UserError: another process is working in the folder, and this one does not wait.
     """
     if not parallel.is_first_process():
         return None
@@ -48,10 +53,11 @@ def lock(folder: Path) -> IO[str] | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(
-            f"{folder} is in use by {file.read() or 'another process'}: wait until it ends, or use "
-            "another --workdir"
-        ) from None
+        told = f"{folder} is in use by {file.read() or 'another process'}"
+        if not wait:
+            raise UserError(f"{told}: wait until it ends, or use another --workdir") from None
+        print(f"{told}: waiting", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return None
     file.truncate(0)

@@ -1,17 +1,16 @@
 """Runs an experiment: `python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo`."""
 
-import platform
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from serkd_jax.config import choose_dtype
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import parse_flags
 from serkd_jax.files import lock
+from serkd_jax.results.provenance import describe_start, record_start
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe of the experiment.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace some steps of the first fold's stages.")
@@ -33,9 +32,11 @@ def _run_experiment() -> None:
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     held = lock(workdir)  # until the process ends
+    start = describe_start(_CONFIG.value)
     if parallel.is_first_process():
-        print(f"{_describe_run(_CONFIG.value)}\n", flush=True)
+        print(f"{_in_a_line(start)}\n", flush=True)
     experiment = prepare_experiment(_CONFIG.value, workdir, _PROFILE.value)
+    record_start(workdir, start)
     if parallel.is_first_process():
         print(f"{experiment.data_report}\n", flush=True)
     report = experiment.run()
@@ -44,14 +45,13 @@ def _run_experiment() -> None:
     del held
 
 
-def _describe_run(config: ConfigDict) -> str:
-    """Describes devices, dtype of the computation, versions, and the cache of programs."""
-    devices = jax.devices()
-    names = ("serkd-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+def _in_a_line(start: dict[str, Any]) -> str:
+    """Says where a run computes: devices, dtype, versions, and the cache of programs."""
+    (count, kind), names = start["devices"], ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("serkd-jax", *names))
     return (
-        f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
-        f"{choose_dtype(config, devices[0])}, Python {platform.python_version()}, {versions}; "
+        f"{count} x {kind} in {start['processes']} process(es), {start['dtype']}, "
+        f"Python {start['python']}, {versions}; "
         f"compiled programs in {jax.config.jax_compilation_cache_dir or 'no folder'}"
     )
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -47,7 +46,7 @@ class Training:
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
             `serkd_jax.distributed.parallel.compile_steps`.
         take: steps -> (data, rows) of `steps_per_dispatch` steps, beginning with the first of them.
-        validate: state -> validation metrics.
+        validate: state -> validation metrics, with `confusion`, C x C counts, among them.
         selection_metric: the validation metric whose best epoch is the stage's result, or `last`
             for the last epoch.
         rng: the stage's key, into which the step folds the step number.
@@ -64,7 +63,7 @@ class Training:
     frozen: Any
     steps: Callable[..., tuple[Any, dict[str, jax.Array]]]
     take: Callable[[range], tuple[Any, Any]]
-    validate: Callable[[Any], dict[str, float]]
+    validate: Callable[[Any], dict[str, Any]]
     selection_metric: str
     rng: jax.Array
     learning_rate: Callable[[int], float]
@@ -129,6 +128,8 @@ def _train_epochs(
             if not into_epoch:
                 speed = (steps.stop - begun) / (time.monotonic() - start)
                 row = {f"train/{name}": float(np.mean(values)) for name, values in history.items()}
+                if tasks := history.get("task"):  # a mean of their numbers says little
+                    row["train/task"] = np.bincount(np.array(tasks, int)).tolist()
                 row["train/learning_rate"] = float(run.learning_rate(steps.stop - 1))
                 row |= {f"validation/{k}": v for k, v in run.validate(state).items()}
                 _check_finite(run, epoch, row)
@@ -154,8 +155,8 @@ def _dispatches(run: Training, done: int) -> Iterator[range]:
             done = min(done + run.steps_per_dispatch, end)
 
 
-def _check_finite(run: Training, epoch: int, row: dict[str, float]) -> None:
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
+def _check_finite(run: Training, epoch: int, row: dict[str, Any]) -> None:
+    bad = [name for name, value in row.items() if not np.isfinite(value).all()]
     if bad:
         raise UserError(
             f"{run.title}: {', '.join(bad)} is not finite in epoch {epoch}; the checkpoint of "
@@ -169,6 +170,7 @@ class _Logs:
 
     def __init__(self, run: Training, directory: Path, done: int):
         self._first = parallel.is_first_process()
+        self._validated: list[float] = []  # UA of each epoch
         self._bar = tqdm(
             total=run.epochs * run.steps_per_epoch,
             initial=done,
@@ -180,6 +182,9 @@ class _Logs:
         if self._first:
             path = directory / "metrics.jsonl"
             _truncate_log(path, done)
+            if path.exists():
+                rows = map(json.loads, path.read_text().splitlines())
+                self._validated = [row["validation/ua"] for row in rows]
             self._file = path.open("a")
             self._board = SummaryWriter(str(directory), purge_step=done + 1)
 
@@ -194,16 +199,37 @@ class _Logs:
 
     def advance(self, steps: range, history: History) -> None:
         """Advances the progress bar."""
-        self._bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", refresh=False)
+        self._show(history["loss"][-1])
         self._bar.update(len(steps))
 
-    def write(self, epoch: int, step: int, row: dict[str, float]) -> None:
+    def write(self, epoch: int, step: int, row: dict[str, Any]) -> None:
         """Logs the metrics of an epoch."""
+        self._validated.append(row["validation/ua"])
+        self._show(row["train/loss"])
         if self._first:
             for name, value in row.items():
-                self._board.add_scalar(name, value, step)
+                if name == "train/task":  # how often each was drawn
+                    self._board.add_histogram(name, np.repeat(np.arange(len(value)), value), step)
+                elif name == "validation/confusion":
+                    self._board.add_image(name, _picture(value), step, dataformats="HW")
+                else:
+                    self._board.add_scalar(name, value, step)
             self._file.write(json.dumps({"epoch": epoch, "step": step, **row}) + "\n")
             self._file.flush()
+
+    def _show(self, loss: float) -> None:
+        shown = {"loss": f"{loss:.3f}"}
+        if self._validated:
+            now, best = (f"{100 * ua:.1f}" for ua in (self._validated[-1], max(self._validated)))
+            shown |= {"validation UA": now, "best": best}
+        self._bar.set_postfix(shown, refresh=False)
+
+
+def _picture(confusion: list[list[int]]) -> np.ndarray:
+    """Draws a confusion matrix: rows are true classes, and black is all of a class."""
+    counts = np.array(confusion, np.float32)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return np.kron(1 - shares, np.ones((32, 32), np.float32))
 
 
 class _Checkpoints(ocp.CheckpointManager):

@@ -64,8 +64,7 @@ def three_wavs(tmp_path):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """Kind -> the folder of a small random encoder in Hugging Face's own format."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     import tiny_encoders
 
     sizes = {
@@ -101,7 +100,7 @@ def hubert_folder(encoder_folder):
 @pytest.fixture(scope="session")
 def hubert_oracle(hubert_folder):
     """Torch's features of a clip from that model: (waveform, layer) -> (frames, 16) float32."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import HubertModel
 
     model = HubertModel.from_pretrained(hubert_folder).eval()

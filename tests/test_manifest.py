@@ -473,11 +473,11 @@ def test_the_folds_of_the_real_emobox_are_not_speaker_independent(real_emodb):
     }
     labels = np.array([real_emodb.class_names.index(u.label) for u in utterances])
     protocol = {"groups_per_fold": 1, "num_folds": 5, "speakers_apart": False, "file": ""}
-    protocol |= {"validation": 0.1, "quiz": 0.1}
+    protocol |= {"validation": 0.1, "quiz": 0.1, "seed": 0}
 
     def note(split_by):
         config = ConfigDict(protocol | {"split_by": split_by})
-        return speaker_note(make_folds(labels, columns, config, seed=0), columns["speaker"])
+        return speaker_note(make_folds(labels, columns, config), columns["speaker"])
 
     assert "In 5 of 5 fold(s), test speakers are also trained on (fold 1: 10 of 10)" in note("fold")
     assert note("speaker").startswith("No test speaker is trained on")

@@ -35,12 +35,12 @@ IEMOCAP = {
 
 def protocol(**changes):
     values = {"split_by": "speaker", "groups_per_fold": 2, "num_folds": 5, "file": ""}
-    values |= {"speakers_apart": False}
+    values |= {"speakers_apart": False, "seed": 0}
     return ConfigDict(values | {"validation": 0.1, "quiz": 0.2} | changes)
 
 
 def folds(columns=COLUMNS, labels=LABELS, seed=0, **changes):
-    return make_folds(labels, columns, protocol(**changes), seed)
+    return make_folds(labels, columns, protocol(seed=seed, **changes))
 
 
 def parts(fold):

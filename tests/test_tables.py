@@ -32,7 +32,7 @@ def rows_of(tmp_path, text, name="m.csv", encoding="utf-8"):
 def by_speaker(**shares):
     """The protocol that holds out one speaker at a time."""
     protocol = {"split_by": "speaker", "groups_per_fold": 1, "num_folds": 5, "file": ""}
-    return ConfigDict(protocol | {"speakers_apart": False, **shares})
+    return ConfigDict(protocol | {"speakers_apart": False, "seed": 0, **shares})
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|", " , ", " ;\t"])
@@ -184,7 +184,7 @@ def test_speakers_that_look_alike_are_not_called_independent(tmp_path):
     ids = [f"{k:02d}" for k in range(60)]
     protocol = by_speaker(validation=0.1, quiz=0.2)
     columns = {"id": ids, "speaker": speakers}
-    folds = make_folds(labels, columns, protocol, 0)
+    folds = make_folds(labels, columns, protocol)
     note = speaker_note(folds, speakers)
     assert "speaker-independent:" in note
     assert "tests 'S1' and trains on 's1'" in note
@@ -193,7 +193,7 @@ def test_speakers_that_look_alike_are_not_called_independent(tmp_path):
     folds = make_folds(labels, columns | {"speaker": unnamed}, protocol, 0)
     assert "could not be checked" in speaker_note(folds, unnamed)
     independent = np.array(["s1", "s1", "s3", "s3", "s2", "s2"] * 10)
-    folds = make_folds(labels, columns | {"speaker": independent}, protocol, 0)
+    folds = make_folds(labels, columns | {"speaker": independent}, protocol)
     assert "No test speaker is trained on" in speaker_note(folds, independent)
 
 
@@ -259,7 +259,7 @@ def test_a_class_that_is_not_trained_on_is_named():
     protocol = by_speaker(validation=0.2, quiz=0.4)
     columns = {"id": [str(k) for k in range(22)], "speaker": speakers}
     with pytest.raises(UserError, match="no training example of the classes sad, which"):
-        make_folds(labels, columns, protocol, 0, ("happy", "neutral", "sad"))
+        make_folds(labels, columns, protocol, ("happy", "neutral", "sad"))
 
 
 @pytest.mark.skipif(not FAULTS.is_dir(), reason="no shared inputs")

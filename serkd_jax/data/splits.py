@@ -49,7 +49,6 @@ def make_folds(
     labels: np.ndarray,
     columns: dict[str, Sequence[str]],
     config: ConfigDict,
-    seed: int,
     class_names: Sequence[str] = (),
 ) -> list[Fold]:
     """Makes the folds that a protocol asks for, and checks them.
@@ -63,8 +62,7 @@ def make_folds(
             ignore speakers; `file`, to read the folds from `file`, which `folds_as_json` made.
             `validation` and `quiz` are shares of the training data, stratified by class; with
             `speakers_apart` their speakers do not occur in the rest of the training data. Half of
-            `quiz` becomes the reward part.
-        seed: the seed of the random choices.
+            `quiz` becomes the reward part. `seed` is the seed of all that is drawn.
         class_names: what messages call the classes; their numbers if it is empty.
 
     Raises:
@@ -79,7 +77,7 @@ def make_folds(
     if config.split_by == "file":
         folds = _read_folds(config.file, columns["id"])
     else:
-        folds = _draw_folds(labels, columns, config, seed)
+        folds = _draw_folds(labels, columns, config)
     speakers = np.asarray(columns["speaker"])
     for fold in folds:
         _check_parts(fold, labels, columns["id"], class_names)
@@ -131,15 +129,12 @@ def speaker_note(folds: Sequence[Fold], speakers: Sequence[str]) -> str:
 
 
 def _draw_folds(
-    labels: np.ndarray,
-    columns: dict[str, Sequence[str]],
-    config: ConfigDict,
-    seed: int,
+    labels: np.ndarray, columns: dict[str, Sequence[str]], config: ConfigDict
 ) -> list[Fold]:
     if config.split_by == "split":
         parts = [_official_split(columns["split"])]
     elif config.split_by == "random":
-        part = _deal(labels, config.num_folds, np.random.default_rng([seed, 1]))
+        part = _deal(labels, config.num_folds, np.random.default_rng([config.seed, 1]))
         parts = [
             (f"random part {k + 1}", np.flatnonzero(part == k), None)
             for k in range(config.num_folds)
@@ -157,7 +152,7 @@ def _draw_folds(
     folds = []
     for number, (held_out, test, validation) in enumerate(parts, start=1):
         # A generator per fold: the draws of other folds depend on the labels of this test part.
-        rng = np.random.default_rng([seed, 1, number])
+        rng = np.random.default_rng([config.seed, 1, number])
         taken = test if validation is None else np.concatenate([test, validation])
         train = np.setdiff1d(np.arange(len(labels)), taken)
         if validation is None:

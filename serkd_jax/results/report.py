@@ -3,58 +3,42 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from serkd_jax.data.tables import markdown_cell
 from serkd_jax.files import write_file, write_json
-from serkd_jax.results.metrics import classification_metrics
+from serkd_jax.results.predictions import Predictions, score, write_table
 
 
 def write_results(
     workdir: Path,
     corpus: str,
     config: dict[str, Any],
-    class_names: list[str],
-    fold_predictions: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
+    predictions: Predictions,
     params: dict[str, int],
     data: str,
 ) -> str:
-    """Scores the test predictions; writes `results.json` and `results.md`.
+    """Scores the test predictions; writes `results.json`, `results.md` and `predictions.csv`.
 
     Args:
         workdir: the folder to which to write.
         corpus: name of the corpus.
         config: the run's config.
-        class_names: the names of the C classes.
-        fold_predictions: fold -> row -> (labels (n,), predictions (n,)). Rows that all folds have
-            are pooled.
+        predictions: the test predictions of all folds.
         params: parameter counts of teacher and student.
         data: Markdown about the corpus: its counts, and what was left out or cut.
 
     Returns:
         The Markdown report, without `data`.
     """
-
-    def score(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-        return classification_metrics(labels, predictions, len(class_names))
-
-    folds = {
-        fold: {row: score(*predictions) for row, predictions in rows.items()}
-        for fold, rows in fold_predictions.items()
-    }
-    overall, (first, *_) = {}, folds.values()
-    for row in (row for row in first if all(row in rows for rows in folds.values())):
-        labels, predictions = zip(*(rows[row] for rows in fold_predictions.values()), strict=True)
-        overall[row] = score(np.concatenate(labels), np.concatenate(predictions))
     results = {
         "corpus": corpus,
         "config": config,
-        "classes": class_names,
-        "folds": folds,
-        "overall": overall,
+        "classes": next(iter(predictions.values()))["classes"].tolist(),
+        **score(predictions),
         "params": params,
+        "data": data,
     }
     report = _markdown(results)
+    write_table(workdir / "predictions.csv", predictions)
     write_json(workdir / "results.json", results)
     write_file(workdir / "results.md", f"{report}\n## Data\n\n{data}\n")
     return report

@@ -28,12 +28,14 @@ class Stage(abc.ABC):
     Attributes:
         name: the name of its part of the config, of its folder and of its random stream.
         starts_from: names of the stages whose results it starts from.
+        reads: the parts of the config that it reads, besides what all stages read.
         rows: the rows that it contributes to the results.
         student_row: the one of `rows` that is its student's; empty if it trains no student.
     """
 
     name: ClassVar[str]
     starts_from: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]]
     rows: ClassVar[tuple[str, ...]]
     student_row: ClassVar[str] = ""
 

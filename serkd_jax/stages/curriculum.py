@@ -141,6 +141,7 @@ class CurriculumStage(Stage):
 
     name = "curriculum"
     starts_from = ("teacher", "distill")
+    reads = ("student", "contrastive", "curriculum")
     rows = ("updated_student",)
     student_row = "updated_student"
 

@@ -128,6 +128,7 @@ class DistillStage(Stage):
 
     name = "distill"
     starts_from = ("teacher",)
+    reads = ("student", "contrastive", "distill", "meta")
     rows = ("meta_teacher", "distilled_student")
     student_row = "distilled_student"
 

@@ -56,6 +56,7 @@ class TeacherStage(Stage):
     """
 
     name = "teacher"
+    reads = ("teacher",)
     rows = ("teacher",)
 
     teacher: Teacher

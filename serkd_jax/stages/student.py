@@ -60,6 +60,7 @@ class StudentStage(Stage):
     """
 
     name = "student"
+    reads = ("student", "contrastive")
     rows = ("student",)
     student_row = "student"
 

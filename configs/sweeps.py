@@ -1,0 +1,41 @@
+"""Named experiments for `python -m serkd_jax.sweep --experiments=configs/sweeps.py:NAME`.
+
+Each is a dictionary of labels and of what they change in the recipe.
+"""
+
+# Table 4, and Fig. 3: the student alone.
+TABLE4 = {
+    "not inverted, CE": {
+        "stages": "student",
+        "student.inverted": False,
+        "student.readout": "tokens",
+        "contrastive.weight": 0.0,
+    },
+    "inverted, CE": {"stages": "student", "contrastive.weight": 0.0},
+    "inverted, CE + Sup": {"stages": "student"},
+}
+
+# Fig. 2: λ and τ1, each with the other as in Table 3.
+FIG2 = {
+    f"{name}={value}": {"stages": "student", f"contrastive.{key}": value}
+    for name, key, values in (
+        ("lambda", "weight", (0.05, 0.1, 0.2, 0.9)),
+        ("tau1", "temperature", (0.07, 0.1, 0.5, 1.0)),
+    )
+    for value in values
+}
+
+# What each part of the method is worth; docs/paper.md says what each switch does.
+ABLATIONS = {
+    "whole": {},
+    "without inversion": {"student.inverted": False, "student.readout": "tokens"},
+    "without Sup": {"contrastive.weight": 0.0},
+    "without meta-teacher": {"meta.order": "none"},
+    "first order": {"meta.order": "first_order"},
+    "without soft labels": {"distill.soft": False},
+    "without PKD": {"distill.beta": 0.0},
+    "without curriculum": {"curriculum.sampling": "uniform"},
+}
+
+# The same experiment with five seeds.
+SEEDS = {f"seed={seed}": {"seed": seed} for seed in range(5)}

@@ -1,0 +1,75 @@
+"""What the deployed student costs, with the encoder that it needs: parameters and time."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from serkd_jax.audio.logmel import num_samples
+from serkd_jax.audio.waveform import SAMPLE_RATE
+from serkd_jax.data.sources import Frontend
+from serkd_jax.distributed import parallel
+from serkd_jax.files import write_json
+
+NAME = "costs.json"
+REPEATS = 3
+
+
+def measure_costs(
+    frontend: Frontend,
+    student: Callable[[np.ndarray, np.ndarray], Any],
+    max_frames: int,
+    params: dict[str, int],
+) -> dict[str, Any]:
+    """Measures how long one recording of `max_frames` takes, front-end and student apart.
+
+    Args:
+        frontend: the front-end of the student's features.
+        student: (features (1, T, N), lengths (1,)) -> outputs.
+        max_frames: T.
+        params: parameter counts of `teacher` and `student`.
+
+    Returns:
+        `device`; `params`, with those of the front-end's `encoder`; `seconds` of `frontend` and
+        `student` for each second of audio (real-time factors), the least of three times.
+    """
+    rng = np.random.default_rng(0)  # the time does not depend on what is heard
+    waveform = rng.normal(0, 0.1, num_samples(max_frames)).astype(np.float32)
+    features = np.zeros((1, max_frames, frontend.width), np.float16)
+
+    def hear() -> None:
+        for _, values in frontend([waveform], max_frames):
+            features[0, : len(values)] = values
+
+    def classify() -> None:
+        jax.block_until_ready(student(features, np.array([max_frames], np.int32)))
+
+    seconds = len(waveform) / SAMPLE_RATE
+    checkpoint = getattr(frontend, "checkpoint", None)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "params": params | {"encoder": checkpoint.num_parameters if checkpoint else 0},
+        "seconds": {
+            "frontend": _least_time(hear) / seconds,
+            "student": _least_time(classify) / seconds,
+        },
+    }
+
+
+def write_costs(workdir: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Writes `costs.json`, unless it is there; only the first process measures."""
+    if parallel.is_first_process() and not (workdir / NAME).exists():
+        write_json(workdir / NAME, measure())
+
+
+def _least_time(work: Callable[[], None]) -> float:
+    work()  # compiles
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,95 @@
+"""The test predictions of a run: what its scores, comparisons and pictures are made from."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+
+from serkd_jax.errors import UserError
+from serkd_jax.files import read_arrays, write_file
+from serkd_jax.results.metrics import classification_metrics
+
+NAME = "predictions.npz"
+REMEDY = "delete it, and start the run again, which computes it again"
+# Everything else in the file is the logits of a row of the results.
+ABOUT = ("ids", "speaker", "label", "classes", "vectors")
+
+Predictions = Mapping[str, Mapping[str, np.ndarray]]
+"""Fold name -> the arrays of its `predictions.npz`: `ids` (n,) and `speaker` (n,) strings, `label`
+(n,) int, `classes` (C,) strings, `vectors` (n, P) float32 (see `principal_components`; only if a
+student is trained), and for each row of the results its logits (n, C)."""
+
+
+def read_predictions(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the predictions of the folds that a run has finished, in their order.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
+    paths = sorted(workdir.glob(f"fold_*/{NAME}"), key=lambda path: int(path.parent.name[5:]))
+    if not paths:
+        raise UserError(f"{workdir} has no fold_*/{NAME}: name the workdir of a finished run")
+    return {path.parent.name[5:]: read_arrays(path, REMEDY) for path in paths}
+
+
+def principal_components(vectors: np.ndarray, count: int = 16) -> np.ndarray:
+    """Returns the leading principal components of vectors (n, D), (n, at most `count`) float32."""
+    centred = vectors.astype(np.float64) - vectors.mean(0)
+    left, spread, _ = np.linalg.svd(centred, full_matrices=False)
+    return (left * spread)[:, :count].astype(np.float32)
+
+
+def rows_of(predictions: Predictions) -> list[str]:
+    """Returns the rows of the results that all folds have, in the order of training."""
+    first, *others = predictions.values()
+    return [row for row in first if row not in ABOUT and all(row in other for other in others)]
+
+
+def pooled(predictions: Predictions, name: str) -> np.ndarray:
+    """Joins an array of all folds."""
+    return np.concatenate([arrays[name] for arrays in predictions.values()])
+
+
+def score(predictions: Predictions) -> dict[str, Any]:
+    """Scores every row.
+
+    Returns:
+        `folds`: fold -> row -> the scores of `classification_metrics`; `overall`: row -> the scores
+        of the pooled predictions, for rows that all folds have.
+    """
+
+    def of(arrays: Mapping[str, np.ndarray], row: str) -> dict[str, Any]:
+        predicted = arrays[row].argmax(-1)
+        return classification_metrics(arrays["label"], predicted, arrays[row].shape[1])
+
+    folds = {
+        fold: {row: of(arrays, row) for row in arrays if row not in ABOUT}
+        for fold, arrays in predictions.items()
+    }
+    together = {name: pooled(predictions, name) for name in ("label", *rows_of(predictions))}
+    overall = {row: of(together, row) for row in rows_of(predictions)}
+    return {"folds": folds, "overall": overall}
+
+
+def write_table(path: Path, predictions: Predictions) -> None:
+    """Writes a CSV file with a line for each test utterance and row of the results.
+
+    Its columns are `fold`, `id`, `speaker`, `row`, `label`, `prediction`, and the probability of
+    each class, `p(CLASS)`.
+    """
+    text = io.StringIO()
+    table = csv.writer(text)
+    classes = next(iter(predictions.values()))["classes"]
+    probabilities = [f"p({name})" for name in classes]
+    table.writerow(["fold", "id", "speaker", "row", "label", "prediction", *probabilities])
+    for fold, arrays in predictions.items():
+        about = [*zip(arrays["ids"], arrays["speaker"], classes[arrays["label"]], strict=True)]
+        for row in (name for name in arrays if name not in ABOUT):
+            for (key, speaker, label), p in zip(about, softmax(arrays[row], -1), strict=True):
+                numbers = [f"{x:.6f}" for x in p]
+                table.writerow([fold, key, speaker, row, label, classes[p.argmax()], *numbers])
+    write_file(path, text.getvalue())

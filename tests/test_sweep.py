@@ -1,0 +1,206 @@
+"""Sweeps: which runs they are, what the runs share, and that a stopped one goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from absl import flags
+
+import quick_xla
+from configs import common, sweeps
+from finished_runs import final_arrays
+from layouts import ROOT, make_split
+from serkd_jax.config import settings_of
+from serkd_jax.errors import UserError
+from serkd_jax.experiment import STAGES, prepare_experiment, stage_identity
+from tiny_config import get_config
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """The command's module, without its flags, as other commands name theirs alike."""
+    from serkd_jax import sweep
+
+    for name in flags.FLAGS.flags_by_module_dict()["serkd_jax.sweep"]:
+        if name in flags.FLAGS:
+            delattr(flags.FLAGS, name)
+    return sweep
+
+
+# Which runs
+
+
+def test_every_combination_is_a_run_named_by_what_it_changes(sweep):
+    grid = [("student.norm", ["pre", "post"]), ("distill.beta", [0.0, 100.0])]
+    runs = sweep.plan({"": {}}, grid, "3,5-6")
+    assert len(runs) == 12
+    assert runs["norm=post,beta=0.0,seed=5"] == {
+        "student.norm": "post",
+        "distill.beta": 0.0,
+        "seed": 5,
+    }
+    both = [("student.epochs", [1]), ("teacher.epochs", [2])]
+    assert list(sweep.plan({"": {}}, both, "")) == ["student.epochs=1,teacher.epochs=2"]
+    named = sweep.plan({"a / b": {"seed": 7}, "c": {}}, [], "")
+    assert named == {"a_b": {"seed": 7}, "c": {}}
+    assert sweep.plan({"": {}}, [], "") == {"run": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("contrastive.weight=0,0.05", ("contrastive.weight", [0, 0.05])),
+        ("a=True,False", ("a", [True, False])),
+        ("a=none, first_order", ("a", ["none", "first_order"])),
+        ("a=(1, 2),(),[8,9]", ("a", [(1, 2), (), [8, 9]])),
+        ("a=x=y", ("a", ["x=y"])),
+    ],
+)
+def test_values_are_separated_by_commas_outside_brackets(text, values, sweep):
+    assert sweep.parse_values(text) == values
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "told"),
+    [
+        ("parse_values", "weight", "use KEY=VALUE"),
+        ("parse_values", "weight=1,,2", "use KEY=VALUE"),
+        ("parse_seeds", "3-1", "use numbers and ranges"),
+        ("parse_seeds", "a", "use numbers and ranges"),
+        ("load_experiments", "nowhere.py:x", "use FILE.py:NAME"),
+        ("load_experiments", "configs/sweeps.py:nothing", "use one of table4, fig2, ablations"),
+    ],
+)
+def test_what_cannot_be_read_is_told(function, argument, told, sweep, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=told):
+        getattr(sweep, function)(argument)
+
+
+def test_parts_are_disjoint_and_together_everything(sweep):
+    names = [str(i) for i in range(10)]
+    parts = [sweep.shard(names, f"{i}/4") for i in range(1, 5)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert sweep.shard(names, "1/1") == names
+    for wrong in ("0/4", "5/4", "2", "a/b"):
+        with pytest.raises(UserError, match="use i/n"):
+            sweep.shard(names, wrong)
+
+
+def test_a_key_or_a_value_that_the_recipe_does_not_have_is_named(sweep, tmp_path):
+    for changes, told in (
+        ({"student.depth": 3}, "student.depth: the recipe has no such key"),
+        ({"nothing.at.all": 3}, "nothing.at.all: the recipe has no such key"),
+        ({"student.width": "wide"}, "student.width=wide: a value of this type"),
+    ):
+        with pytest.raises(UserError, match=told):
+            sweep.configure(get_config(), changes, tmp_path)
+    with pytest.raises(UserError, match="two runs would have the name"):
+        sweep.plan({"a b": {}, "a_b": {}}, [], "")
+
+
+@pytest.mark.parametrize("name", ["TABLE4", "FIG2", "ABLATIONS", "SEEDS"])
+def test_the_experiments_of_the_recipe_change_what_it_has(name, sweep, tmp_path):
+    experiments, recipe = getattr(sweeps, name), common.paper()
+    for changes in experiments.values():
+        config = sweep.configure(recipe, changes, tmp_path)
+        before, after = settings_of(recipe), settings_of(config)
+        changed = {key for key in after if after[key] != before[key]}
+        assert changed <= set(changes), "and nothing else"
+    assert len({json.dumps(changes) for changes in experiments.values()}) == len(experiments)
+
+
+# What they share
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("seed", 1, "teacher student distill curriculum"),
+        ("the corpus", "x", "teacher student distill curriculum"),
+        ("protocol.seed", 1, "teacher student distill curriculum"),
+        ("optimizer.clip_norm", 0.5, "teacher student distill curriculum"),
+        ("teacher.epochs", 3, "teacher distill curriculum"),
+        ("the teacher's weights", "x", "teacher distill curriculum"),
+        ("student.width", 8, "student distill curriculum"),
+        ("student.epochs", 3, "student"),
+        ("contrastive.weight", 0.3, "student distill curriculum"),
+        ("distill.epochs", 3, "distill curriculum"),
+        ("meta.learning_rate", 0.1, "distill curriculum"),
+        ("curriculum.learning_rate", 0.1, "curriculum"),
+    ],
+)
+def test_a_stage_is_another_one_if_anything_that_it_depends_on_is(key, value, stages):
+    sources = {"the corpus": "a", "the teacher's weights": "b"}
+    run = sources | settings_of(get_config())
+    other = run | {key: value}
+    assert run != other
+    differ = [k.name for k in STAGES if stage_identity(k, run) != stage_identity(k, other)]
+    assert differ == stages.split()
+
+
+@pytest.mark.slow
+def test_runs_that_share_stages_are_those_that_do_not(sweep, tmp_path):
+    """To the bit; what is equal in both is trained once."""
+    recipe = get_config("manifest")
+    recipe.manifest, recipe.stages = str(make_split(tmp_path)), "teacher,student"
+    out = tmp_path / "runs"
+    runs = sweep.plan({"": {}}, [("contrastive.weight", [0.0, 0.4])], "")
+    for name, changes in runs.items():
+        sweep.run(sweep.configure(recipe, changes, out), out / name)
+    made = sorted(path.name.split("-")[0] for path in (out / "stages").iterdir())
+    assert made == ["student", "student", "teacher"]
+    alone = sweep.configure(recipe, runs["weight=0.4"], out)
+    alone.stages_dir = ""
+    prepare_experiment(alone, tmp_path / "alone").run()
+    ours, theirs = final_arrays(out / "weight=0.4"), final_arrays(tmp_path / "alone")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    sweep.run(sweep.configure(recipe, runs["weight=0.4"], out), out / "weight=0.4")
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    with pytest.raises(UserError, match="another run"):
+        sweep.run(sweep.configure(recipe, {"seed": 9}, out), out / "weight=0.4")
+
+
+@pytest.mark.slow
+def test_two_parts_killed_and_started_again_do_nothing_twice(tmp_path):
+    """Both wait for one teacher; the kill hits the first while it trains."""
+    manifest, out = make_split(tmp_path), tmp_path / "runs"
+
+    def start(part):
+        command = [
+            sys.executable,
+            "-m",
+            "serkd_jax.sweep",
+            "--config=tests/tiny_config.py:manifest",
+        ]
+        command += [f"--config.manifest={manifest}", f"--out={out}", f"--shard={part}"]
+        command += ["--set=student.norm=pre,post", "--config.stages=teacher,student"]
+        command += ["--config.steps_per_dispatch=1", "--config.teacher.epochs=6"]
+        environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
+        return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+    first = start("1/2")
+    deadline = time.monotonic() + 300
+    while (
+        not (logs := [*out.glob("stages/teacher-*/fold_1/metrics.jsonl")])
+        or not logs[0].stat().st_size
+    ):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    parts = [start("1/2"), start("2/2")]
+    assert [part.wait(300) for part in parts] == [0, 0]
+    assert len([*out.glob("*/results.json")]) == 2
+    for log in out.glob("stages/*/fold_1/metrics.jsonl"):
+        epochs = [json.loads(line)["epoch"] for line in log.open()]
+        assert epochs == list(range(1, len(epochs) + 1))
+    assert len([*out.glob("stages/teacher-*")]) == 1
