@@ -10,6 +10,8 @@ from serkd_jax.errors import UserError
 from serkd_jax.results.predictions import ABOUT, Predictions, pooled, rows_of, score
 
 METRICS = ("ua", "wa", "wf1")
+# With fewer, no test could find a difference: if all favour one side, p is at least 2 / 2^5 = 0.06.
+LEAST_SPEAKERS = 6
 BLOCK = 100  # draws that are scored at a time, to bound the memory
 
 
@@ -27,7 +29,8 @@ def bootstrap(
     """Returns 95 % percentile intervals of the pooled scores, by `resample`.
 
     Utterances of the same speaker are alike, so the intervals by utterance are too narrow for what
-    new speakers would give. Those by speaker are not, but are rough with fewer than ten speakers.
+    other speakers would give. Those by speaker are not, but are rough for fewer than some twenty,
+    and NaN for fewer than `LEAST_SPEAKERS`.
 
     Returns:
         row -> metric -> (low, high), for the metrics `ua`, `wa` and `wf1`.
@@ -55,7 +58,7 @@ def resample(
         seed: seed of the draws.
 
     Returns:
-        row -> metric -> (draws,) scores.
+        row -> metric -> (draws,) scores; all NaN for fewer than `LEAST_SPEAKERS`.
     """
     ids, label = pooled(predictions, "ids"), pooled(predictions, "label")
     clusters = [("", key) for key in ids.tolist()]  # one, where several folds test an utterance
@@ -68,6 +71,8 @@ def resample(
     cluster = np.array([number[each] for each in clusters])
 
     rows, size = rows_of(predictions), len(number)
+    if by == "speaker" and size < LEAST_SPEAKERS:
+        return {row: dict.fromkeys(METRICS, np.full(draws, np.nan)) for row in rows}
     classes = pooled(predictions, rows[0]).shape[1]
     shape = len(rows), classes, classes
     cells = [(i, label, pooled(predictions, row).argmax(-1)) for i, row in enumerate(rows)]
@@ -108,8 +113,10 @@ def two_sided_p(differences: np.ndarray) -> float:
     """Returns p = min(1, 2 (1 + min(L, G)) / (1 + D)), for D resampled differences.
 
     L of them are at most 0, and G at least 0. It is below 0.05 where the 95 % interval does not
-    include 0, and it is never less than 2 / (1 + D).
+    include 0, and it is never less than 2 / (1 + D). If the differences are NaN, so is p.
     """
+    if np.isnan(differences).any():
+        return float("nan")
     fewer = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1, 2 * (1 + fewer) / (1 + len(differences))))
 
@@ -216,11 +223,12 @@ def mcnemar_by_fold(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusts p values for their number (Holm): the k-th smallest of m is multiplied by m - k + 1.
 
-    An adjusted value is not less than that of a smaller one, and at most 1.
+    An adjusted value is not less than that of a smaller one, and at most 1. NaN are no tests: they
+    are not counted, and stay NaN.
     """
-    p = np.asarray(p_values, np.float64)
-    order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    factors = np.arange(len(p), 0, -1)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * p[order]))
+    adjusted = np.array(p_values, np.float64)
+    known = np.flatnonzero(~np.isnan(adjusted))
+    order = known[np.argsort(adjusted[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * adjusted[order]))
     return adjusted.tolist()
