@@ -8,12 +8,11 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.results.predictions import Predictions, pooled
 
-# A probe's decision values are no logits: their softmax means nothing.
-NO_PROBABILITIES = ("linear_probe",)
 MOST_EMBEDDED = 3000  # beyond which t-SNE takes minutes
 FEWEST_EMBEDDED = 30
 
@@ -99,10 +98,9 @@ def embed(vectors: np.ndarray) -> tuple[np.ndarray, str]:
     if not (np.isfinite(vectors).all() and min(vectors.shape) > 1):
         return np.zeros((0, 2)), "none"
     if FEWEST_EMBEDDED <= len(vectors) <= MOST_EMBEDDED and vectors.std() > 0:
-        perplexity = min(30, len(vectors) / 4)
-        return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
-            vectors
-        ), "t-SNE"
+        with threadpool_limits(1):  # threads that wait for a busy core take minutes
+            tsne = TSNE(perplexity=min(30, len(vectors) / 4), init="pca", random_state=0)
+            return tsne.fit_transform(vectors), "t-SNE"
     return PCA(2, svd_solver="full").fit_transform(vectors), "PCA"
 
 

@@ -124,7 +124,7 @@ def score_plot(
     axes.set_ylim(len(names) - 0.5, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
-    _legend(axes, columns=3)
+    _legend(axes)
     return _svg(figure, key, title)
 
 
@@ -172,7 +172,7 @@ def curves(
     xlabel: str = "epoch",
 ) -> str:
     """Draws values (folds, epochs) by name: their mean, and if there are several, each fold."""
-    figure, axes = _figure(height=HEIGHT + 0.17 * (len(lines) > 3))
+    figure, axes = _figure(height=HEIGHT + 0.15 * (len(lines) > 1))
     handles = []
     for i, (colour, marker, values) in enumerate(
         zip(COLOURS, MARKERS, lines.values(), strict=False)
@@ -189,10 +189,11 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=label)
     if log and any((values > 0).any() for values in lines.values()):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     if limits:
         axes.set_ylim(limits)
     if len(lines) > 1:
-        _legend(axes, 2 if len(lines) == 2 else 3, handles, [*lines])
+        _legend(axes, handles, [*lines])
     return _svg(figure, key, title)
 
 
@@ -222,7 +223,7 @@ def task_shares(key: str, title: str, shares: np.ndarray, names: Sequence[str]) 
     axes.set(xlabel="epoch", ylabel="steps, %", ylim=(0, 100))
     axes.grid(visible=False)
     shown = [*range(len(names))] if len(names) <= 6 else [0, len(names) - 1]
-    _legend(axes, 4, [handles[i] for i in shown], [shortened(names[i]) for i in shown])
+    _legend(axes, [handles[i] for i in shown], [shortened(names[i]) for i in shown])
     return _svg(figure, key, title)
 
 
@@ -236,8 +237,9 @@ def duel(key: str, title: str, teacher: np.ndarray, student: np.ndarray, most: i
         teacher[kept], student[kept], "o", color=BLUE, markersize=3.2, alpha=0.45,
         markeredgewidth=0,
     )  # fmt: skip
-    axes.text(0.03, 0.97, "S′ is surer", va="top", ha="left")
-    axes.text(0.97, 0.03, "T′ is surer", va="bottom", ha="right")
+    beside = {"rotation": 45, "ha": "center", "va": "center"}
+    axes.text(0.46, 0.54, "S′ is surer", **beside)
+    axes.text(0.54, 0.46, "T′ is surer", **beside)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.set(xlabel="p(true class), meta-teacher T′", ylabel="p(true class), student S′")
     return _svg(figure, key, title)
@@ -253,18 +255,25 @@ def dot_plot(
     key: str, title: str, names: Sequence[str], values: Mapping[str, Sequence[float]], label: str
 ) -> str:
     """Draws values in % for each name (downwards), with a marker for each kind of value."""
-    wide = max((len(shortened(name)) for name in names), default=0) > 8
-    figure, axes = _figure(4.4 if wide else WIDTH + 0.4, 0.95 + 0.25 * len(names))
-    places = np.arange(len(names))
+    kinds = len(values)
+    figure, axes = _figure(4.4, 0.95 + (0.14 + 0.08 * kinds) * len(names))
+    places, step = np.arange(len(names)), 0.8 / max(kinds, 1)
     handles = []
-    for colour, marker, column in zip(COLOURS, MARKERS, values.values(), strict=False):
+    for i, (colour, marker, column) in enumerate(
+        zip(COLOURS, MARKERS, values.values(), strict=False)
+    ):
+        beside = places + (i - (kinds - 1) / 2) * step
         handles += axes.plot(
-            column, places, marker, color=colour, markersize=5.5, alpha=0.85, markeredgewidth=0
+            column, beside, marker, color=colour, markersize=4.5, markeredgewidth=0
         )
+    for place in places[1:]:
+        axes.axhline(place - 0.5, color=FAINT, linewidth=0.6)
     axes.set_yticks(places, [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(xlabel=label, xlim=(-3, 103))
-    _legend(axes, 2, handles, [*values])
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    _legend(axes, handles, [*values])
     return _svg(figure, key, title)
 
 
@@ -290,14 +299,12 @@ def scatter(
         )  # fmt: skip
         labels.append(shortened(name, 12))
     if others.any():
-        handles += axes.plot(
-            *points[others].T, ".", color=GREY, markersize=3, alpha=0.5, zorder=1
-        )
+        handles += axes.plot(*points[others].T, ".", color=GREY, markersize=3, alpha=0.5, zorder=1)
         labels.append("others")
     axes.set(xticks=[], yticks=[], xlabel=xlabel)
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
-    _legend(axes, 3, handles, labels)
+    _legend(axes, handles, labels)
     return _svg(figure, key, title)
 
 
@@ -309,10 +316,9 @@ def reliability(
     figure, axes = _figure(2.6, 2.5)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
     full = counts > 0
-    axes.plot(confidence[full], accuracy[full], color=BLUE, linewidth=1.2)
-    area = 14 + 150 * counts[full] / max(1, counts.sum())
+    area = 6 + 220 * counts[full] / max(1, counts.sum())
     axes.scatter(
-        confidence[full], accuracy[full], area, color=BLUE, edgecolor=PAPER, linewidth=0.8, zorder=3
+        confidence[full], accuracy[full], area, color=BLUE, edgecolor=PAPER, linewidth=0.6, zorder=3
     )
     axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.06), aspect="equal", xlabel="confidence")
     axes.set(ylabel="accuracy", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
@@ -338,7 +344,7 @@ def stacked_bars(
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
-    _legend(axes, 3, handles, [*parts])
+    _legend(axes, handles, [*parts])
     return _svg(figure, key, title)
 
 
@@ -369,7 +375,7 @@ def sweep(
         )
     axes.set_xticks(places, [f"{value:g}" for value in settings])
     axes.set(xlabel=shortened(xlabel, 40), ylabel=label)
-    _legend(axes, 2, handles, [shortened(name, 24) for name in values])
+    _legend(axes, handles, [shortened(name, 24) for name in values])
     return _svg(figure, key, title)
 
 
@@ -379,14 +385,20 @@ def _figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]
 
 
 def _legend(
-    axes: Axes, columns: int, handles: Sequence | None = None, labels: Sequence[str] | None = None
+    axes: Axes, handles: Sequence | None = None, labels: Sequence[str] | None = None
 ) -> None:
-    """Puts a legend above the axes, where it hides nothing."""
+    """Puts a legend above the axes, where it hides nothing, in as many columns as have room."""
     if handles is None:
         handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        where = {"loc": "outside upper left", "ncols": min(columns, len(handles))}
-        axes.figure.legend(handles, labels, **where, handletextpad=0.5, borderaxespad=0.1)
+    if not handles:
+        return
+    room = 72 * axes.figure.get_size_inches()[0]
+    widest = 38 + 4.9 * max(map(len, labels))  # points: a handle, and letters
+    columns = max(1, min(len(handles), int(room / widest)))
+    axes.figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, handletextpad=0.5,
+        borderaxespad=0.1,
+    )  # fmt: skip
 
 
 def _integers(axes: Axes) -> None:

@@ -3,13 +3,18 @@
 A page is one file without scripts. It loads nothing, which its Content-Security-Policy enforces.
 """
 
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 from serkd_jax.results.figures import printable
 
 Row = Sequence[str]
+Panel = tuple[str, str]
+"""A picture's heading, and its SVG."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _NUMBER = re.compile(r"[-−+<(]?[\d.,]+( ?%|×|M)?( .*\d\)?)?$|[–—]?$|\d.* / .*")
@@ -28,7 +33,7 @@ CSS = """
 --sky:#2f8fc4;--grey:#6a6f76;--brown:#7b4a2e}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:66rem;background:var(--paper);
+body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:70rem;background:var(--paper);
 color:var(--ink);font:1.0625rem/1.55 var(--serif);overflow-wrap:break-word}
 header{border-bottom:3px double var(--ink);padding-bottom:1rem}
 h1{font-size:2rem;line-height:1.2;margin:0 0 .5rem;font-weight:600}
@@ -86,18 +91,23 @@ def text(value: object) -> str:
     return escape(printable(value))
 
 
-def label(value: object) -> str:
-    """Escapes an untrusted name within a sentence, whose direction of writing it cannot change."""
-    return f"<bdi>{text(value)}</bdi>"
-
-
 def paragraph(sentence: str, note: bool = False) -> str:
     """Makes a paragraph of a text."""
     return f"<p{' class=note' * note}>{text(sentence)}</p>"
 
 
+def subheading(words: str) -> str:
+    """Makes a heading within a section."""
+    return f"<h3>{text(words)}</h3>\n"
+
+
 def table(
-    caption: str, head: Row, rows: Iterable[Row], numbered: bool = False, tall: bool = False
+    caption: str,
+    head: Row,
+    rows: Iterable[Row],
+    numbered: bool = False,
+    tall: bool = False,
+    names: int = 1,
 ) -> str:
     """Makes a table that scrolls in a box of its own where it is too wide.
 
@@ -107,10 +117,10 @@ def table(
         rows: the cells, of which the first names the row.
         numbered: whether it is one of the report's tables, instead of the numbers of a picture.
         tall: whether it scrolls downwards, too.
+        names: how many columns, from the first, hold names, which are never set as numbers.
     """
     rows = [*rows]
-    numeric = [all(_NUMBER.match(str(row[i])) for row in rows) for i in range(len(head))]
-    numeric[0] = False
+    numeric = [i >= names and all(_NUMBER.match(row[i]) for row in rows) for i in range(len(head))]
 
     def cells(row: Row, tag: str) -> str:
         made = []
@@ -130,7 +140,7 @@ def table(
     )
 
 
-def figure(panels: Iterable[tuple[str, str]], caption: str, *numbers: str) -> str:
+def figure(panels: Iterable[Panel], caption: str, *numbers: str) -> str:
     """Makes a figure of pictures (heading, SVG), with its caption and the tables of its numbers."""
     made = "".join(
         f"<div class=panel>{f'<p dir=auto>{text(heading)}</p>' if heading else ''}{svg}</div>\n"
@@ -145,6 +155,37 @@ def figure(panels: Iterable[tuple[str, str]], caption: str, *numbers: str) -> st
 def details(summary: str, *parts: str) -> str:
     """Hides parts until they are asked for."""
     return f"<details><summary>{text(summary)}</summary>{''.join(parts)}</details>\n"
+
+
+def percent(value: float | None) -> str:
+    """Prints a share in %, or a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """Prints a difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def number(value: float) -> str:
+    """Prints a number with three decimals, or a dash where there is none."""
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def setting(value: Any) -> str:
+    """Prints the value of a setting."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def several(count: int, what: str) -> str:
+    """Prints a count of things: `1 fold`, `5 classes`."""
+    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count:,} {what}{ending}"
+
+
+def row_name(row: str) -> str:
+    """Names a row of the results in words."""
+    return {"meta_teacher": "meta-teacher"}.get(row, row.replace("_", " "))
 
 
 def page(title: str, introduction: str, sections: Sequence[tuple[str, str]]) -> str:
