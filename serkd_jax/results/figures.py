@@ -101,12 +101,12 @@ def score_plot(
     label: str,
 ) -> str:
     """Draws a score for each row of the results, in %: all folds, interval, each fold, paper."""
-    figure, axes = _figure(width=5.4, height=0.9 + 0.36 * len(names))
+    figure, axes = _figure(width=4.2, height=0.6 + 0.36 * len(names))
     places = np.arange(len(names))
     spread = np.clip(np.abs(np.array(intervals).T - np.array(values)), 0, None)
     axes.errorbar(
         values, places, xerr=spread, fmt="D", color=BLUE, markersize=6, linewidth=1.4, capsize=3,
-        label="all test utterances, 95 % interval", zorder=3,
+        label="all folds, 95 % interval", zorder=3,
     )  # fmt: skip
     if max(map(len, folds)) > 1:
         for place, each in zip(places, folds, strict=True):
@@ -172,7 +172,7 @@ def curves(
     xlabel: str = "epoch",
 ) -> str:
     """Draws values (folds, epochs) by name: their mean, and if there are several, each fold."""
-    figure, axes = _figure(height=HEIGHT + 0.15 * (len(lines) > 1))
+    figure, axes = _figure()
     handles = []
     for i, (colour, marker, values) in enumerate(
         zip(COLOURS, MARKERS, lines.values(), strict=False)
@@ -207,14 +207,14 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
 @_styled
 def task_shares(key: str, title: str, shares: np.ndarray, names: Sequence[str]) -> str:
     """Draws (epochs, K) shares of the steps as stacked bars, from the first task upwards."""
-    figure, axes = _figure(height=HEIGHT + 0.17)
+    figure, axes = _figure()
     epochs, bottom = np.arange(1, len(shares) + 1), np.zeros(len(shares))
-    depth = np.linspace(0.1, 1, shares.shape[1])
+    depth = np.linspace(0.15, 1, shares.shape[1])
     handles = []
     for share, alpha in zip(100 * shares.T, depth, strict=True):
         handles.append(
             axes.bar(
-                epochs, share, 0.86, bottom, facecolor=CELL, alpha=alpha, edgecolor=INK,
+                epochs, share, 0.86, bottom, facecolor=(CELL, alpha), edgecolor=INK,
                 linewidth=0.4,
             )
         )  # fmt: skip
@@ -256,7 +256,7 @@ def dot_plot(
 ) -> str:
     """Draws values in % for each name (downwards), with a marker for each kind of value."""
     kinds = len(values)
-    figure, axes = _figure(4.4, 0.95 + (0.14 + 0.08 * kinds) * len(names))
+    figure, axes = _figure(4.0, 0.55 + (0.14 + 0.08 * kinds) * len(names))
     places, step = np.arange(len(names)), 0.8 / max(kinds, 1)
     handles = []
     for i, (colour, marker, column) in enumerate(
@@ -270,7 +270,8 @@ def dot_plot(
         axes.axhline(place - 0.5, color=FAINT, linewidth=0.6)
     axes.set_yticks(places, [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set(xlabel=label, xlim=(-3, 103))
+    known = [x for column in values.values() for x in column if np.isfinite(x)] or [0, 100]
+    axes.set(xlabel=label, xlim=(10 * (min(known) // 10) - 2, 10 * -(-max(known) // 10) + 2))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     _legend(axes, handles, [*values])
@@ -287,7 +288,7 @@ def scatter(
     xlabel: str,
 ) -> str:
     """Draws points (n, 2) by group; at most eight `names` have a colour, others are grey."""
-    figure, axes = _figure(WIDTH, WIDTH * 0.8 + 0.17 * -(-min(len(names) + 1, 9) // 3))
+    figure, axes = _figure(WIDTH, WIDTH * 0.8)
     groups = np.asarray(groups)
     looks = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
     others = ~np.isin(groups, [*looks])
@@ -313,12 +314,19 @@ def reliability(
     key: str, title: str, confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray
 ) -> str:
     """Draws accuracy against mean confidence, in bins whose counts are the points' areas."""
-    figure, axes = _figure(2.6, 2.5)
+    figure, axes = _figure(2, 1.95)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
     full = counts > 0
     area = 6 + 220 * counts[full] / max(1, counts.sum())
     axes.scatter(
-        confidence[full], accuracy[full], area, color=BLUE, edgecolor=PAPER, linewidth=0.6, zorder=3
+        confidence[full],
+        accuracy[full],
+        area,
+        color=BLUE,
+        edgecolor=PAPER,
+        linewidth=0.6,
+        zorder=3,
+        clip_on=False,
     )
     axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.06), aspect="equal", xlabel="confidence")
     axes.set(ylabel="accuracy", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
@@ -330,7 +338,7 @@ def stacked_bars(
     key: str, title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str
 ) -> str:
     """Draws a bar for each name (downwards), made of parts."""
-    figure, axes = _figure(4.4, 0.95 + 0.32 * len(names))
+    figure, axes = _figure(4.0, 0.6 + 0.32 * len(names))
     left, places, handles = np.zeros(len(names)), np.arange(len(names)), []
     for colour, hatch, widths in zip(COLOURS, ("", "////", "...."), parts.values(), strict=False):
         handles.append(
@@ -358,7 +366,7 @@ def sweep(
     label: str,
 ) -> str:
     """Draws scores in % against a setting: by name and setting the score of each run (seed)."""
-    figure, axes = _figure(WIDTH + 0.6, HEIGHT + 0.3)
+    figure, axes = _figure(WIDTH, HEIGHT)
     handles = []
     places = np.arange(len(settings))  # evenly, as in the paper's Fig. 2
     for i, (colour, marker, runs) in enumerate(
@@ -387,14 +395,15 @@ def _figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]
 def _legend(
     axes: Axes, handles: Sequence | None = None, labels: Sequence[str] | None = None
 ) -> None:
-    """Puts a legend above the axes, where it hides nothing, in as many columns as have room."""
+    """Adds a legend above the axes, in as many columns as there is room for."""
     if handles is None:
         handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
-    room = 72 * axes.figure.get_size_inches()[0]
+    width, height = axes.figure.get_size_inches()
     widest = 38 + 4.9 * max(map(len, labels))  # points: a handle, and letters
-    columns = max(1, min(len(handles), int(room / widest)))
+    columns = max(1, min(len(handles), int(72 * width / widest)))
+    axes.figure.set_size_inches(width, height + 0.17 * -(-len(handles) // columns))
     axes.figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, handletextpad=0.5,
         borderaxespad=0.1,

@@ -3,11 +3,14 @@
 The file is complete in itself: its pictures are inline, it loads nothing, and it has no scripts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
 from serkd_jax.results import html_scores, html_training
+from serkd_jax.results.comparison import compare, read_runs
+from serkd_jax.results.html_comparison import comparison_page
 from serkd_jax.results.markup import page, paragraph, percent, row_name, several
 from serkd_jax.results.predictions import pooled
 from serkd_jax.results.runs import Run, read_run
@@ -41,6 +44,20 @@ def write_report(workdir: Path) -> Path:
     path = run.workdir / NAME
     write_file(path, page(f"Results on {run.corpus}", _introduction(run), sections))
     return path
+
+
+def write_comparison(workdirs: Iterable[Path], path: Path) -> None:
+    """Writes one page about several finished runs; those that cannot be read are named in it.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    runs, problems = read_runs(workdirs)
+    if not runs:
+        raise UserError("; ".join(problems) or "no run to compare: name workdirs of finished runs")
+    comparison = compare(runs)
+    comparison.notes.extend(f"Left out: {problem}." for problem in problems)
+    write_file(Path(path), comparison_page(comparison))
 
 
 def _introduction(run: Run) -> str:

@@ -65,11 +65,11 @@ def _how_to_read_scores(run: Run) -> str:
             "The intervals are by speaker: all utterances of a speaker are drawn together (2,000 "
             "bootstrap draws), so that they show what other speakers could give."
         )
-        told += ["With fewer than ten speakers they are rough."] * (run.speakers < 10)
+        told += [f"With {run.speakers} speakers they are rough."] * (run.speakers < 20)
     else:
         told.append(
-            "The intervals take utterances as independent (2,000 bootstrap draws), since only one "
-            "test speaker is known or none. For other speakers they are too narrow."
+            "The intervals take utterances as independent (2,000 bootstrap draws), since "
+            f"{_few(run.speakers)} known. They are too narrow for what other speakers would give."
         )
     told.append(
         "They do not contain what another seed would change: train with several seeds before you "
@@ -151,7 +151,7 @@ def confusions(run: Run) -> str:
         "Each row of a matrix is a true class, each column a predicted one. The upper number in a "
         "cell is the percentage of the true class, the lower one the count. The diagonal has the "
         "recalls, whose mean is UA. The paper’s Fig. 3 shows such matrices of the student, with "
-        "and without the contrastive loss; two runs with --config.stages=student make them."
+        "and without the contrastive loss; two runs with `--config.stages=student` make them."
     ) + figure(panels, "Confusion matrices of all test utterances.", *numbers)
 
 
@@ -182,15 +182,12 @@ def classes(run: Run) -> str:
         for row in run.rows
     ]
     head = ["class", "model", "n", "recall", "precision", "F1"]
+    numbers = table("Scores by class, in %", head, rows, names=2)
     return paragraph(
         "Recall is the share of a class that is found. It does not show how often the class is "
         "predicted wrongly; precision does, and is in the table. A class with few test utterances "
         "has a recall that scatters by chance."
-    ) + figure(
-        [("", picture)],
-        "Recall of each class.",
-        table("Scores by class, in %", head, rows, names=2),
-    )
+    ) + figure([("", picture)], "Recall of each class.", numbers)
 
 
 def speakers(run: Run) -> str:
@@ -278,9 +275,15 @@ def vectors(run: Run) -> str:
         told.append(f"Of each fold, {MOST_POINTS} points are drawn, evenly spread over its list.")
     head = ["utterance", "fold", "class", "speaker", "x", "y"]
     where = table("The points", head, places, tall=True, names=4)
-    caption = "The last student’s vectors of test utterances, by class and by speaker."
-    pictures = figure([*by_class, *by_speaker], caption, where)
+    caption = "The last student’s vectors of test utterances, by"
+    pictures = figure(by_class, f"{caption} class.", where)
+    if by_speaker:
+        pictures += figure(by_speaker, f"{caption} speaker: the same points.")
     return paragraph(" ".join(told)) + _neighbours(run) + pictures
+
+
+def _most_common(names: np.ndarray, count: int) -> list[str]:
+    return sorted(name for name, _ in Counter(names.tolist()).most_common(count) if name)
 
 
 def _neighbours(run: Run) -> str:
@@ -374,6 +377,12 @@ def hardest(run: Run) -> str:
         numbered=True,
         names=5,
     )
+
+
+def _few(speakers: int) -> str:
+    if not speakers:
+        return "no test speaker is"
+    return f"only {several(speakers, 'test speaker')} {'is' if speakers == 1 else 'are'}"
 
 
 def _cited(score: float | None) -> str:

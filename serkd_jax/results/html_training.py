@@ -29,7 +29,11 @@ TITLES = {
 }
 # Panel -> name in the legend -> metric.
 LOSSES = {"training": "train/cross_entropy", "validation": "validation/loss"}
-SCORES = {"training WA": "train/accuracy", "WA": "validation/wa", "UA": "validation/ua"}
+SCORES = {
+    "training WA": "train/accuracy",
+    "validation WA": "validation/wa",
+    "validation UA": "validation/ua",
+}
 # Positive terms, for an axis of powers of ten; the consistency of Eq. 12 has a sign.
 TERMS = {
     "all": "train/loss",
@@ -56,7 +60,7 @@ def learning(run: Run) -> str:
         "A thick line is the mean over folds, a thin one a fold. The losses of the later stages "
         "have more terms than cross-entropy, so the first picture compares only this term. In "
         "training it is measured with dropout, and while the epoch changes the weights. Unless "
-        "protocol.speakers_apart is set, the speakers of the validation part are also trained on: "
+        "`protocol.speakers_apart` is set, the speakers of the validation part are also trained on: "
         f"expect lower scores on test speakers. {told}"
     ) + "".join(subheading(TITLES[stage]) + _curves(stage, each) for stage, each in stages.items())
 
@@ -108,7 +112,7 @@ def curriculum(run: Run) -> str:
             panels.append(made[0])
             numbers.append(made[1])
     bias = run.config.get("curriculum.easy_bias")
-    start = " At first it prefers easy tasks (curriculum.easy_bias)." if bias else ""
+    start = " At first it prefers easy tasks (`curriculum.easy_bias`)." if bias else ""
     caption = (
         "The tasks of the steps (all folds together), the reward (thin: each fold), and test "
         "utterances, which the policy never sees."
@@ -187,14 +191,14 @@ def _parameters(run: Run) -> str:
     if not params:
         return ""
     cited = {k: each[run.corpus] for k, each in paper.PARAMETERS.items() if run.corpus in each}
+    papers, none = {name: [f"{m:.2f}"] for name, m in cited.items()}, ["–"] * bool(cited)
     counts = dict(params)
     encoder = counts.pop("encoder", None)
     if encoder:
         counts |= {"encoder of the student’s features": encoder}
         counts |= {"student and its encoder": counts["student"] + encoder}
     rows = [
-        [name, f"{n:,}", f"{n / 2**20:.2f}", *([f"{cited.get(name, '–')}"] * bool(cited))]
-        + [f"{4 * n / 1e6:,.1f}"]
+        [name, f"{n:,}", f"{n / 2**20:.2f}", *papers.get(name, none), f"{4 * n / 1e6:,.1f}"]
         for name, n in counts.items()
     ]
     head = ["model", "parameters", "M (2²⁰)", *["paper’s M"] * bool(cited), "MB in float32"]
@@ -206,7 +210,7 @@ def _parameters(run: Run) -> str:
         told += " This run has not measured it."
     if encoder == 0:
         told += " This student reads log-mel frames and needs none."
-    told += " What an exported file takes depends on its format (docs/export.md)."
+    told += " What an exported file takes depends on its format (`docs/export.md`)."
     return paragraph(told) + table("Parameters", head, rows, numbered=True)
 
 
@@ -257,6 +261,7 @@ def data(run: Run) -> str:
     """Counts, skipped and suspicious files, and the sizes of the parts."""
     unknown = "What was noticed about the data is written at the end of a run."
     told = markdown(run.data) if run.data else paragraph(unknown, note=True)
+    head = ["fold", *PARTS, "held out"]
     rows = [
         [fold, *(_size(parts.get(part)) for part in PARTS), str(parts.get("held_out", ""))]
         for fold, parts in run.splits.items()
@@ -270,12 +275,7 @@ def data(run: Run) -> str:
             "The quiz part teaches the meta-teacher and the reward part the policy; no student is "
             "trained on either. The validation part picks an epoch, where one is picked."
         )
-        + table(
-            "Utterances in the parts of each fold",
-            ["fold", *PARTS, "held out"],
-            rows,
-            numbered=True,
-        )
+        + table("Utterances in the parts of each fold", head, rows, numbered=True)
     )
 
 

@@ -62,14 +62,15 @@ body{counter-reset:figure table}
 .tall{max-height:26rem;overflow-y:auto}
 table{border-collapse:collapse;font:.875rem/1.4 var(--sans);font-variant-numeric:tabular-nums;
 border-bottom:1.5px solid var(--ink)}
-caption{text-align:left;font:.9375rem/1.45 var(--serif);padding-bottom:.35rem;max-width:42rem}
-.numbered caption::before{counter-increment:table;content:"Table " counter(table) ". ";
+caption{text-align:left;font:.9375rem/1.45 var(--serif);padding-bottom:.35rem}
+caption span{display:inline-block;position:sticky;left:0;max-width:min(42rem,calc(100vw - 2.5rem))}
+.numbered caption span::before{counter-increment:table;content:"Table " counter(table) ". ";
 font-weight:600}
 th,td{padding:.22rem .9rem .22rem 0;text-align:left;vertical-align:top}
 th:last-child,td:last-child{padding-right:.2rem}
 thead th{border-top:1.5px solid var(--ink);border-bottom:1px solid var(--ink);font-weight:600;
 vertical-align:bottom}
-tbody th{font-weight:400}
+tbody th{font-weight:400;min-width:5rem}
 td.n,th.n{text-align:right;white-space:nowrap}
 td.text{overflow-wrap:anywhere;min-width:9rem}
 details{margin:.3rem 0 1rem}
@@ -135,7 +136,7 @@ def table(
     classes = "scroll" + " numbered" * numbered + " tall" * tall
     return (
         f'<div class="{classes}" role=region tabindex=0 aria-label="{text(caption)}">'
-        f"<table><caption>{text(caption)}</caption><thead>{cells(head, 'th')}</thead>\n"
+        f"<table><caption><span>{text(caption)}</span></caption><thead>{cells(head, 'th')}</thead>\n"
         f"<tbody>{chr(10).join(cells(row, 'td') for row in rows)}</tbody></table></div>\n"
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_json
 from serkd_jax.results import costs, provenance
+from serkd_jax.results.intervals import LEAST_SPEAKERS
 from serkd_jax.results.predictions import (
     PROBE,
     Predictions,
@@ -76,8 +77,8 @@ class Run(NamedTuple):
 
     @property
     def drawn_by(self) -> str:
-        """What intervals draw: speakers, if there are several."""
-        return "speaker" if self.speakers > 1 else "utterance"
+        """What intervals draw: speakers, if there are enough of them."""
+        return "speaker" if self.speakers >= LEAST_SPEAKERS else "utterance"
 
     def predicted(self, row: str) -> np.ndarray:
         """The classes that a row predicts, (n,), of all folds."""
