@@ -463,7 +463,8 @@ def _tidy(root: ElementTree.Element, key: str) -> None:
 def _tidy_value(name: str, value: str, key: str) -> str:
     value = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", value)
     if name == "style":
-        value = re.sub(r"font: [^;]*'[^;]*;? ?", _font, value)
+        value = re.sub(r"font: [^;]*;? ?", _font, value)
+        value = re.sub(r"font-family: [^;]*;? ?", "", value)
         for colour, variable in VARIABLES.items():
             value = value.replace(colour, f"var(--{variable}, {colour})")
         return re.sub(r"([:;]) ", r"\1", value)

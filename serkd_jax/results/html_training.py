@@ -60,7 +60,7 @@ def learning(run: Run) -> str:
         "A thick line is the mean over folds, a thin one a fold. The losses of the later stages "
         "have more terms than cross-entropy, so the first picture compares only this term. In "
         "training it is measured with dropout, and while the epoch changes the weights. Unless "
-        "`protocol.speakers_apart` is set, the speakers of the validation part are also trained on: "
+        "`protocol.speakers_apart` is set, validation speakers are also trained on: "
         f"expect lower scores on test speakers. {told}"
     ) + "".join(subheading(TITLES[stage]) + _curves(stage, each) for stage, each in stages.items())
 
@@ -297,7 +297,7 @@ def provenance(run: Run) -> str:
     ]
     if rows:
         head = ["time", "command", "revision", "machine"]
-        made.append(table("Starts of this run", head, rows, numbered=True))
+        made.append(table("Starts of this run", head, rows, numbered=True, names=4))
         last = run.starts[-1]
         versions = {"python": last.get("python", "–"), **last.get("versions", {})}
         body = [[name, str(version)] for name, version in versions.items()]

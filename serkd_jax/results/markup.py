@@ -17,7 +17,8 @@ Panel = tuple[str, str]
 """A picture's heading, and its SVG."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_NUMBER = re.compile(r"[-−+<(]?[\d.,]+( ?%|×|M)?( .*\d\)?)?$|[–—]?$|\d.* / .*")
+_VALUE = r"[-−+<]?[\d.,]+( ?%| ± [\d.]+|M)?"
+_NUMBER = re.compile(rf"({_VALUE}( to {_VALUE})?( / [\d,]+)?( \([^()]*\))?|[–—]?)$")
 
 CSS = """
 :root{color-scheme:light dark;--ink:#1f2328;--soft:#57606a;--faint:#d8dce1;--paper:#fefefe;
@@ -70,8 +71,9 @@ th,td{padding:.22rem .9rem .22rem 0;text-align:left;vertical-align:top}
 th:last-child,td:last-child{padding-right:.2rem}
 thead th{border-top:1.5px solid var(--ink);border-bottom:1px solid var(--ink);font-weight:600;
 vertical-align:bottom}
-tbody th{font-weight:400;min-width:5rem}
-td.n,th.n{text-align:right;white-space:nowrap}
+tbody th{font-weight:400;min-width:6.5rem}
+td.n,th.n{text-align:right}
+td.n{white-space:nowrap}
 td.text{overflow-wrap:anywhere;min-width:9rem}
 details{margin:.3rem 0 1rem}
 summary{cursor:pointer;font:.875rem/1.4 var(--sans);color:var(--soft)}
@@ -82,7 +84,8 @@ nav ol{columns:1}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}
 h2,h3,figcaption,caption{break-after:avoid}figure,.panel,tr{break-inside:avoid}
 .scroll,.tall{overflow:visible;max-height:none}a{color:inherit;text-decoration:none}
-details:not([open]){display:none}}
+details:not([open]){display:none}table{font-size:7.5pt}td.text,tbody th{min-width:0}
+th,td{padding-right:.6rem}}
 @page{margin:18mm}
 """.strip()
 
@@ -93,8 +96,8 @@ def text(value: object) -> str:
 
 
 def paragraph(sentence: str, note: bool = False) -> str:
-    """Makes a paragraph of a text."""
-    return f"<p{' class=note' * note}>{text(sentence)}</p>"
+    """Makes a paragraph of a text, in which backticks mark code."""
+    return f"<p{' class=note' * note}>{_inline(sentence)}</p>\n"
 
 
 def subheading(words: str) -> str:
@@ -136,7 +139,8 @@ def table(
     classes = "scroll" + " numbered" * numbered + " tall" * tall
     return (
         f'<div class="{classes}" role=region tabindex=0 aria-label="{text(caption)}">'
-        f"<table><caption><span>{text(caption)}</span></caption><thead>{cells(head, 'th')}</thead>\n"
+        f"<table><caption><span>{text(caption)}</span></caption>\n"
+        f"<thead>{cells(head, 'th')}</thead>\n"
         f"<tbody>{chr(10).join(cells(row, 'td') for row in rows)}</tbody></table></div>\n"
     )
 
