@@ -256,7 +256,7 @@ def dot_plot(
 ) -> str:
     """Draws values in % for each name (downwards), with a marker for each kind of value."""
     kinds = len(values)
-    figure, axes = _figure(4.0, 0.55 + (0.14 + 0.08 * kinds) * len(names))
+    figure, axes = _figure(4.0, 0.55 + (0.1 + 0.07 * kinds) * len(names))
     places, step = np.arange(len(names)), 0.8 / max(kinds, 1)
     handles = []
     for i, (colour, marker, column) in enumerate(
@@ -397,7 +397,7 @@ def _legend(
 ) -> None:
     """Adds a legend above the axes, in as many columns as there is room for."""
     if handles is None:
-        handles, labels = axes.get_legend_handles_labels()
+        handles, labels = (named[::-1] for named in axes.get_legend_handles_labels())
     if not handles:
         return
     width, height = axes.figure.get_size_inches()

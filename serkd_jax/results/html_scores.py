@@ -50,8 +50,10 @@ def scores(run: Run) -> str:
     ]
     head = ["model", *METRICS.values(), *(f"paper’s {METRICS[m]}" for m in columns)]
     main = table(f"Scores in %, with 95 % intervals by {by}", head, rows, numbered=True)
+    # The paper has no UA on MELD, and wF1 as its last column.
     metric = columns[-1] if columns and "ua" not in columns else "ua"
-    return _how_to_read_scores(run) + main + _score_figure(run, metric, drawn) + _claims(run)
+    figure_of = _score_figure(run, metric, drawn)
+    return _how_to_read_scores(run) + main + figure_of + _claims(run, metric)
 
 
 def _how_to_read_scores(run: Run) -> str:
@@ -114,24 +116,24 @@ def _score_figure(run: Run, metric: str, drawn: dict) -> str:
     return figure([("", picture)], f"{name} of each model, and what each fold gives.", numbers)
 
 
-def _claims(run: Run) -> str:
+def _claims(run: Run, metric: str) -> str:
     """Compares rows in pairs."""
     pairs = [(a, b) for a, b in CLAIMS if a in run.rows and b in run.rows]
     if not pairs:
         return ""
     by, given = run.drawn_by, run.predictions
     tested = [intervals.paired(given, a, given, b, by) for a, b in pairs]
-    adjusted = intervals.holm([each["ua"].p for each in tested])
+    adjusted = intervals.holm([each[metric].p for each in tested])
     rows = [
         [
             f"{row_name(a)} − {row_name(b)}",
             *(_with_interval(*each[m][:2], points) for m in METRICS),
-            number(each["ua"].p),
+            number(each[metric].p),
             number(p),
         ]
         for (a, b), each, p in zip(pairs, tested, adjusted, strict=True)
     ]
-    head = ["difference", *METRICS.values(), "p (UA)", "p, Holm"]
+    head = ["difference", *METRICS.values(), f"p of {METRICS[metric]}", "p, Holm"]
     return paragraph(
         "Both models of a difference are scored on the same draws. Where an interval contains 0, "
         "these test utterances leave open which of the two is better. The last column adjusts p "
@@ -264,10 +266,10 @@ def vectors(run: Run) -> str:
         places += [[i, fold, c, s, f"{x:.2f}", f"{y:.2f}"] for i, c, s, (x, y) in about]
     told = [
         "Each point is a test utterance: its vector in the last student (h(., S) in the paper), "
-        "brought from its 16 leading principal components to two dimensions. Every fold has a "
+        "brought from its leading principal components (at most 16) to two dimensions. A fold has a "
         "student, and so a space, of its own. Vectors that serve their purpose lie together by "
         "class, and not by speaker. Sizes and distances of groups mean little in such pictures; "
-        "the table measures neighbours in the 16 dimensions."
+        "the table measures neighbours among all of the components."
     ]
     if len(shown) < len(folds):
         told.append(f"Drawn are the first {len(shown)} of {len(folds)} folds.")
