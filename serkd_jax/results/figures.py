@@ -35,6 +35,7 @@ VARIABLES = dict(
 MARKERS, DASHES = "osD^vXP*", ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.4, 2.3  # inches: what a phone shows in full size
 PIXELS = 96  # of CSS, for each inch
+MOST_LINES = 10  # folds, beyond which a band stands for them
 MOST_NUMBERED = 12  # classes, beyond which the cells of a matrix have no room for numbers
 
 _STYLE = {
@@ -171,14 +172,17 @@ def curves(
     log: bool = False,
     xlabel: str = "epoch",
 ) -> str:
-    """Draws values (folds, epochs) by name: their mean, and if there are several, each fold."""
+    """Draws values (folds, epochs) by name: their mean, and each fold, or a band of many folds."""
     figure, axes = _figure()
     handles = []
     for i, (colour, marker, values) in enumerate(
         zip(COLOURS, MARKERS, lines.values(), strict=False)
     ):
         epochs = np.arange(1, values.shape[1] + 1)
-        for fold in values if len(values) > 1 else ():
+        if len(values) > MOST_LINES:
+            ends = (end.reduce(values) for end in (np.fmin, np.fmax))
+            axes.fill_between(epochs, *ends, color=colour, alpha=0.15, linewidth=0)
+        for fold in values if 1 < len(values) <= MOST_LINES else ():
             axes.plot(epochs, fold, color=colour, linewidth=0.6, alpha=0.35)
         every = max(1, len(epochs) // 6)
         handles += axes.plot(

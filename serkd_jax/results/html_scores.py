@@ -266,8 +266,8 @@ def vectors(run: Run) -> str:
         places += [[i, fold, c, s, f"{x:.2f}", f"{y:.2f}"] for i, c, s, (x, y) in about]
     told = [
         "Each point is a test utterance: its vector in the last student (h(., S) in the paper), "
-        "brought from its leading principal components (at most 16) to two dimensions. A fold has a "
-        "student, and so a space, of its own. Vectors that serve their purpose lie together by "
+        "brought from its leading principal components (at most 16) to two dimensions. A fold has "
+        "a student, and so a space, of its own. Vectors that serve their purpose lie together by "
         "class, and not by speaker. Sizes and distances of groups mean little in such pictures; "
         "the table measures neighbours among all of the components."
     ]

@@ -57,11 +57,12 @@ def learning(run: Run) -> str:
     metric = str(run.config.get("selection_metric", ""))
     told = kept.get(metric, f"Of each stage, the epoch with the best validation {metric} was kept.")
     return paragraph(
-        "A thick line is the mean over folds, a thin one a fold. The losses of the later stages "
-        "have more terms than cross-entropy, so the first picture compares only this term. In "
-        "training it is measured with dropout, and while the epoch changes the weights. Unless "
-        "`protocol.speakers_apart` is set, validation speakers are also trained on: "
-        f"expect lower scores on test speakers. {told}"
+        "A thick line is the mean over folds, a thin one a fold (of more than ten, there is a band "
+        "from the least to the greatest). The losses of the later stages have more terms than "
+        "cross-entropy, so the first picture compares only this term. In training it is measured "
+        "with dropout, and while the epoch changes the weights. Unless `protocol.speakers_apart` "
+        "is set, validation speakers are also trained on: expect lower scores on test speakers. "
+        f"{told}"
     ) + "".join(subheading(TITLES[stage]) + _curves(stage, each) for stage, each in stages.items())
 
 
