@@ -70,7 +70,8 @@ def _sweep() -> None:
             failed[name] = str(error)
             tqdm.write(f"run {name}: {error}", file=sys.stderr)
     if parallel.is_first_process():
-        print(f"{len(mine) - len(failed)} of {len(mine)} runs are finished in {out}")
+        done = f"{len(mine) - len(failed)} of {len(mine)} runs are finished"
+        print(f"{done}: python -m serkd_jax.compare {out} --out={out}/comparison")
     if failed:
         raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
 
@@ -196,6 +197,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         UserError: the data or the configuration are bad, or the workdir holds another run.
     """
     from serkd_jax.experiment import prepare_experiment
+    from serkd_jax.results.html import try_to_write_report
     from serkd_jax.results.provenance import describe_start, record_start
 
     path = workdir / "results.json"
@@ -208,6 +210,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     experiment = prepare_experiment(config, workdir)
     record_start(workdir, describe_start(config))
     experiment.run()
+    if parallel.is_first_process():
+        try_to_write_report(workdir)
     if held:
         held.close()
 

@@ -3,14 +3,12 @@
 The file is complete in itself: its pictures are inline, it loads nothing, and it has no scripts.
 """
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
 from serkd_jax.results import html_scores, html_training
-from serkd_jax.results.comparison import compare, read_runs
-from serkd_jax.results.html_comparison import comparison_page
 from serkd_jax.results.markup import page, paragraph, percent, row_name, several
 from serkd_jax.results.predictions import pooled
 from serkd_jax.results.runs import Run, read_run
@@ -46,18 +44,14 @@ def write_report(workdir: Path) -> Path:
     return path
 
 
-def write_comparison(workdirs: Iterable[Path], path: Path) -> None:
-    """Writes one page about several finished runs; those that cannot be read are named in it.
-
-    Raises:
-        UserError: none of them can be read.
-    """
-    runs, problems = read_runs(workdirs)
-    if not runs:
-        raise UserError("; ".join(problems) or "no run to compare: name workdirs of finished runs")
-    comparison = compare(runs)
-    comparison.notes.extend(f"Left out: {problem}." for problem in problems)
-    write_file(Path(path), comparison_page(comparison))
+def try_to_write_report(workdir: Path) -> list[str]:
+    """Writes the report and returns its name; the results count without it, too."""
+    try:
+        return [write_report(workdir).name]
+    except Exception as error:
+        again = "start the run again, which only draws it"
+        print(f"{NAME} could not be written ({error!r}): {again}", file=sys.stderr)
+        return []
 
 
 def _introduction(run: Run) -> str:
