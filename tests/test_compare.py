@@ -1,6 +1,7 @@
 """Intervals, tests and the comparison of runs, against loops, known examples and the truth."""
 
 import csv
+import shutil
 import subprocess
 import sys
 
@@ -270,7 +271,15 @@ def test_two_equal_runs_do_not_differ_and_are_told_apart_by_their_folders(tmp_pa
     assert {test.row for test in found.between_runs} == {"teacher", "student"}
     for test in found.between_runs:
         assert set(test.adjusted.values()) == set(test.adjusted_mcnemar.values()) == {1}
-    assert len(read_runs([tmp_path, workdirs[0]])[0]) == 2, "a workdir that is named twice is one"
+
+
+def test_a_workdir_that_is_named_twice_is_one_and_nothing_within_it_is_another(tmp_path):
+    for name in ("a", "b", "a/data/c"):
+        write_run(tmp_path / name, make_predictions(student=0.6))
+    shutil.copytree(tmp_path / "a" / "fold_1", tmp_path / "a" / "fold_1_copy")
+    runs, problems = read_runs([tmp_path, tmp_path / "b" / ".." / "a"])
+    assert not problems
+    assert [run.workdir.name for run in runs] == ["a", "b"]
 
 
 def test_of_rows_the_later_is_compared_with_the_earlier_and_each_with_the_probe(tmp_path):
@@ -309,6 +318,9 @@ def damage(workdir, kind):
         write_arrays(
             workdir / "fold_1" / "predictions.npz", ids=np.array(["u"]), label=np.array([0])
         )
+    elif kind == "other probe":
+        path = workdir / "fold_1" / "probe.npz"
+        write_arrays(path, ids=np.array(["u"]), linear_probe=np.eye(4)[:1])
     elif kind == "not JSON":
         (workdir / "run.json").write_text('{"seed": ')
     elif kind == "other JSON":
@@ -320,7 +332,16 @@ def damage(workdir, kind):
         write_arrays(workdir / "fold_1" / "predictions.npz", **arrays)
 
 
-DAMAGES = ("unfinished", "without a fold", "cut", "older", "not JSON", "other JSON", "not finite")
+DAMAGES = (
+    "unfinished",
+    "without a fold",
+    "cut",
+    "older",
+    "not JSON",
+    "other JSON",
+    "not finite",
+    "other probe",
+)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -382,7 +403,7 @@ def test_the_papers_figures_agree_with_each_other():
     for corpus, rows in paper.ROWS.items():
         (metric, figure), *_ = paper.ABLATION[True, True][corpus].items()
         assert rows["student"][metric] == figure
-        ours = dict(paper.BASELINES[corpus]["the paper's updated student"])
+        ours = dict(paper.BASELINES[corpus]["updated student"])
         assert ours.pop("params") == paper.PARAMETERS["student"][corpus]
         assert ours == rows["updated_student"]
 

@@ -195,7 +195,7 @@ def read_run(workdir: Path) -> Run:
 def _check_arrays(folder: str, arrays: dict[str, np.ndarray]) -> None:
     if any(name not in arrays for name in ABOUT):
         raise UserError(f"{folder} {OTHER_VERSION}")
-    size, classes = len(arrays["ids"]), len(arrays["classes"])
+    size, classes = arrays["ids"].size, arrays["classes"].size
     label = arrays["label"]
     fits = label.shape == arrays["speaker"].shape == (size,) and label.dtype.kind in "iu"
     fits = fits and size > 0 and 0 <= label.min() <= label.max() < classes

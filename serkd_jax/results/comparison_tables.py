@@ -127,7 +127,7 @@ def _table4(groups: Sequence[Group], scores: dict) -> Table:
             ]
             cells += [f"{figure:.2f}", "; ".join(told) or NONE]
         rows.append(cells)
-    title = "Table 4: the student, UA on IEMOCAP and wF1 on MELD (%)"
+    title = "As Table 4: the student, UA on IEMOCAP and wF1 on MELD (%)"
     return Table("table4", title, header, rows, [PAPER, OURS])
 
 
@@ -155,7 +155,7 @@ def _rows_table(number: int, corpus: str, groups: Sequence[Group], scores: dict)
             for metric in metrics
         ]
         rows.append(cells)
-    title = f"Table {number}: all models on {_name(corpus)} (%)"
+    title = f"As Table {number}: all models on {_name(corpus)} (%)"
     return Table(f"table{number}", title, header, rows, [PAPER, OURS])
 
 
@@ -168,7 +168,7 @@ def _table7(groups: Sequence[Group]) -> Table:
         cells = [model, *(f"{printed[corpus]:.2f}M" for corpus in corpora)]
         rows.append(cells + [_parameters(group, model) for group in groups])
     notes = [PAPER, "M is 2^20, as in the paper."]
-    return Table("table7", "Table 7: parameters of teacher and student", header, rows, notes)
+    return Table("table7", "As Table 7: parameters of teacher and student", header, rows, notes)
 
 
 def _baselines_table(number: int, corpus: str, groups: Sequence[Group], scores: dict) -> Table:
@@ -182,7 +182,7 @@ def _baselines_table(number: int, corpus: str, groups: Sequence[Group], scores: 
         for row, params in ((PROBE, NONE), ("updated_student", _parameters(group, "student"))):
             cells = [mean_and_spread(scores.get((group.letter, row, m))) for m in metrics]
             rows.append([f"{words(row)}, {group.letter}", params, *cells])
-    title = f"Table {number}: baselines on {_name(corpus)} (%)"
+    title = f"As Table {number}: baselines on {_name(corpus)} (%)"
     return Table(f"table{number}", title, header, rows, [PAPER, OURS, "M is 2^20."])
 
 

@@ -43,12 +43,12 @@ BASELINES: dict[str, dict[str, Scores]] = {
         "DWFormer": {"params": 35.71, "wa": 69.63, "ua": 70.69},
         "ShiftCNN": {"params": 99.03, "wa": 70.40, "ua": 71.31},
         "SpeechFormer++": {"params": 63.76, "wa": 69.68, "ua": 71.09},
-        "the paper's updated student": {"params": 11.92, "wa": 70.25, "ua": 71.27},
+        "updated student": {"params": 11.92, "wa": 70.25, "ua": 71.27},
     },
     "meld": {
         "MM-DFN": {"params": 1.97, "wa": 47.70, "wf1": 45.80},
         "DWFormer": {"params": 25.70, "wa": 52.16, "wf1": 46.61},
         "SpeechFormer++": {"params": 63.76, "wa": 52.20, "wf1": 46.86},
-        "the paper's updated student": {"params": 11.87, "wa": 52.28, "wf1": 46.96},
+        "updated student": {"params": 11.87, "wa": 52.28, "wf1": 46.96},
     },
 }

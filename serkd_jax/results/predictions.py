@@ -37,7 +37,8 @@ def read_predictions(workdir: Path, probe: bool = False) -> dict[str, dict[str, 
     Raises:
         UserError: there are none, or a file is damaged.
     """
-    paths = sorted(workdir.glob(f"fold_*/{NAME}"), key=lambda path: int(path.parent.name[5:]))
+    paths = [p for p in workdir.glob(f"fold_*/{NAME}") if p.parent.name[5:].isdecimal()]
+    paths.sort(key=lambda path: int(path.parent.name[5:]))
     if not paths:
         raise UserError(f"{workdir} has no fold_*/{NAME}: name the workdir of a finished run")
     folds = {path.parent.name[5:]: read_arrays(path, REMEDY) for path in paths}
@@ -45,8 +46,8 @@ def read_predictions(workdir: Path, probe: bool = False) -> dict[str, dict[str, 
         beside = path.with_name(PROBE_NAME)
         if probe and beside.exists():
             decided = read_arrays(beside, REMEDY)
-            if not np.array_equal(decided.get("ids"), arrays["ids"]):
-                raise UserError(f"{beside} is not of the utterances of {path}: {REMEDY}")
+            if PROBE not in decided or not np.array_equal(decided["ids"], arrays.get("ids")):
+                raise UserError(f"{beside} does not belong to {path}: {REMEDY}")
             arrays[PROBE] = decided[PROBE]
     return folds
 
