@@ -81,7 +81,8 @@ footer{margin-top:3rem;border-top:1px solid var(--ink);font-size:.9375rem;color:
 .note{color:var(--soft)}
 @media (max-width:40rem){body{font-size:1rem;padding:1.25rem 1rem 3rem}h1{font-size:1.6rem}
 nav ol{columns:1}}
-@media print{.panels{zoom:.85;gap:1rem}body{max-width:none;padding:0;font-size:10pt}nav{display:none}
+@media print{.panels{zoom:.85;gap:1rem}nav{display:none}
+body{max-width:none;padding:0;font-size:10pt}
 h2,h3,figcaption,caption{break-after:avoid}figure,.panel,tr{break-inside:avoid}
 .scroll,.tall{overflow:visible;max-height:none}a{color:inherit;text-decoration:none}
 details:not([open]){display:none}table{font-size:7.5pt}td.text,tbody th{min-width:0}
