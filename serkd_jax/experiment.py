@@ -121,7 +121,7 @@ class Experiment:
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
-        order = (*predictions.ABOUT, *ROWS)
+        order = (*predictions.NO_ROWS, *ROWS)
         return {name: logits[name] for name in order if name in logits}
 
     def probe_fold(self, fold: Fold) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def test_iemocap_with_hubert_leaves_one_session_out(hubert_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["folds"]) == [*"12345"]
-    assert all(tuple(rows) == ("student",) for rows in results["folds"].values())
+    assert all(tuple(rows) == ("student", "linear_probe") for rows in results["folds"].values())
     assert results["overall"]["student"]["n"] == 100
     assert results["classes"] == ["angry", "happy", "neutral", "sad"]
     confusion = np.array(results["overall"]["student"]["confusion"])

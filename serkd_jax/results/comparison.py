@@ -26,6 +26,7 @@ from serkd_jax.results.intervals import (
 )
 from serkd_jax.results.predictions import (
     ABOUT,
+    NO_ROWS,
     PROBE,
     Predictions,
     pooled,
@@ -199,7 +200,7 @@ def _check_arrays(folder: str, arrays: dict[str, np.ndarray]) -> None:
     label = arrays["label"]
     fits = label.shape == arrays["speaker"].shape == (size,) and label.dtype.kind in "iu"
     fits = fits and size > 0 and 0 <= label.min() <= label.max() < classes
-    rows = [arrays[name] for name in arrays if name not in ABOUT]
+    rows = [arrays[name] for name in arrays if name not in NO_ROWS]
     fits = fits and all(x.shape == (size, classes) and np.isfinite(x).all() for x in rows)
     if not fits:
         raise UserError(f"{folder} has predictions that do not fit together: {UNFINISHED}")

@@ -102,10 +102,9 @@ def _confusions(groups: Sequence[Group]) -> str:
         of_seeds = [
             np.array(run.scores[rows[-1]]["confusion"]) for run in group.with_row(rows[-1]).values()
         ]
+        classes = next(iter(group.first.predictions.values()))["classes"].tolist()
         name = f"{row_name(rows[-1])}, {group.letter}"
-        panel, told = confusion(
-            f"confusion-{i}", name, sum(of_seeds), group.first.results["classes"]
-        )
+        panel, told = confusion(f"confusion-{i}", name, sum(of_seeds), classes)
         panels.append(panel)
         numbers.append(told)
     return paragraph(

@@ -42,7 +42,7 @@ h2{font-size:1.4rem;line-height:1.25;margin:3rem 0 .5rem;padding-top:.6rem;font-
 border-top:1px solid var(--ink)}
 h3{font-size:1.0625rem;margin:1.75rem 0 .25rem;font-weight:600;font-style:italic}
 p,li,figcaption{max-width:42rem}
-p{margin:.5rem 0 .9rem;hyphens:auto}
+p{margin:.5rem 0 .9rem;hyphens:auto;orphans:3;widows:3}
 a{color:var(--blue)}
 a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--orange);
 outline-offset:2px}
@@ -81,11 +81,13 @@ footer{margin-top:3rem;border-top:1px solid var(--ink);font-size:.9375rem;color:
 .note{color:var(--soft)}
 @media (max-width:40rem){body{font-size:1rem;padding:1.25rem 1rem 3rem}h1{font-size:1.6rem}
 nav ol{columns:1}}
-@media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}
+@media print{.panels{display:block;zoom:.85}.panel{display:inline-block;margin:0 1rem 1rem 0;
+vertical-align:top}nav{display:none}
+body{max-width:none;padding:0;font-size:10pt}
 h2,h3,figcaption,caption{break-after:avoid}figure,.panel,tr{break-inside:avoid}
 .scroll,.tall{overflow:visible;max-height:none}a{color:inherit;text-decoration:none}
-details:not([open]){display:none}table{font-size:7.5pt}td.text,tbody th{min-width:0}
-th,td{padding-right:.6rem}}
+details:not([open]){display:none}table{font-size:7.5pt}td.text{min-width:3.6rem}
+tbody th{min-width:0}th,td{padding-right:.6rem}}
 @page{margin:18mm}
 """.strip()
 

@@ -16,8 +16,8 @@ from serkd_jax.results.metrics import classification_metrics
 NAME = "predictions.npz"
 PROBE, PROBE_NAME = "linear_probe", "probe.npz"
 REMEDY = "delete it, and start the run again, which computes it again"
-# Everything else in the file is the logits of a row of the results.
-ABOUT = ("ids", "speaker", "label", "classes", "vectors")
+ABOUT = ("ids", "speaker", "label", "classes")  # what every file has
+NO_ROWS = (*ABOUT, "vectors")  # everything else is the logits of a row of the results
 
 Predictions = Mapping[str, Mapping[str, np.ndarray]]
 """Fold name -> the arrays of its `predictions.npz`: `ids` (n,) and `speaker` (n,) strings, `label`
@@ -62,7 +62,7 @@ def principal_components(vectors: np.ndarray, count: int = 16) -> np.ndarray:
 def rows_of(predictions: Predictions) -> list[str]:
     """Returns the rows of the results that all folds have, in the order of training."""
     first, *others = predictions.values()
-    return [row for row in first if row not in ABOUT and all(row in other for other in others)]
+    return [row for row in first if row not in NO_ROWS and all(row in other for other in others)]
 
 
 def pooled(predictions: Predictions, name: str) -> np.ndarray:
@@ -83,7 +83,7 @@ def score(predictions: Predictions) -> dict[str, Any]:
         return classification_metrics(arrays["label"], predicted, arrays[row].shape[1])
 
     folds = {
-        fold: {row: of(arrays, row) for row in arrays if row not in ABOUT}
+        fold: {row: of(arrays, row) for row in arrays if row not in NO_ROWS}
         for fold, arrays in predictions.items()
     }
     together = {name: pooled(predictions, name) for name in ("label", *rows_of(predictions))}
@@ -104,7 +104,7 @@ def write_table(path: Path, predictions: Predictions) -> None:
     table.writerow(["fold", "id", "speaker", "row", "label", "prediction", *probabilities])
     for fold, arrays in predictions.items():
         about = [*zip(arrays["ids"], arrays["speaker"], classes[arrays["label"]], strict=True)]
-        for row in (name for name in arrays if name not in (*ABOUT, PROBE)):
+        for row in (name for name in arrays if name not in (*NO_ROWS, PROBE)):
             for (key, speaker, label), p in zip(about, softmax(arrays[row], -1), strict=True):
                 numbers = [f"{x:.6f}" for x in p]
                 table.writerow([fold, key, speaker, row, label, classes[p.argmax()], *numbers])
