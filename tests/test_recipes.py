@@ -87,7 +87,7 @@ def test_meld_with_hubert_runs_its_official_split(hubert_folder, tmp_path):
     done = run("meld.py", release, tmp_path / "run", **settings)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert tuple(results["overall"]) == ("teacher", "student")
+    assert tuple(results["overall"]) == ("teacher", "student", "linear_probe")
     assert results["overall"]["teacher"]["n"] == 28
     assert len(results["classes"]) == 7
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text()).values()
@@ -127,7 +127,7 @@ def test_the_page_on_the_paper_makes_a_row_of_table_4(hubert_folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "table4" / "row1" / "results.json").read_text())
-    assert list(results["overall"]) == ["student"]
+    assert list(results["overall"]) == ["student", "linear_probe"]
     inverted = InvertedStudent(4, width=16, mlp_dim=16, num_layers=1, num_heads=2, readout="tokens")
     frames, width = 14, HubertConfig.from_pretrained(hubert_folder).hidden_size
     params = jax.eval_shape(
