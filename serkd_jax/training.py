@@ -82,7 +82,6 @@ def train(run: Training, directory: Path) -> Any:
         UserError: a loss is not finite, or a checkpoint cannot be read.
         Preempted: the process was told to end; the last step is saved.
     """
-    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)  # Orbax waits if it is a file
     shapes = jax.eval_shape(run.init).replace(frozen=None)
     template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
@@ -250,11 +249,13 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
         return metrics["score"]
 
     best = BestN(n=1, get_metric_fn=score, keep_checkpoints_without_metrics=False)
+    folder = (directory / "checkpoints").absolute()
+    folder.mkdir(parents=True, exist_ok=True)  # Orbax would wait for ever if it were a file
     options = ocp.CheckpointManagerOptions(
         best_fn=score, preservation_policy=AnyPreservationPolicy([LatestN(1), best])
     )
     try:
-        return _Checkpoints((directory / "checkpoints").absolute(), options=options)
+        return _Checkpoints(folder, options=options)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: the score of a checkpoint cannot be read ({error}). Delete "
