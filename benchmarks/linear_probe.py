@@ -11,17 +11,16 @@ fold does not test on.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 
 from serkd_jax.data.reader import describe, read_examples
 from serkd_jax.errors import UserError
-from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
+from serkd_jax.results.intervals import bootstrap
+from serkd_jax.results.predictions import score
+from serkd_jax.results.probe import C, decide, pool
 
 
 def main() -> None:
@@ -34,12 +33,19 @@ def main() -> None:
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     classes, numbers = np.unique(labels, return_inverse=True)
-    tested, predicted = probe(vectors, numbers, groups, options.c)
-    scores = classification_metrics(numbers[tested], predicted, len(classes))
-    intervals = bootstrap_intervals(scores["confusion"])
+    decided = {
+        str(k): {
+            "ids": ids[test],
+            "label": numbers[test],
+            "linear_probe": decide(vectors, numbers, train, test, options.c),
+        }
+        for k, (train, test) in enumerate(groups, 1)
+    }
+    scores = score(decided)["overall"]["linear_probe"]
+    intervals = bootstrap(decided)["linear_probe"]
     print(
         f"Linear SVM, C {options.c:g}, mean and deviation of {vectors.shape[1] // 2} features; "
-        f"{len(tested)} utterances, {len(groups)} folds, {len(classes)} classes"
+        f"{scores['n']} utterances, {len(groups)} folds, {len(classes)} classes"
     )
     print("| UA | WA | wF1 |")
     print("|---|---|---|")
@@ -56,7 +62,7 @@ def parse_options() -> argparse.Namespace:
     """The command line; not absl's flags, so that tests can import this with other commands."""
     parser = corpus_parser(__doc__)
     parser.add_argument("--splits", default="", help="the splits.json of a run, to use its folds")
-    parser.add_argument("--c", type=float, default=0.001, help="C of the SVM")
+    parser.add_argument("--c", type=float, default=C, help="C of the SVM")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args()
 
@@ -69,36 +75,6 @@ def corpus_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--corpus", default="manifest", help="or the name of a corpus")
     parser.add_argument("--data_dir", default="", help="folder of the corpus's or manifest's files")
     return parser
-
-
-def probe(
-    vectors: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[tuple[np.ndarray, np.ndarray]],
-    c: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Trains and tests on every fold.
-
-    Args:
-        vectors: (n, D) float.
-        labels: (n,) int.
-        groups: for each fold, the rows to train on and those to test on.
-        c: C of the SVM; a smaller value regularises more.
-
-    Returns:
-        The rows that were tested, and the class predicted for each.
-    """
-    predicted = []
-    for train, test in groups:
-        svm = make_pipeline(StandardScaler(), LinearSVC(C=c, random_state=0, max_iter=20_000))
-        predicted.append(svm.fit(vectors[train], labels[train]).predict(vectors[test]))
-    return np.concatenate([test for _, test in groups]), np.concatenate(predicted)
-
-
-def pool(features: np.ndarray) -> np.ndarray:
-    """Maps (frames, N) to (2 N,): mean and standard deviation over time."""
-    features = features.astype(np.float64)
-    return np.concatenate([features.mean(0), features.std(0)])
 
 
 def load(

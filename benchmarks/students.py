@@ -35,6 +35,7 @@ from serkd_jax.data.examples import stream_rows
 from serkd_jax.errors import UserError
 from serkd_jax.models.students.inverted import InvertedStudent
 from serkd_jax.results.metrics import classification_metrics
+from serkd_jax.results.probe import decide, pool
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import make_optimizer
 from serkd_jax.stages.standardization import (
@@ -262,15 +263,12 @@ def ua(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 def probe(corpus: Corpus) -> dict[str, list]:
     """UA of the linear SVM on mean and deviation of the same features, with the same parts."""
-    vectors = np.stack(
-        [linear_probe.pool(x[:n]) for x, n in zip(corpus.features, corpus.length, strict=True)]
-    )
+    vectors = np.stack([pool(x[:n]) for x, n in zip(corpus.features, corpus.length, strict=True)])
     scores: dict[str, list] = {part: [] for part in PARTS}
     for rows in corpus.runs():
         for part, values in scores.items():
-            fold = [(rows["train"], rows[part])]
-            tested, predicted = linear_probe.probe(vectors, corpus.labels, fold, 0.001)
-            values.append(ua(corpus.labels[tested], predicted))
+            decided = decide(vectors, corpus.labels, rows["train"], rows[part])
+            values.append(ua(corpus.labels[rows[part]], decided.argmax(-1)))
     return scores
 
 

@@ -28,7 +28,7 @@ from serkd_jax.files import read_arrays, read_json, write_arrays, write_file, wr
 from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
-from serkd_jax.results import costs, predictions, report
+from serkd_jax.results import costs, predictions, probe, report
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.curriculum import CurriculumStage, CurriculumState, assign_tasks
@@ -112,17 +112,32 @@ class Experiment:
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
                 add_student(CurriculumStage, updated)
-            logits |= {
-                "ids": self.table.ids[test],
-                "speaker": np.asarray(self.table.columns()["speaker"])[test],
-                "label": self.table.labels[test],
-                "classes": np.asarray(self.table.class_names),
-            }
+            logits |= self._about_test(fold)
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
-        order = (*predictions.ABOUT, *ROWS)
+        order = (*predictions.NO_ROWS, *ROWS)
         return {name: logits[name] for name in order if name in logits}
+
+    def probe_fold(self, fold: Fold) -> dict[str, np.ndarray]:
+        """Trains the linear probe on what the fold does not test on, in the first process alone.
+
+        Returns:
+            What is written to `probe.npz`: as `run_fold`, with the decision values as the only row.
+            In the other processes, nothing.
+        """
+        saved = self._directory(fold, predictions.PROBE_NAME)
+        arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
+        # All processes have looked for the file before it is written.
+        parallel.wait_for_processes(f"fold {fold.name} probe")
+        if not arrays:
+            vectors, labels = self._probe_vectors, self.table.labels
+            if parallel.is_first_process():
+                decided = probe.probe_fold(vectors, labels, fold)
+                arrays = self._about_test(fold) | {predictions.PROBE: decided}
+                write_arrays(saved, **arrays)
+        parallel.wait_for_processes(f"fold {fold.name} probed")
+        return arrays
 
     def train_teacher(self, fold: Fold) -> tuple[TeacherState, TeacherOutput]:
         """Runs stage 1, and computes the hidden vectors and logits of every utterance once."""
@@ -213,7 +228,7 @@ class Experiment:
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
-            {fold.name: self.run_fold(fold) for fold in self.folds},
+            {fold.name: self.run_fold(fold) | self.probe_fold(fold) for fold in self.folds},
             self.programs.count_parameters(),
             self.data_report,
         )
@@ -224,6 +239,11 @@ class Experiment:
         student = jax.jit(partial(self.programs.student.apply, variables))
         params = self.programs.count_parameters()
         return costs.measure_costs(self.frontend, student, self.config.max_frames, params)
+
+    @cached_property
+    def _probe_vectors(self) -> np.ndarray:
+        """The student's features of every utterance, (n, 2 N), as the linear probe reads them."""
+        return probe.pool_all(self.features.chunks())
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -348,6 +368,15 @@ class Experiment:
     def _rng(self, fold: Fold, kind: type[Stage]) -> jax.Array:
         rng = jax.random.fold_in(jax.random.key(self.config.seed), int(fold.name))
         return jax.random.fold_in(rng, _number(kind.name))
+
+    def _about_test(self, fold: Fold) -> dict[str, np.ndarray]:
+        """Returns what the fold's test utterances are; see `predictions.ABOUT`."""
+        return {
+            "ids": self.table.ids[fold.test],
+            "speaker": np.asarray(self.table.speakers)[fold.test],
+            "label": self.table.labels[fold.test],
+            "classes": np.asarray(self.table.class_names),
+        }
 
     def _directory(self, fold: Fold, name: str) -> Path:
         return self.workdir / f"fold_{fold.name}" / name

@@ -12,8 +12,12 @@ import pytest
 
 from finished_runs import final_arrays
 from serkd_jax import experiment
+from serkd_jax.data.reader import read_examples
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import ROWS, STAGES, prepare_experiment
+from serkd_jax.results import probe
+from serkd_jax.results.predictions import pooled, read_predictions
+from serkd_jax.results.probe import decide, pool
 from tiny_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +36,9 @@ def test_every_fold_gives_the_five_rows_over_its_test_utterances(finished):
     results = json.loads((workdir / "results.json").read_text())
     assert list(results["folds"]) == ["1", "2"]
     for scores in [results["overall"], *results["folds"].values()]:
-        assert tuple(scores) == ROWS
+        assert tuple(scores) == (*ROWS, "linear_probe")
     assert results["overall"]["student"]["n"] == 96
-    for row in ROWS:
+    for row in (*ROWS, "linear_probe"):
         confusions = [np.array(results["folds"][k][row]["confusion"]) for k in "12"]
         total = np.array(results["overall"][row]["confusion"])
         assert np.array_equal(sum(confusions), total)
@@ -44,7 +48,29 @@ def test_every_fold_gives_the_five_rows_over_its_test_utterances(finished):
     assert results["corpus"] == "synthetic"
     assert results["params"]["student"] > 0
     assert (workdir / "results.md").read_text().startswith(report)
-    assert all(f"| {row.replace('_', ' ')} |" in report for row in ROWS)
+    assert all(f"| {row.replace('_', ' ')} |" in report for row in (*ROWS, "linear_probe"))
+
+
+def test_the_linear_probe_is_trained_on_the_features_that_a_fold_does_not_test(finished):
+    """By hand from the records; it is a baseline, so no predicted table has its probabilities."""
+    workdir, report = finished
+    (folder,) = workdir.glob("data/features/*")
+    read = sorted(read_examples(folder, ["id", "features"]), key=lambda example: example["id"])
+    ids = np.array([example["id"] for example in read])
+    vectors = np.stack([pool(example["features"]) for example in read])
+    folds = read_predictions(workdir, probe=True)
+    labels = dict(zip(pooled(folds, "ids"), pooled(folds, "label"), strict=True))
+    labels = np.array([labels[key] for key in ids])
+    for arrays in folds.values():
+        test = np.searchsorted(ids, arrays["ids"])
+        train = np.setdiff1d(np.arange(len(ids)), test)
+        assert len(train) == len(test) == 48
+        expected = decide(vectors, labels, train, test)
+        np.testing.assert_allclose(arrays["linear_probe"], expected, atol=1e-6)
+    assert "The linear probe is a baseline" in report
+    assert "Confusion of the updated student" in report
+    assert "linear_probe" not in (workdir / "predictions.csv").read_text()
+    assert "linear_probe" not in read_predictions(workdir)["1"]
 
 
 def test_every_stage_leaves_metrics_events_and_at_most_two_checkpoints(finished):
@@ -83,6 +109,7 @@ def test_the_quiz_batch_may_have_a_size_of_its_own(finished, tmp_path, monkeypat
 def test_a_second_start_reuses_everything_and_forgets_nothing(finished, stages, monkeypatch):
     workdir, report = finished
     monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(probe, "decide", lambda *_: pytest.fail("trained again"))
     config = get_config()
     config.stages = stages
     assert prepare_experiment(config, workdir).run() == report
@@ -101,13 +128,13 @@ def test_chosen_stages_alone_are_run_and_the_others_can_follow(finished, tmp_pat
     prepare_experiment(config, tmp_path).run()
     whole, part = (json.loads((w / "results.json").read_text()) for w in (finished[0], tmp_path))
     for rows, all_rows in zip(part["folds"].values(), whole["folds"].values(), strict=True):
-        assert rows == {row: all_rows[row] for row in ("teacher", "student")}
+        assert rows == {row: all_rows[row] for row in ("teacher", "student", "linear_probe")}
 
 
 def test_the_splits_of_a_workdir_can_be_used_again(finished, tmp_path):
     written = finished[0] / "splits.json"
     config = get_config()
-    config.seed = 1  # draws other splits
+    config.protocol.seed = 1  # draws other splits
     config.cache_dir = str(finished[0] / "data")
     drawn = prepare_experiment(config, tmp_path / "drawn")
     assert (tmp_path / "drawn" / "splits.json").read_text() != written.read_text()

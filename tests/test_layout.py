@@ -9,7 +9,7 @@ import pytest
 from layouts import ROOT
 
 PACKAGE = ROOT / "serkd_jax"
-COMMANDS = ("main", "records", "features", "export", "predict", "page")
+COMMANDS = ("main", "records", "features", "export", "predict", "page", "compare")
 # From the ground up; those in a row know nothing of each other, nor of what is above them.
 LAYERS = [
     ("errors",),

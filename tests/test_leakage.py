@@ -22,6 +22,7 @@ from serkd_jax import experiment
 from serkd_jax.data.splits import PARTS, make_folds
 from serkd_jax.experiment import ROWS, prepare_experiment
 from serkd_jax.programs import Programs
+from serkd_jax.results.predictions import read_predictions
 from tiny_config import get_config
 
 FITTED = ("train", "quiz", "reward", "validation")
@@ -147,8 +148,7 @@ def tasks(done):
 
 
 def predictions(done):
-    with np.load(done.workdir / "fold_1" / "predictions.npz") as saved:
-        return dict(saved)
+    return read_predictions(done.workdir, probe=True)["1"]
 
 
 def count_classes(done):
@@ -183,7 +183,7 @@ def test_poisoned_labels_are_scored_but_predictions_stay_the_same(run):
 def test_poisoned_clips_are_predicted_otherwise(run):
     before, after = predictions(run("clean")), predictions(run("clips"))
     assert np.array_equal(before["label"], after["label"])
-    for row in ROWS:
+    for row in (*ROWS, "linear_probe"):
         assert not (before[row] == after[row]).all(1).any()
 
 

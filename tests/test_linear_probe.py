@@ -14,7 +14,9 @@ from sklearn.svm import LinearSVC
 from benchmarks import linear_probe
 from serkd_jax.data.prepare import extract_features
 from serkd_jax.data.sources import AudioFiles
+from serkd_jax.data.splits import Fold
 from serkd_jax.encoders.frontends import LogMel, Pretrained
+from serkd_jax.results.probe import decide, pool_all, probe_fold
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,16 +84,38 @@ def test_folds_are_those_of_a_run_or_the_speakers(tmp_path):
     assert [tuple(map(list, fold)) for fold in folds] == [([1, 2], [0, 3]), ([0, 1, 3], [2])]
 
 
-def test_it_is_a_linear_svm_on_standardised_means_and_deviations():
+@pytest.mark.parametrize("classes", [2, 3])
+def test_it_is_a_linear_svm_on_standardised_means_and_deviations(classes):
     rng = np.random.default_rng(0)
-    clips = [rng.normal(i % 3, 1 + i % 2, (5 + i % 4, 7)).astype(np.float16) for i in range(60)]
-    labels = np.arange(60) % 3
-    vectors = np.stack([linear_probe.pool(clip) for clip in clips])
+    labels = np.arange(60) % classes
+    sizes = 5 + np.arange(60) % 4
+    clips = [
+        rng.normal(0.2 * c, 1, (size, 7)).astype(np.float16)
+        for c, size in zip(labels, sizes, strict=True)
+    ]
+    padded = np.stack([np.pad(clip, ((0, 9 - len(clip)), (0, 0))) for clip in clips])
+    chunks = [
+        (np.arange(at, at + 20), padded[at : at + 20], sizes[at : at + 20])
+        for at in range(0, 60, 20)
+    ]
+    vectors = pool_all(chunks)
     by_hand = [[*clip.astype(float).mean(0), *clip.astype(float).std(0)] for clip in clips]
     np.testing.assert_allclose(vectors, by_hand)
-    train, test = np.arange(40), np.arange(40, 60)
-    rows, predicted = linear_probe.probe(vectors, labels, [(train, test)], 0.001)
+    parts = np.split(np.random.default_rng(1).permutation(60), [30, 33, 36, 40])
+    train, test = np.sort(np.concatenate(parts[:4])), parts[4]
     mean, spread = vectors[train].mean(0), vectors[train].std(0)
     svm = LinearSVC(C=0.001, random_state=0).fit((vectors[train] - mean) / spread, labels[train])
-    np.testing.assert_array_equal(rows, test)
-    np.testing.assert_array_equal(predicted, svm.predict((vectors[test] - mean) / spread))
+    decided = probe_fold(vectors, labels, Fold("1", "", *parts))
+    expected = svm.decision_function((vectors[test] - mean) / spread)
+    np.testing.assert_allclose(decided if classes > 2 else decided[:, 1], expected, atol=1e-9)
+    predicted = svm.predict((vectors[test] - mean) / spread)
+    np.testing.assert_array_equal(decided.argmax(-1), predicted)
+    assert 0.3 < (predicted == labels[test]).mean() < 1
+
+
+def test_a_class_that_is_not_trained_on_is_never_predicted():
+    labels = np.array([0, 2, 0, 2, 0, 2, 1])
+    vectors = np.eye(7)
+    decided = decide(vectors, labels, np.arange(6), np.array([6]))
+    assert decided.shape == (1, 3)
+    assert decided.argmin() == 1

@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_it_is_trained_exported_and_predicts_as_ours(finished, tmp_path):
     results = read_json(finished / "results.json", "")
-    assert set(results["folds"]["1"]) == set(ROWS)
+    assert set(results["folds"]["1"]) == {*ROWS, "linear_probe"}
     for row in STUDENT_ROWS:
         trained = load_trained(finished, "1", row)
         assert trained.variables.batch_stats["BatchNorm_0"]["mean"].shape == (12,)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.audio.logmel import FRAME_RATE
 from serkd_jax.deploy.backends import make_student
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import Trained
-from serkd_jax.results.metrics import bootstrap_intervals, classification_metrics
+from serkd_jax.results.intervals import bootstrap
+from serkd_jax.results.predictions import Predictions, score
 
 METRICS = {"ua": "UA", "wa": "WA", "wf1": "weighted F1"}
 
@@ -95,8 +95,8 @@ print(model("speech.wav").label)
 |---|---|---|---|---|
 {_score_rows(scores)}
 
-In %, with 95 % intervals of a bootstrap over utterances, class by class. Utterances of one speaker
-are alike, so expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
+In %, with 95 % intervals of a bootstrap over utterances. Utterances of one speaker are alike, so
+expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
 
 ## Files
 
@@ -167,20 +167,23 @@ def _selection(trained: Trained) -> str:
 
 def _scores(trained: Trained) -> list[Scores]:
     """Scores the fold's own model and, if there are several folds, all their models together."""
-    sets = {f"fold {trained.fold}, this model": [trained.predictions[trained.fold]]}
-    every = [part for part in trained.predictions.values() if trained.row in part]
+    names = ("ids", "label", trained.row)
+    every = {
+        fold: {name: arrays[name] for name in names}
+        for fold, arrays in trained.predictions.items()
+        if trained.row in arrays
+    }
+    sets = {f"fold {trained.fold}, this model": {trained.fold: every[trained.fold]}}
     if len(every) > 1:
         sets[f"all {len(every)} folds, a model each"] = every
-    return [_score(title, parts, trained) for title, parts in sets.items()]
+    return [_score(title, predictions, trained.row) for title, predictions in sets.items()]
 
 
-def _score(title: str, parts: Sequence[Mapping[str, np.ndarray]], trained: Trained) -> Scores:
-    labels = np.concatenate([part["label"] for part in parts])
-    predicted = np.concatenate([part[trained.row].argmax(-1) for part in parts])
-    scores = classification_metrics(labels, predicted, len(trained.config.labels))
-    intervals = bootstrap_intervals(scores["confusion"])
+def _score(title: str, predictions: Predictions, row: str) -> Scores:
+    scores = score(predictions)["overall"][row]
+    intervals = bootstrap(predictions)[row]
     values = {metric: (scores[metric], *intervals[metric]) for metric in METRICS}
-    return Scores(title, len(labels), values)
+    return Scores(title, scores["n"], values)
 
 
 def _score_rows(scores: Sequence[Scores]) -> str:

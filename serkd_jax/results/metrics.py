@@ -36,35 +36,3 @@ def classification_metrics(
         "n": len(labels),
         "confusion": metrics.confusion_matrix(labels, predictions, labels=classes).tolist(),
     }
-
-
-def bootstrap_intervals(
-    confusion: np.ndarray, draws: int = 10_000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Returns 95 % percentile intervals of the scores, by resampling within each class (Efron).
-
-    The intervals are too narrow, since they take utterances as independent, which those of the same
-    speaker are not.
-
-    Args:
-        confusion: C x C counts, whose rows are true classes. Resampling the utterances of a class
-            means drawing its row from a multinomial distribution.
-        draws: number of draws.
-        seed: seed of the draws.
-
-    Returns:
-        The intervals of `ua`, `wa` and `wf1`, each (low, high).
-    """
-    rng, rows = np.random.default_rng(seed), [row for row in confusion if sum(row)]
-    present = [c for c, row in enumerate(confusion) if sum(row)]
-    drawn = np.stack(
-        [rng.multinomial(sum(row), np.array(row) / sum(row), draws) for row in rows], axis=1
-    )  # (draws, classes that occur, C)
-    hits = drawn[:, range(len(present)), present]
-    size, guessed = drawn.sum(axis=2), drawn.sum(axis=1)[:, present]
-    scores = {
-        "ua": (hits / size).mean(axis=1),
-        "wa": hits.sum(axis=1) / size.sum(axis=1),
-        "wf1": (2 * hits / (size + guessed) * size).sum(axis=1) / size.sum(axis=1),
-    }
-    return {name: tuple(np.percentile(each, [2.5, 97.5]).tolist()) for name, each in scores.items()}

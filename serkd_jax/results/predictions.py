@@ -14,26 +14,42 @@ from serkd_jax.files import read_arrays, write_file
 from serkd_jax.results.metrics import classification_metrics
 
 NAME = "predictions.npz"
+PROBE, PROBE_NAME = "linear_probe", "probe.npz"
 REMEDY = "delete it, and start the run again, which computes it again"
-# Everything else in the file is the logits of a row of the results.
-ABOUT = ("ids", "speaker", "label", "classes", "vectors")
+ABOUT = ("ids", "speaker", "label", "classes")  # what every file has
+NO_ROWS = (*ABOUT, "vectors")  # everything else is the logits of a row of the results
 
 Predictions = Mapping[str, Mapping[str, np.ndarray]]
 """Fold name -> the arrays of its `predictions.npz`: `ids` (n,) and `speaker` (n,) strings, `label`
 (n,) int, `classes` (C,) strings, `vectors` (n, P) float32 (see `principal_components`; only if a
-student is trained), and for each row of the results its logits (n, C)."""
+student is trained), and for each row of the results its logits (n, C); of the row `linear_probe`,
+its decision values."""
 
 
-def read_predictions(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
+def read_predictions(workdir: Path, probe: bool = False) -> dict[str, dict[str, np.ndarray]]:
     """Reads the predictions of the folds that a run has finished, in their order.
+
+    Args:
+        workdir: the run's workdir.
+        probe: whether to add the decisions of the linear probe, as the row `linear_probe`, where
+            there are any; these are no logits.
 
     Raises:
         UserError: there are none, or a file is damaged.
     """
-    paths = sorted(workdir.glob(f"fold_*/{NAME}"), key=lambda path: int(path.parent.name[5:]))
+    paths = [p for p in workdir.glob(f"fold_*/{NAME}") if p.parent.name[5:].isdecimal()]
+    paths.sort(key=lambda path: int(path.parent.name[5:]))
     if not paths:
         raise UserError(f"{workdir} has no fold_*/{NAME}: name the workdir of a finished run")
-    return {path.parent.name[5:]: read_arrays(path, REMEDY) for path in paths}
+    folds = {path.parent.name[5:]: read_arrays(path, REMEDY) for path in paths}
+    for path, arrays in zip(paths, folds.values(), strict=True):
+        beside = path.with_name(PROBE_NAME)
+        if probe and beside.exists():
+            decided = read_arrays(beside, REMEDY)
+            if PROBE not in decided or not np.array_equal(decided["ids"], arrays.get("ids")):
+                raise UserError(f"{beside} does not belong to {path}: {REMEDY}")
+            arrays[PROBE] = decided[PROBE]
+    return folds
 
 
 def principal_components(vectors: np.ndarray, count: int = 16) -> np.ndarray:
@@ -46,7 +62,7 @@ def principal_components(vectors: np.ndarray, count: int = 16) -> np.ndarray:
 def rows_of(predictions: Predictions) -> list[str]:
     """Returns the rows of the results that all folds have, in the order of training."""
     first, *others = predictions.values()
-    return [row for row in first if row not in ABOUT and all(row in other for other in others)]
+    return [row for row in first if row not in NO_ROWS and all(row in other for other in others)]
 
 
 def pooled(predictions: Predictions, name: str) -> np.ndarray:
@@ -67,7 +83,7 @@ def score(predictions: Predictions) -> dict[str, Any]:
         return classification_metrics(arrays["label"], predicted, arrays[row].shape[1])
 
     folds = {
-        fold: {row: of(arrays, row) for row in arrays if row not in ABOUT}
+        fold: {row: of(arrays, row) for row in arrays if row not in NO_ROWS}
         for fold, arrays in predictions.items()
     }
     together = {name: pooled(predictions, name) for name in ("label", *rows_of(predictions))}
@@ -76,7 +92,7 @@ def score(predictions: Predictions) -> dict[str, Any]:
 
 
 def write_table(path: Path, predictions: Predictions) -> None:
-    """Writes a CSV file with a line for each test utterance and row of the results.
+    """Writes a CSV file with a line for each test utterance and row of the results but the probe.
 
     Its columns are `fold`, `id`, `speaker`, `row`, `label`, `prediction`, and the probability of
     each class, `p(CLASS)`.
@@ -88,7 +104,7 @@ def write_table(path: Path, predictions: Predictions) -> None:
     table.writerow(["fold", "id", "speaker", "row", "label", "prediction", *probabilities])
     for fold, arrays in predictions.items():
         about = [*zip(arrays["ids"], arrays["speaker"], classes[arrays["label"]], strict=True)]
-        for row in (name for name in arrays if name not in ABOUT):
+        for row in (name for name in arrays if name not in (*NO_ROWS, PROBE)):
             for (key, speaker, label), p in zip(about, softmax(arrays[row], -1), strict=True):
                 numbers = [f"{x:.6f}" for x in p]
                 table.writerow([fold, key, speaker, row, label, classes[p.argmax()], *numbers])

@@ -5,7 +5,7 @@ from typing import Any
 
 from serkd_jax.data.tables import markdown_cell
 from serkd_jax.files import write_file, write_json
-from serkd_jax.results.predictions import Predictions, score, write_table
+from serkd_jax.results.predictions import PROBE, Predictions, score, write_table
 
 
 def write_results(
@@ -47,7 +47,7 @@ def write_results(
 def _markdown(results: dict[str, Any]) -> str:
     overall, folds = results["overall"], results["folds"]
     names = [*map(markdown_cell, results["classes"])]
-    *_, last = overall
+    *_, last = (row for row in overall if row != PROBE)
     lines = [
         f"# {results['corpus']}",
         "",
@@ -62,6 +62,9 @@ def _markdown(results: dict[str, Any]) -> str:
         scores += [fold[row]["ua"] for fold in folds.values()]
         cells = "".join(f" {100 * score:.1f} |" for score in scores)
         lines.append(f"| {row.replace('_', ' ')} |{cells}")
+    if PROBE in overall:
+        baseline = "a linear SVM on mean and deviation over time of the student's features"
+        lines += ["", f"The linear probe is a baseline: {baseline}."]
     params = ", ".join(
         f"{name} {count:,} ({count / 2**20:.2f}M)" for name, count in results["params"].items()
     )
