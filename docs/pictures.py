@@ -1,7 +1,7 @@
 """The pictures of the README: ``python docs/pictures.py --emodb=W``, from the root.
 
 ``pipeline.svg`` is a drawing; ``emodb.svg`` shows the folds in the workdir ``W`` of a finished run
-of ``configs/emodb.py:whisper`` beside the linear probe of the same folds. It needs matplotlib.
+of ``configs/emodb.py:whisper`` beside the linear probe of the same folds.
 """
 
 import argparse
