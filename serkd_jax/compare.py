@@ -11,7 +11,9 @@ from absl import app, flags
 
 from serkd_jax.errors import parse_flags
 
-_OUT = flags.DEFINE_string("out", "", "Folder for the tables as Markdown, LaTeX and CSV files.")
+_OUT = flags.DEFINE_string(
+    "out", "", "Folder for a page, and the tables as Markdown, LaTeX and CSV files."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -21,6 +23,7 @@ def main(argv: list[str]) -> None:
     from serkd_jax.results import comparison_tables as made
     from serkd_jax.results import typeset
     from serkd_jax.results.comparison import compare, read_runs
+    from serkd_jax.results.html_comparison import comparison_page
 
     runs, problems = read_runs(argv[1:])
     for problem in problems:
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> None:
     tests = comparison.between_rows + comparison.between_runs
     files = {
         "comparison.md": report,
+        "comparison.html": comparison_page(comparison),
         "comparison.tex": "\n".join(map(typeset.latex, tables)),
         "comparison.csv": typeset.to_csv(made.scores_as_records(comparison.scores)),
         "tests.csv": typeset.to_csv(made.tests_as_records(tests)),

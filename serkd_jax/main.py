@@ -1,5 +1,6 @@
 """Runs an experiment: `python -m serkd_jax.main --config=configs/demo.py --workdir=runs/demo`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,21 @@ def _run_experiment() -> None:
         print(f"{experiment.data_report}\n", flush=True)
     report = experiment.run()
     if parallel.is_first_process():
-        print(f"\n{report}\nWritten to {workdir}/results.json and results.md")
+        written = ", ".join(["results.json", "results.md", *_draw(workdir)])
+        print(f"\n{report}\nWritten to {workdir}: {written}")
     del held
+
+
+def _draw(workdir: Path) -> list[str]:
+    """Writes the run's page, and returns its name; the results count without it, too."""
+    from serkd_jax.results.html import write_report
+
+    try:
+        return [write_report(workdir).name]
+    except Exception as error:
+        again = "start the run again, which only draws it"
+        print(f"report.html could not be written ({error!r}): {again}", file=sys.stderr)
+        return []
 
 
 def _in_a_line(start: dict[str, Any]) -> str:

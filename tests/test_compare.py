@@ -450,8 +450,8 @@ def test_the_command_prints_and_writes_the_tables(tmp_path):
     assert "student: B − A | 1 | UA | −" in report
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
-        "comparison.md", "comparison.tex", "comparison.csv", "tests.csv", "mcnemar.csv",
-        "table4.csv", "table5.csv", "table7.csv",
+        "comparison.html", "comparison.md", "comparison.tex", "comparison.csv", "tests.csv",
+        "mcnemar.csv", "table4.csv", "table5.csv", "table7.csv",
     }  # fmt: skip
     with (tmp_path / "out" / "tests.csv").open() as file:
         (line,) = csv.DictReader(file)
