@@ -158,3 +158,4 @@ def test_a_run_on_records_that_are_there_needs_no_tensorflow(tmp_path):
     done = run(train)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| student |" in done.stdout
+    assert done.stdout.endswith("results.json, results.md, report.html\n")

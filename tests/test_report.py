@@ -16,7 +16,9 @@ from serkd_jax import main
 from serkd_jax.errors import UserError
 from serkd_jax.files import write_arrays, write_json
 from serkd_jax.results import figures, html, predictions
-from serkd_jax.results.html import SECTIONS, write_comparison, write_report
+from serkd_jax.results.comparison import compare, read_runs
+from serkd_jax.results.html import SECTIONS, write_report
+from serkd_jax.results.html_comparison import comparison_page
 
 CHROMIUM = shutil.which("chromium")
 CLASSES = ("angry", "happy", "sad")
@@ -379,7 +381,7 @@ def test_names_of_classes_speakers_and_files_stay_text(hostile):
         }),
         ({"rows": ("teacher",), "folds": 1, "speakers": 1, "logs": False}, {
             "Learning curves": "no metrics",
-            "The student’s vectors": "No student was trained",
+            "The student’s vectors": "no vectors of a student",
             "How it was run": "does not say how",
             "Scores": "only 1 test speaker is known",
         }),
@@ -406,6 +408,20 @@ def test_an_unfinished_or_damaged_run_is_reported_as_far_as_it_is_there(tmp_path
         write_report(tmp_path)
 
 
+def test_a_run_that_diverged_is_reported(tmp_path):
+    folder = write_run(tmp_path / "run", CLASSES[:2], ("student",), folds=1)
+    path = folder / "fold_1" / "predictions.npz"
+    with np.load(path) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    arrays["student"][0], arrays["vectors"][0] = np.nan, np.inf
+    write_arrays(path, **arrays)
+    log = folder / "fold_1" / "student" / "metrics.jsonl"
+    log.write_text('{"epoch": 1, "train/loss": NaN, "validation/ua": 0.5, "train/soft": Infinity}')
+    page = Page(write_report(folder))
+    assert "No row of the results has probabilities." in page.source
+    assert "There are no vectors of a student to show." in page.source
+
+
 def test_a_report_that_fails_leaves_the_results(monkeypatch, tmp_path, capsys):
     def fail(workdir):
         raise RuntimeError("no font")
@@ -425,7 +441,8 @@ def comparison(tmp_path_factory):
                   **{"contrastive.weight": weight})
         for weight in (0.05, 0.9) for seed in (0, 1)
     ]  # fmt: skip
-    write_comparison(runs, folder / "comparison.html")
+    comparison = compare(read_runs(runs)[0])
+    (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
     return folder
 
 

@@ -38,9 +38,9 @@ class Calibration(NamedTuple):
 
 
 def class_scores(label: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Returns `precision`, `recall`, `f1` and `n` of each class, each (C,)."""
+    """Returns `precision`, `recall`, `f1` and `n` of each class, each (C,); NaN if undefined."""
     names, classes = ("precision", "recall", "f1", "n"), range(num_classes)
-    scores = precision_recall_fscore_support(label, predicted, labels=classes, zero_division=0)
+    scores = precision_recall_fscore_support(label, predicted, labels=classes, zero_division=np.nan)
     return dict(zip(names, scores, strict=True))
 
 
@@ -92,12 +92,15 @@ def hardest(predictions: Predictions, rows: list[str], count: int) -> np.ndarray
     return np.argsort(mean, kind="stable")[:count]
 
 
+def embeddable(vectors: np.ndarray) -> bool:
+    """Whether there is something to see: several vectors, which differ, and all finite."""
+    return bool(min(vectors.shape) > 2 and np.isfinite(vectors).all() and np.ptp(vectors) > 0)
+
+
 def embed(vectors: np.ndarray) -> tuple[np.ndarray, str]:
-    """Maps vectors (n, P) to points (n, 2), and names the method: t-SNE where that is possible."""
+    """Maps vectors (n, P) to points (n, 2) by t-SNE, or PCA for few or many; names the method."""
     vectors = np.asarray(vectors, np.float64)
-    if not (np.isfinite(vectors).all() and min(vectors.shape) > 1):
-        return np.zeros((0, 2)), "none"
-    if FEWEST_EMBEDDED <= len(vectors) <= MOST_EMBEDDED and vectors.std() > 0:
+    if FEWEST_EMBEDDED <= len(vectors) <= MOST_EMBEDDED:
         with threadpool_limits(1):  # threads that wait for a busy core take minutes
             tsne = TSNE(perplexity=min(30, len(vectors) / 4), init="pca", random_state=0)
             return tsne.fit_transform(vectors), "t-SNE"

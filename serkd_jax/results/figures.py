@@ -35,6 +35,7 @@ VARIABLES = dict(
 MARKERS, DASHES = "osD^vXP*", ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.4, 2.3  # inches: what a phone shows in full size
 PIXELS = 96  # of CSS, for each inch
+MOST_CLIPS = 1000  # points of a duel
 MOST_LINES = 10  # folds, beyond which a band stands for them
 MOST_NUMBERED = 12  # classes, beyond which the cells of a matrix have no room for numbers
 
@@ -170,7 +171,6 @@ def curves(
     label: str,
     limits: tuple[float, float] | None = None,
     log: bool = False,
-    xlabel: str = "epoch",
 ) -> str:
     """Draws values (folds, epochs) by name: their mean, and each fold, or a band of many folds."""
     figure, axes = _figure()
@@ -183,14 +183,14 @@ def curves(
             ends = (end.reduce(values) for end in (np.fmin, np.fmax))
             axes.fill_between(epochs, *ends, color=colour, alpha=0.15, linewidth=0)
         for fold in values if 1 < len(values) <= MOST_LINES else ():
-            axes.plot(epochs, fold, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(epochs, fold, color=colour, linewidth=0.6, alpha=0.5)
         every = max(1, len(epochs) // 6)
         handles += axes.plot(
             epochs, mean_of_known(values), DASHES[i % 4], color=colour, linewidth=1.6,
             marker=marker, markersize=3.5, markevery=(i * every // max(1, len(lines)), every),
         )  # fmt: skip
     _integers(axes)
-    axes.set(xlabel=xlabel, ylabel=label)
+    axes.set(xlabel="epoch", ylabel=label)
     if log and any((values > 0).any() for values in lines.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -232,10 +232,10 @@ def task_shares(key: str, title: str, shares: np.ndarray, names: Sequence[str]) 
 
 
 @_styled
-def duel(key: str, title: str, teacher: np.ndarray, student: np.ndarray, most: int = 1000) -> str:
+def duel(key: str, title: str, teacher: np.ndarray, student: np.ndarray) -> str:
     """Draws the probabilities (n,) that T' and S' give the true class, a point for each clip."""
     figure, axes = _figure(height=WIDTH * 0.92)
-    kept = thinned(len(teacher), most)
+    kept = thinned(len(teacher), MOST_CLIPS)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
     axes.plot(
         teacher[kept], student[kept], "o", color=BLUE, markersize=3.2, alpha=0.45,

@@ -17,7 +17,7 @@ from serkd_jax.results.markup import (
     several,
     table,
 )
-from serkd_jax.results.predictions import pooled
+from serkd_jax.results.predictions import Predictions, pooled
 from serkd_jax.results.runs import Run
 
 METRICS = {"ua": "UA", "wa": "WA", "wf1": "wF1"}
@@ -238,10 +238,10 @@ def vectors(run: Run) -> str:
     folds = {
         fold: arrays
         for fold, arrays in run.predictions.items()
-        if "vectors" in arrays and min(arrays["vectors"].shape) > 2
+        if "vectors" in arrays and diagnostics.embeddable(arrays["vectors"])
     }
     if not folds:
-        return paragraph("No student was trained, so there are no vectors to show.", note=True)
+        return paragraph("There are no vectors of a student to show.", note=True)
     shown = dict(list(folds.items())[:MOST_FOLDS])
     by_class, by_speaker, places = [], [], []
     sizes = Counter(pooled(run.predictions, "label").tolist())
@@ -281,18 +281,16 @@ def vectors(run: Run) -> str:
     pictures = figure(by_class, f"{caption} class.", where)
     if by_speaker:
         pictures += figure(by_speaker, f"{caption} speaker: the same points.")
-    return paragraph(" ".join(told)) + _neighbours(run) + pictures
+    return paragraph(" ".join(told)) + _neighbours(folds) + pictures
 
 
 def _most_common(names: np.ndarray, count: int) -> list[str]:
     return sorted(name for name, _ in Counter(names.tolist()).most_common(count) if name)
 
 
-def _neighbours(run: Run) -> str:
+def _neighbours(folds: Predictions) -> str:
     rows = []
-    for fold, arrays in run.predictions.items():
-        if "vectors" not in arrays or len(arrays["vectors"]) < 2:
-            continue
+    for fold, arrays in folds.items():
         shares = []
         for groups in (arrays["label"], arrays["speaker"]):
             told = len(set(groups.tolist())) > 1
@@ -307,7 +305,7 @@ def calibration(run: Run) -> str:
     """How far probabilities can be believed."""
     label = pooled(run.predictions, "label")
     found = {
-        row: diagnostics.calibration(pooled(run.predictions, row), label) for row in run.trained
+        row: diagnostics.calibration(pooled(run.predictions, row), label) for row in run.probable
     }
     if not found:
         return paragraph("No row of the results has probabilities.", note=True)
@@ -351,14 +349,14 @@ def calibration(run: Run) -> str:
 
 def hardest(run: Run) -> str:
     """The utterances whose labels the models believe least."""
-    if not run.trained:
+    if not run.probable:
         return paragraph("No row of the results has probabilities.", note=True)
-    given, last = run.predictions, run.trained[-1]
-    places = diagnostics.hardest(given, run.trained, MOST_HARD).tolist()
+    given, last = run.predictions, run.probable[-1]
+    places = diagnostics.hardest(given, run.probable, MOST_HARD).tolist()
     label, ids, who = (pooled(given, name) for name in ("label", "ids", "speaker"))
     fold = np.concatenate([[name] * len(each["ids"]) for name, each in given.items()])
-    p = [diagnostics.true_class_probability(given, row) for row in run.trained]
-    wrong = np.all([run.predicted(row) != label for row in run.trained], axis=0)
+    p = [diagnostics.true_class_probability(given, row) for row in run.probable]
+    wrong = np.all([run.predicted(row) != label for row in run.probable], axis=0)
     said = run.predicted(last)
     rows = [
         [ids[k], fold[k], who[k], run.classes[label[k]], run.classes[said[k]]]
@@ -366,11 +364,11 @@ def hardest(run: Run) -> str:
         for k in places
     ]
     head = ["utterance", "fold", "speaker", "label", f"{row_name(last)} says"]
-    head += [f"p, {row_name(row)}" for row in run.trained]
+    head += [f"p, {row_name(row)}" for row in run.probable]
     return paragraph(
-        f"{wrong.sum():,} of {len(label):,} test utterances are wrong in every row. These are the "
-        f"{len(rows)} whose label has the least probability, on average over the rows. Listen to "
-        "them: some are hard, some are labelled wrongly, and some are damaged. Do not take "
+        f"No trained model is right on {wrong.sum():,} of {len(label):,} test utterances. Here are "
+        f"the {len(rows)} whose label has the least probability, on average over models. Listen "
+        "to them: some are hard, some are labelled wrongly, and some are damaged. Do not take "
         "utterances out of a test part because they are on this list."
     ) + table(
         "The hardest test utterances, with the probability of their label",

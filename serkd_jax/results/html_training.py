@@ -112,18 +112,22 @@ def curriculum(run: Run) -> str:
         if made:
             panels.append(made[0])
             numbers.append(made[1])
-    bias = run.config.get("curriculum.easy_bias")
-    start = " At first it prefers easy tasks (`curriculum.easy_bias`)." if bias else ""
+    chosen = "The policy chooses the task of every step."
+    if run.config.get("curriculum.easy_bias"):
+        chosen += " At first it prefers easy tasks (`curriculum.easy_bias`)."
+    if run.config.get("curriculum.sampling") == "uniform":
+        chosen = "Here tasks are drawn at random (`curriculum.sampling`), whatever the policy says."
     caption = (
         "The tasks of the steps (all folds together), the reward (thin: each fold), and test "
         "utterances, which the policy never sees."
     )
+    if len(pooled(run.predictions, "label")) > figures.MOST_CLIPS:
+        caption += f" Of these, {figures.MOST_CLIPS:,} are drawn, evenly spread over their list."
     return paragraph(
         "A task is a part of the training set; task 1 is what the meta-teacher T′ finds easiest. "
-        f"The policy chooses the task of every step.{start} Its reward is the share of reward "
-        "clips to whose true class the student S′ gives a higher probability than T′ does "
-        "(Eq. 13): at 0.5 neither is ahead. A surer student need not be right more often, which "
-        "the last picture and its table show."
+        f"{chosen} The reward is the share of reward clips to whose true class the student S′ "
+        "gives a higher probability than T′ does (Eq. 13): at 0.5 neither is ahead. A surer "
+        "student need not be right more often, which the last picture and its table show."
     ) + figure(panels, caption, *numbers)
 
 
@@ -158,7 +162,7 @@ def _reward(history: History) -> tuple[Panel, str] | None:
 
 def _duel(run: Run) -> tuple[Panel, str] | None:
     both = "meta_teacher", "updated_student"
-    if not {*both} <= {*run.rows}:
+    if not {*both} <= {*run.probable}:
         return None
     p_t, p_s = (diagnostics.true_class_probability(run.predictions, row) for row in both)
     label = pooled(run.predictions, "label")

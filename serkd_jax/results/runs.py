@@ -66,6 +66,11 @@ class Run(NamedTuple):
         return [row for row in self.rows if row != PROBE]
 
     @property
+    def probable(self) -> list[str]:
+        """The rows that have probabilities; a model that has diverged has none."""
+        return [row for row in self.trained if np.isfinite(pooled(self.predictions, row)).all()]
+
+    @property
     def classes(self) -> list[str]:
         """Names of the classes."""
         return next(iter(self.predictions.values()))["classes"].tolist()
@@ -105,7 +110,7 @@ def read_run(workdir: Path) -> Run:
         results.get("params", {}),
         {stage: _history(workdir, stage) for stage in STAGES},
         _optional(workdir / costs.NAME),
-        provenance.read_starts(workdir),
+        [start for start in provenance.read_starts(workdir) if isinstance(start, dict)],
         _optional(workdir / "splits.json"),
     )
 
