@@ -182,7 +182,7 @@ def test_the_card_is_one_of_the_hub_and_has_the_runs_scores(exported, workdir):
     scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
     for name, metric in {"UA": "ua", "WA": "wa", "weighted F1": "wf1"}.items():
         assert scores[name] == pytest.approx(100 * fold[metric], abs=0.01)
-    tested = {"1": read_predictions(workdir)["1"]}
+    tested = {"2": read_predictions(workdir)["2"]}
     low, high = bootstrap(tested)["updated_student"]["ua"]
     assert f"| {100 * fold['ua']:.1f} ({100 * low:.1f} to {100 * high:.1f}) |" in card.content
     overall = results["overall"]["updated_student"]
