@@ -13,23 +13,16 @@ four parts; parts may run at the same time, on machines that share RUNS (for a S
 `--shard=$SLURM_ARRAY_TASK_ID/4` with `--array=1-4`).
 """
 
-import ast
-import importlib.util
-import itertools
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
-from serkd_jax.config import PLACE_KEYS, check_config, settings_of
+from serkd_jax.config import check_config
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError, parse_flags
-from serkd_jax.files import lock, read_json
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe that the runs start from.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the runs' workdirs and what they share.")
@@ -39,8 +32,6 @@ _SET = flags.DEFINE_multi_string(
 )
 _EXPERIMENTS = flags.DEFINE_string("experiments", "", "Named experiments, FILE.py:NAME.")
 _SHARD = flags.DEFINE_string("shard", "1/1", "Which part of the runs to do, such as 2/4.")
-
-Changes = dict[str, Any]  # config key -> value
 
 
 def main(argv: list[str]) -> None:
@@ -52,20 +43,23 @@ def main(argv: list[str]) -> None:
 
 
 def _sweep() -> None:
+    # Slow to import, so only after the flags are parsed.
+    from serkd_jax import grid
+
     out = Path(_OUT.value)
-    experiments = load_experiments(_EXPERIMENTS.value) if _EXPERIMENTS.value else {"": {}}
-    runs = plan(experiments, [parse_values(text) for text in _SET.value], _SEEDS.value)
-    configs = {name: configure(_CONFIG.value, changes, out) for name, changes in runs.items()}
+    experiments = grid.load_experiments(_EXPERIMENTS.value) if _EXPERIMENTS.value else {"": {}}
+    runs = grid.plan(experiments, [grid.parse_values(text) for text in _SET.value], _SEEDS.value)
+    configs = {name: grid.configure(_CONFIG.value, changes, out) for name, changes in runs.items()}
     for name, config in configs.items():
         try:
             check_config(config)
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
-    mine = shard(list(configs), _SHARD.value)
+    mine = grid.shard(list(configs), _SHARD.value)
     failed = {}
     for name in tqdm(mine, desc="sweep", unit="run", disable=not parallel.is_first_process()):
         try:
-            run(configs[name], out / name)
+            grid.run(configs[name], out / name)
         except UserError as error:
             failed[name] = str(error)
             tqdm.write(f"run {name}: {error}", file=sys.stderr)
@@ -74,146 +68,6 @@ def _sweep() -> None:
         print(f"{done}: python -m serkd_jax.compare {out} --out={out}/comparison")
     if failed:
         raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
-
-
-def plan(
-    experiments: Mapping[str, Changes], grid: Iterable[tuple[str, list[Any]]], seeds: str
-) -> dict[str, Changes]:
-    """Returns the changes of each run by its name, which is also the name of its workdir.
-
-    Args:
-        experiments: changes by name; the name may be empty.
-        grid: keys with their values, of which every combination is taken.
-        seeds: numbers and ranges, such as `0-2,7`; empty for the recipe's own seed.
-
-    Raises:
-        UserError: two runs would have the same name, or the seeds cannot be read.
-    """
-    axes = [[(key, value) for value in values] for key, values in grid]
-    if seeds:  # last, so that neighbours, in different parts, share no teacher to wait for
-        axes.append([("seed", seed) for seed in parse_seeds(seeds)])
-    runs: dict[str, Changes] = {}
-    for label, changes in experiments.items():
-        for chosen in itertools.product(*axes):
-            parts = [label, *(f"{_short(key, axes)}={value}" for key, value in chosen)]
-            name = re.sub(r"[^\w.=,+-]+", "_", ",".join(filter(None, parts))) or "run"
-            if name in runs:
-                raise UserError(f"two runs would have the name {name}: drop what is double")
-            runs[name] = changes | dict(chosen)
-    return runs
-
-
-def _short(key: str, axes: Sequence[Sequence[tuple[str, Any]]]) -> str:
-    """Returns the last part of a key, or all of it if another key ends alike."""
-    last = key.rpartition(".")[2]
-    alike = {name for axis in axes for name, _ in axis if name.rpartition(".")[2] == last}
-    return last if len(alike) == 1 else key
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Reads numbers and ranges, such as `0-2,7`."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not found or int(found[2] or found[1]) < int(found[1]):
-            raise UserError(f"--seeds={text}: use numbers and ranges, such as 0-4 or 0,7,9")
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return list(dict.fromkeys(seeds))
-
-
-def parse_values(text: str) -> tuple[str, list[Any]]:
-    """Reads a key and its values, such as `contrastive.weight=0,0.05`.
-
-    Values are separated by commas outside brackets; each is a Python literal, or else a word.
-    """
-    key, equals, values = text.partition("=")
-    words = [word.strip() for word in re.split(r",(?![^(\[]*[)\]])", values)]
-    if not key or not equals or not all(words):
-        raise UserError(f"--set={text}: use KEY=VALUE,VALUE, such as contrastive.weight=0,0.05")
-    return key.strip(), [_value(word) for word in words]
-
-
-def _value(word: str) -> Any:
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
-
-
-def load_experiments(place: str) -> dict[str, Changes]:
-    """Imports named experiments, FILE.py:NAME: a dictionary of the changes by label.
-
-    Raises:
-        UserError: the file or the name is not there.
-    """
-    file, _, name = place.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(
-            f"--experiments={place}: use FILE.py:NAME, such as configs/sweeps.py:table4"
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, name.upper(), None)
-    if not isinstance(found, dict):
-        known = [n.lower() for n, value in vars(module).items() if n.isupper() and value]
-        raise UserError(f"{file} has no experiments {name!r}: use one of {', '.join(known)}")
-    return found
-
-
-def configure(recipe: ConfigDict, changes: Changes, out: Path) -> ConfigDict:
-    """Makes the config of a run; what runs can share is in `out`, unless the recipe says where.
-
-    Raises:
-        UserError: the recipe has no such key, or a value is of another type.
-    """
-    config = recipe.copy_and_resolve_references()
-    known = settings_of(recipe).keys() | {*PLACE_KEYS}
-    for key, value in changes.items():
-        if key not in known:
-            raise UserError(f"{key}: the recipe has no such key")
-        try:
-            config.update_from_flattened_dict({key: value})
-        except TypeError:
-            raise UserError(f"{key}={value}: a value of this type is not allowed") from None
-    config.cache_dir = config.cache_dir or str(out / "cache")
-    config.stages_dir = config.stages_dir or str(out / "stages")
-    return config
-
-
-def shard(names: list[str], part: str) -> list[str]:
-    """Returns every n-th name, beginning with the i-th, for the part `i/n`."""
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--shard={part}: use i/n, such as 2/4 for the second of four parts")
-    return names[int(found[1]) - 1 :: int(found[2])]
-
-
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Does what remains of a run; nothing if it is finished.
-
-    Raises:
-        UserError: the data or the configuration are bad, or the workdir holds another run.
-    """
-    from serkd_jax.experiment import prepare_experiment
-    from serkd_jax.results.html import try_to_write_report
-    from serkd_jax.results.provenance import describe_start, record_start
-
-    path = workdir / "results.json"
-    if path.exists():
-        done = read_json(path, "delete it, and it is made again")
-        if settings_of(ConfigDict(done["config"])) == settings_of(config):
-            return
-    workdir.mkdir(parents=True, exist_ok=True)
-    held = lock(workdir)
-    experiment = prepare_experiment(config, workdir)
-    record_start(workdir, describe_start(config))
-    experiment.run()
-    if parallel.is_first_process():
-        try_to_write_report(workdir)
-    if held:
-        held.close()
 
 
 if __name__ == "__main__":

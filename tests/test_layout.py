@@ -19,7 +19,7 @@ LAYERS = [
     ("stages",),
     ("programs", "training", "results"),
     ("experiment",),
-    ("deploy",),
+    ("deploy", "grid"),
     COMMANDS,
 ]
 BESIDE = {("page", "predict")}  # which model it loads, by the same options
@@ -65,7 +65,7 @@ def test_no_two_modules_have_the_same_name():
 def test_the_top_level_holds_the_commands_and_few_modules_else():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules - set(COMMANDS) == {
-        "config", "errors", "experiment", "files", "losses", "programs", "training"
+        "config", "errors", "experiment", "files", "grid", "losses", "programs", "training"
     }  # fmt: skip
 
 

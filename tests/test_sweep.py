@@ -9,35 +9,23 @@ import time
 
 import numpy as np
 import pytest
-from absl import flags
 
 import quick_xla
 from configs import common, sweeps
 from finished_runs import final_arrays
 from layouts import ROOT, make_split
+from serkd_jax import grid
 from serkd_jax.config import settings_of
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES, prepare_experiment, stage_identity
 from tiny_config import get_config
 
-
-@pytest.fixture(scope="module")
-def sweep():
-    """The command's module, without its flags, as other commands name theirs alike."""
-    from serkd_jax import sweep
-
-    for name in flags.FLAGS.flags_by_module_dict()["serkd_jax.sweep"]:
-        if name in flags.FLAGS:
-            delattr(flags.FLAGS, name)
-    return sweep
-
-
 # Which runs
 
 
-def test_every_combination_is_a_run_named_by_what_it_changes(sweep):
-    grid = [("student.norm", ["pre", "post"]), ("distill.beta", [0.0, 100.0])]
-    runs = sweep.plan({"": {}}, grid, "3,5-6")
+def test_every_combination_is_a_run_named_by_what_it_changes():
+    axes = [("student.norm", ["pre", "post"]), ("distill.beta", [0.0, 100.0])]
+    runs = grid.plan({"": {}}, axes, "3,5-6")
     assert len(runs) == 12
     assert runs["norm=post,beta=0.0,seed=5"] == {
         "student.norm": "post",
@@ -45,10 +33,10 @@ def test_every_combination_is_a_run_named_by_what_it_changes(sweep):
         "seed": 5,
     }
     both = [("student.epochs", [1]), ("teacher.epochs", [2])]
-    assert list(sweep.plan({"": {}}, both, "")) == ["student.epochs=1,teacher.epochs=2"]
-    named = sweep.plan({"a / b": {"seed": 7}, "c": {}}, [], "")
+    assert list(grid.plan({"": {}}, both, "")) == ["student.epochs=1,teacher.epochs=2"]
+    named = grid.plan({"a / b": {"seed": 7}, "c": {}}, [], "")
     assert named == {"a_b": {"seed": 7}, "c": {}}
-    assert sweep.plan({"": {}}, [], "") == {"run": {}}
+    assert grid.plan({"": {}}, [], "") == {"run": {}}
 
 
 @pytest.mark.parametrize(
@@ -61,8 +49,8 @@ def test_every_combination_is_a_run_named_by_what_it_changes(sweep):
         ("a=x=y", ("a", ["x=y"])),
     ],
 )
-def test_values_are_separated_by_commas_outside_brackets(text, values, sweep):
-    assert sweep.parse_values(text) == values
+def test_values_are_separated_by_commas_outside_brackets(text, values):
+    assert grid.parse_values(text) == values
 
 
 @pytest.mark.parametrize(
@@ -76,39 +64,39 @@ def test_values_are_separated_by_commas_outside_brackets(text, values, sweep):
         ("load_experiments", "configs/sweeps.py:nothing", "use one of table4, fig2, ablations"),
     ],
 )
-def test_what_cannot_be_read_is_told(function, argument, told, sweep, monkeypatch):
+def test_what_cannot_be_read_is_told(function, argument, told, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=told):
-        getattr(sweep, function)(argument)
+        getattr(grid, function)(argument)
 
 
-def test_parts_are_disjoint_and_together_everything(sweep):
+def test_parts_are_disjoint_and_together_everything():
     names = [str(i) for i in range(10)]
-    parts = [sweep.shard(names, f"{i}/4") for i in range(1, 5)]
+    parts = [grid.shard(names, f"{i}/4") for i in range(1, 5)]
     assert sorted(name for part in parts for name in part) == sorted(names)
-    assert sweep.shard(names, "1/1") == names
+    assert grid.shard(names, "1/1") == names
     for wrong in ("0/4", "5/4", "2", "a/b"):
         with pytest.raises(UserError, match="use i/n"):
-            sweep.shard(names, wrong)
+            grid.shard(names, wrong)
 
 
-def test_a_key_or_a_value_that_the_recipe_does_not_have_is_named(sweep, tmp_path):
+def test_a_key_or_a_value_that_the_recipe_does_not_have_is_named(tmp_path):
     for changes, told in (
         ({"student.depth": 3}, "student.depth: the recipe has no such key"),
         ({"nothing.at.all": 3}, "nothing.at.all: the recipe has no such key"),
         ({"student.width": "wide"}, "student.width=wide: a value of this type"),
     ):
         with pytest.raises(UserError, match=told):
-            sweep.configure(get_config(), changes, tmp_path)
+            grid.configure(get_config(), changes, tmp_path)
     with pytest.raises(UserError, match="two runs would have the name"):
-        sweep.plan({"a b": {}, "a_b": {}}, [], "")
+        grid.plan({"a b": {}, "a_b": {}}, [], "")
 
 
 @pytest.mark.parametrize("name", ["TABLE4", "FIG2", "ABLATIONS", "SEEDS"])
-def test_the_experiments_of_the_recipe_change_what_it_has(name, sweep, tmp_path):
+def test_the_experiments_of_the_recipe_change_what_it_has(name, tmp_path):
     experiments, recipe = getattr(sweeps, name), common.paper()
     for changes in experiments.values():
-        config = sweep.configure(recipe, changes, tmp_path)
+        config = grid.configure(recipe, changes, tmp_path)
         before, after = settings_of(recipe), settings_of(config)
         changed = {key for key in after if after[key] != before[key]}
         assert changed <= set(changes), "and nothing else"
@@ -145,27 +133,27 @@ def test_a_stage_is_another_one_if_anything_that_it_depends_on_is(key, value, st
 
 
 @pytest.mark.slow
-def test_runs_that_share_stages_are_those_that_do_not(sweep, tmp_path):
+def test_runs_that_share_stages_are_those_that_do_not(tmp_path):
     """To the bit; what is equal in both is trained once."""
     recipe = get_config("manifest")
     recipe.manifest, recipe.stages = str(make_split(tmp_path)), "teacher,student"
     out = tmp_path / "runs"
-    runs = sweep.plan({"": {}}, [("contrastive.weight", [0.0, 0.4])], "")
+    runs = grid.plan({"": {}}, [("contrastive.weight", [0.0, 0.4])], "")
     for name, changes in runs.items():
-        sweep.run(sweep.configure(recipe, changes, out), out / name)
+        grid.run(grid.configure(recipe, changes, out), out / name)
     made = sorted(path.name.split("-")[0] for path in (out / "stages").iterdir())
     assert made == ["student", "student", "teacher"]
-    alone = sweep.configure(recipe, runs["weight=0.4"], out)
+    alone = grid.configure(recipe, runs["weight=0.4"], out)
     alone.stages_dir = ""
     prepare_experiment(alone, tmp_path / "alone").run()
     ours, theirs = final_arrays(out / "weight=0.4"), final_arrays(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
-    sweep.run(sweep.configure(recipe, runs["weight=0.4"], out), out / "weight=0.4")
+    grid.run(grid.configure(recipe, runs["weight=0.4"], out), out / "weight=0.4")
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     with pytest.raises(UserError, match="another run"):
-        sweep.run(sweep.configure(recipe, {"seed": 9}, out), out / "weight=0.4")
+        grid.run(grid.configure(recipe, {"seed": 9}, out), out / "weight=0.4")
 
 
 @pytest.mark.slow
