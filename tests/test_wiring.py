@@ -66,7 +66,7 @@ def recipe(recordings, encoder):
         config[stage].update(epochs=EPOCHS[stage], learning_rate=RATES[stage])
     config.teacher.dropout = config.student.dropout = 0.0
     config.contrastive.update(weight=0.4, momentum=0.8, max_frequency_mask=0, max_time_mask=0)
-    config.meta.update(learning_rate=1e-2, pilot_learning_rate=0.5)
+    config.meta.update(learning_rate=1e-2, pilot_learning_rate=0.5, quiz_batch_size=4)
     config.distill.beta = 5.0
     config.curriculum.easy_bias = 1.0
     return config
@@ -96,7 +96,7 @@ def ran(recordings, hubert_folder, tmp_path_factory):
         patch.setattr(experiment, "train", watched)
         done.run()
     return SimpleNamespace(
-        config=config, workdir=done.workdir, fold=done.workdir / "fold_1", seen=seen,
+        run=done, config=config, workdir=done.workdir, fold=done.workdir / "fold_1", seen=seen,
         ids=done.table.ids.tolist(), drawn={name: drawn(saw) for name, saw in seen.items()},
     )  # fmt: skip
 
@@ -194,6 +194,8 @@ def test_each_part_is_passed_through_in_ever_new_order(stage, ran, corpus):
     rows = {"train": ran.drawn[stage].train, "quiz": ran.drawn[stage].quiz}
     parts = {"train": "train", "quiz": "reward" if stage == "curriculum" else "quiz"}
     wanted = {"teacher": ["train"], "student": ["train"], "curriculum": ["quiz"]}
+    assert rows["train"].shape[-1] == 8
+    assert stage != "distill" or rows["quiz"].shape[-1] == 4
     for name in wanted.get(stage, ["train", "quiz"]):
         part, taken = corpus.parts[parts[name]], rows[name].ravel()
         passes = [taken[i : i + len(part)] for i in range(0, len(taken), len(part))]
@@ -221,6 +223,18 @@ def test_no_two_stages_draw_alike(ran):
     new = [ran.drawn["student"].start, ran.drawn["distill"].start["student"]]
     kernels = [start["embed"]["kernel"] for start in new]
     assert not np.isin(*kernels).any()
+
+
+def test_another_key_gives_other_weights_wherever_they_are_new(ran):
+    (statistics,), programs = ran.run.statistics.values(), ran.run.programs
+    teacher = ran.drawn["teacher"].start["classifier"]
+    starts = {"student": (statistics,), "distill": (statistics, teacher)}
+    for kind in experiment.STAGES:
+        if kind.name in starts:
+            init = programs.stage(kind).init
+            one, other = (init(jax.random.key(k), *starts[kind.name]).params for k in (0, 1))
+            kernels = [kind.student_params(p)["embed"]["kernel"] for p in (one, other)]
+            assert not np.isin(*kernels).any()
 
 
 # Scores and results
