@@ -42,7 +42,7 @@ class Epoch(NamedTuple):
     """A stage after an epoch."""
 
     logits: np.ndarray  # (n, C) of every recording
-    scores: dict[str, float]  # `loss`, `ua` of the validation part, `reward` of the steps
+    scores: dict[str, float]  # `loss`, `ua` of validation; of the steps `reward` and Eq. 12
     state: dict  # what a later stage may start from
 
 
@@ -178,7 +178,7 @@ class Students:
                 logits = self.student(state["student"], everyone)[1].detach().numpy()
                 found = scores(self.corpus, logits)
                 if name == "curriculum":
-                    found["reward"] = np.mean(rewards)
+                    found["reward"], found["consistency"] = np.mean(rewards, 0)
                 epochs.append(Epoch(logits, found, self.copied(state)))
                 rewards = []
         return epochs
@@ -252,13 +252,15 @@ class Students:
             )
             adapted = functional_call(self.nets.adapter, state["adapter"], output[0])
             teacher = functional_call(self.nets.meta, meta, adapted).detach()
-            loss = loss + oracle.equation_12(teacher, output[1], batch["label"])
+            consistency = oracle.equation_12(teacher, output[1], batch["label"])
+            loss = loss + consistency
             optimizer.step(oracle.gradient(loss, params).values())
             quiz = self.batch(drawn.quiz[step])
             rows, label = torch.arange(len(quiz["label"])), quiz["label"]
             ours = self.student(params, quiz)[1].softmax(1)[rows, label]
             theirs = functional_call(self.nets.meta, meta, quiz["teacher_hidden"])
-            return (ours > theirs.softmax(1)[rows, label]).double().mean().item()
+            reward = (ours > theirs.softmax(1)[rows, label]).double().mean()
+            return reward.item(), consistency.item()
 
         return self.train("curriculum", drawn, state, take_step)
 
