@@ -195,7 +195,7 @@ def check_config(config: ConfigDict) -> None:
         )
     width, heads = config.teacher.get("width", 0), config.teacher.get("num_heads", 1)
     if width % heads:
-        raise UserError(f"teacher.width {width} is not divisible by num_heads {heads}")
+        raise UserError(f"teacher.width {width} is not divisible by teacher.num_heads {heads}")
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:

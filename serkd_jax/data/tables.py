@@ -109,7 +109,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 yield where, row
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise CorpusError(f"{path}: {error}; save it as UTF-8 text") from error
 
 
