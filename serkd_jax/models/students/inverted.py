@@ -59,7 +59,7 @@ class InvertedStudent(Student):
         """See `Student`; attention weights and the classifier's first kernel limit the size."""
         if self.width % self.num_heads:
             raise ValueError(
-                f"student.width {self.width} is not divisible by num_heads {self.num_heads}"
+                f"student.width {self.width} is not divisible by student.num_heads {self.num_heads}"
             )
         if self.time_pooling > frames:
             raise ValueError(
