@@ -12,7 +12,10 @@ from absl import app, flags
 from serkd_jax.errors import parse_flags
 
 _OUT = flags.DEFINE_string(
-    "out", "", "Folder for a page, and the tables as Markdown, LaTeX and CSV files."
+    "out",
+    "",
+    "Folder for a page, and the tables as Markdown, LaTeX and CSV files.",
+    allow_override=True,
 )
 
 

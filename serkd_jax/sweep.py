@@ -25,7 +25,9 @@ from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe that the runs start from.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the runs' workdirs and what they share.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder for the runs' workdirs and what they share.", allow_override=True
+)
 _SEEDS = flags.DEFINE_string("seeds", "", "Seeds of each experiment, such as 0-4 or 0,7,9.")
 _SET = flags.DEFINE_multi_string(
     "set", [], "A key and its values, such as meta.order=none,second_order."
