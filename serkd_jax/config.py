@@ -149,7 +149,7 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError: names the key and its allowed values.
     """
-    values = dict(_leaves(config))
+    values = dict(leaves(config))
     needed = KEYS.keys() if values.get("teacher.model") else KEYS | FROM_SCRATCH
     if missing := [key for key in needed if key not in values]:
         raise UserError(f"the recipe has no {missing[0]}: see configs/common.py")
@@ -228,14 +228,14 @@ def quiz_batch_size(config: ConfigDict) -> int:
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
     """Returns what defines a run's results: all values except `PLACE_KEYS`, by dotted keys."""
-    values = {key: value for key, value in _leaves(config) if key not in PLACE_KEYS}
+    values = {key: value for key, value in leaves(config) if key not in PLACE_KEYS}
     return json.loads(json.dumps(values))  # as JSON would read them back
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields each value that is no part of a config, with its keys joined by dots."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

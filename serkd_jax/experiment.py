@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from serkd_jax.data.splits import Fold, folds_as_json, make_folds
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.files import lock, read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.files import locked, read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
@@ -101,7 +101,7 @@ class Experiment:
             logits["vectors"] = predictions.principal_components(out.hidden)
 
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
-            if any(kind.student_row for kind in STAGES if kind.name in stages):
+            if self._trains_students:
                 statistics = vars(self.statistics[fold.name])
                 write_arrays(self._directory(fold, "statistics.npz"), **statistics)
             if "teacher" in stages:
@@ -135,12 +135,10 @@ class Experiment:
         arrays = read_arrays(saved, RETRAIN) if saved.exists() else {}
         # All processes have looked for the file before it is written.
         parallel.wait_for_processes(f"fold {fold.name} probe")
-        if not arrays:
-            vectors, labels = self._probe_vectors, self.table.labels
-            if parallel.is_first_process():
-                decided = probe.probe_fold(vectors, labels, fold)
-                arrays = self._about_test(fold) | {predictions.PROBE: decided}
-                write_arrays(saved, **arrays)
+        if not arrays and parallel.is_first_process():
+            decided = probe.probe_fold(self._probe_vectors, self.table.labels, fold)
+            arrays = self._about_test(fold) | {predictions.PROBE: decided}
+            write_arrays(saved, **arrays)
         parallel.wait_for_processes(f"fold {fold.name} probed")
         return arrays
 
@@ -227,9 +225,7 @@ class Experiment:
 
     def run(self) -> str:
         """Runs what remains of the chosen stages, and returns the scores as Markdown."""
-        if any(kind.student_row for kind in STAGES if kind.name in chosen_stages(self.config)):
-            costs.write_costs(self.workdir, self._measure_costs)
-        return report.write_results(
+        written = report.write_results(
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
@@ -237,6 +233,14 @@ class Experiment:
             self.programs.count_parameters(),
             self.data_report,
         )
+        if self._trains_students:
+            costs.write_costs(self.workdir, self._measure_costs)
+        return written
+
+    @property
+    def _trains_students(self) -> bool:
+        chosen = chosen_stages(self.config)
+        return any(kind.student_row for kind in STAGES if kind.name in chosen)
 
     def _measure_costs(self) -> dict[str, Any]:
         """Measures what the student costs, with new weights: time does not depend on them."""
@@ -351,8 +355,7 @@ class Experiment:
             profile=self.profile and fold is self.folds[0],
         )
         folder = self._stage_folder(fold, kind)
-        held = lock(folder, wait=True) if folder.is_symlink() else None
-        with closing(held) if held else nullcontext():
+        with locked(folder, wait=True) if folder.is_symlink() else nullcontext():
             return train(training, folder)
 
     def _student_outputs(
@@ -380,14 +383,15 @@ class Experiment:
     def _stage_folder(self, fold: Fold, kind: type[Stage]) -> Path:
         """Returns a stage's folder: a link to one in `stages_dir`, if runs share their stages."""
         folder = self._directory(fold, kind.name)
-        if self.config.stages_dir and not folder.exists():
+        if not self.config.stages_dir:
+            return folder
+        if parallel.is_first_process() and not folder.exists():
             described = read_json(self.workdir / "run.json", RETRAIN)
             name = f"{kind.name}-{stage_identity(kind, described)}"
             shared = Path(self.config.stages_dir) / name / f"fold_{fold.name}"
-            if parallel.is_first_process():
-                shared.mkdir(parents=True, exist_ok=True)
-                folder.parent.mkdir(exist_ok=True)
-                folder.symlink_to(os.path.relpath(shared.resolve(), folder.parent.resolve()))
+            shared.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(exist_ok=True)
+            folder.symlink_to(os.path.relpath(shared.resolve(), folder.parent.resolve()))
         parallel.wait_for_processes(f"fold {fold.name} {kind.name} folder")
         return folder
 

@@ -9,7 +9,7 @@ import os
 import platform
 import sqlite3
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +33,9 @@ def write_file(path: Path, content: str | bytes, by_each: bool = False) -> None:
     temporary.replace(path)
 
 
-def lock(folder: Path, wait: bool = False) -> IO[str] | None:
-    """Claims a folder for this process and returns what holds the claim, until it is closed.
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Claims a folder for this process.
 
     The system takes the claim back when the process ends, however it does. On file systems without
     locks, and in all processes except the first, nothing is claimed.
@@ -47,8 +48,18 @@ def lock(folder: Path, wait: bool = False) -> IO[str] | None:
         UserError: another process is working in the folder, and this one does not wait.
     """
     if not parallel.is_first_process():
-        return None
-    file = (folder / ".lock").open("a+")
+        yield
+        return
+    with (folder / ".lock").open("a+") as file:
+        if _claim(file, folder, wait):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+
+
+def _claim(file: IO[str], folder: Path, wait: bool) -> bool:
+    """Returns whether a folder could be claimed by its lock file; see `locked`."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -59,11 +70,8 @@ def lock(folder: Path, wait: bool = False) -> IO[str] | None:
         print(f"{told}: waiting", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+        return False
+    return True
 
 
 def content_hashes(paths: Iterable[str | Path]) -> dict[str, str]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from serkd_jax.config import PLACE_KEYS, settings_of
+from serkd_jax.config import leaves, settings_of
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
-from serkd_jax.files import lock, read_json
+from serkd_jax.files import locked, read_json
 from serkd_jax.results.html import try_to_write_report
 from serkd_jax.results.provenance import describe_start, record_start
 
@@ -114,7 +114,7 @@ def configure(recipe: ConfigDict, changes: Changes, out: Path) -> ConfigDict:
         UserError: the recipe has no such key, or a value is of another type.
     """
     config = recipe.copy_and_resolve_references()
-    known = settings_of(recipe).keys() | {*PLACE_KEYS}
+    known = dict(leaves(recipe))
     for key, value in changes.items():
         if key not in known:
             raise UserError(f"{key}: the recipe has no such key")
@@ -143,15 +143,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     path = workdir / "results.json"
     if path.exists():
-        done = read_json(path, "delete it, and it is made again")
-        if settings_of(ConfigDict(done["config"])) == settings_of(config):
+        done = read_json(path, "delete it, and it is made again", ("config",))["config"]
+        same = settings_of(ConfigDict(done)) == settings_of(config)
+        if same and done["stages"] == config.stages:
             return
     workdir.mkdir(parents=True, exist_ok=True)
-    held = lock(workdir)
-    experiment = prepare_experiment(config, workdir)
-    record_start(workdir, describe_start(config))
-    experiment.run()
-    if parallel.is_first_process():
-        try_to_write_report(workdir)
-    if held:
-        held.close()
+    with locked(workdir):
+        experiment = prepare_experiment(config, workdir)
+        record_start(workdir, describe_start(config))
+        experiment.run()
+        if parallel.is_first_process():
+            try_to_write_report(workdir)

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import parse_flags
-from serkd_jax.files import lock
+from serkd_jax.files import locked
 from serkd_jax.results.provenance import describe_start, record_start
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe of the experiment.")
@@ -32,19 +32,18 @@ def _run_experiment() -> None:
 
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    held = lock(workdir)  # until the process ends
-    start = describe_start(_CONFIG.value)
-    if parallel.is_first_process():
-        print(f"{_in_a_line(start)}\n", flush=True)
-    experiment = prepare_experiment(_CONFIG.value, workdir, _PROFILE.value)
-    record_start(workdir, start)
-    if parallel.is_first_process():
-        print(f"{experiment.data_report}\n", flush=True)
-    report = experiment.run()
-    if parallel.is_first_process():
-        written = ", ".join(["results.json", "results.md", *try_to_write_report(workdir)])
-        print(f"\n{report}\nWritten to {workdir}: {written}")
-    del held
+    with locked(workdir):
+        start = describe_start(_CONFIG.value)
+        if parallel.is_first_process():
+            print(f"{_in_a_line(start)}\n", flush=True)
+        experiment = prepare_experiment(_CONFIG.value, workdir, _PROFILE.value)
+        record_start(workdir, start)
+        if parallel.is_first_process():
+            print(f"{experiment.data_report}\n", flush=True)
+        report = experiment.run()
+        if parallel.is_first_process():
+            written = ", ".join(["results.json", "results.md", *try_to_write_report(workdir)])
+            print(f"\n{report}\nWritten to {workdir}: {written}")
 
 
 def _in_a_line(start: dict[str, Any]) -> str:

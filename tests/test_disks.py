@@ -12,7 +12,7 @@ import pytest
 from layouts import ROOT
 from serkd_jax.distributed.processes import of_the_machine
 from serkd_jax.errors import UserError
-from serkd_jax.files import lock
+from serkd_jax.files import locked
 
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Failed writing: "/runs/a/checkpoints/4/d/0f.__lock": Failed to write '
@@ -72,26 +72,26 @@ def test_a_workdir_that_cannot_be_made_is_told_in_one_line(tmp_path, workdir):
 
 
 def test_a_second_process_in_a_workdir_is_told_of_the_first(tmp_path):
-    held = lock(tmp_path)
-    process = main(tmp_path)
-    _, told = process.communicate()
+    with locked(tmp_path):
+        process = main(tmp_path)
+        _, told = process.communicate()
     assert process.returncode == 1
     assert told.splitlines()[-1].startswith(
         f"error: {tmp_path} is in use by process {os.getpid()} "
     )
-    held.close()
 
 
 def test_the_claim_of_a_process_that_was_killed_is_void(tmp_path):
-    code = "import sys, time; from pathlib import Path; from serkd_jax.files import lock\n"
-    code += "held = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from serkd_jax.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {process.pid} on "):
-            lock(tmp_path)
+            locked(tmp_path).__enter__()
         process.kill()
-    lock(tmp_path).close()
+    with locked(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_a_key_or_a_value_that_the_recipe_does_not_have_is_named(tmp_path):
     for changes, told in (
         ({"student.depth": 3}, "student.depth: the recipe has no such key"),
         ({"nothing.at.all": 3}, "nothing.at.all: the recipe has no such key"),
+        ({"manifest": "x.csv"}, "manifest: the recipe has no such key"),
         ({"student.width": "wide"}, "student.width=wide: a value of this type"),
     ):
         with pytest.raises(UserError, match=told):
@@ -130,6 +131,18 @@ def test_a_stage_is_another_one_if_anything_that_it_depends_on_is(key, value, st
     assert run != other
     differ = [k.name for k in STAGES if stage_identity(k, run) != stage_identity(k, other)]
     assert differ == stages.split()
+
+
+def test_a_finished_run_is_left_alone_unless_other_stages_are_wanted(monkeypatch, tmp_path):
+    config, begun = get_config(), []
+    (tmp_path / "results.json").write_text(json.dumps({"config": config.to_dict()}))
+    monkeypatch.setattr(grid, "prepare_experiment", lambda *_: begun.append(1) or 1 / 0)
+    grid.run(config, tmp_path)
+    assert not begun
+    config.stages = "student"
+    with pytest.raises(ZeroDivisionError):
+        grid.run(config, tmp_path)
+    assert begun
 
 
 @pytest.mark.slow

@@ -180,8 +180,7 @@ def read_run(workdir: Path) -> Run:
     settings, results = (read_json(workdir / f"{n}.json", UNFINISHED) for n in ("run", "results"))
     predictions = read_predictions(workdir, probe=True)
     kinds = {"corpus": str, "folds": dict, "params": dict}
-    known = isinstance(settings, dict) and isinstance(settings.get("seed"), int)
-    known = known and isinstance(results, dict)
+    known = isinstance(settings.get("seed"), int)
     if not known or not all(isinstance(results.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{workdir} {OTHER_VERSION}")
     if list(results["folds"]) != list(predictions):

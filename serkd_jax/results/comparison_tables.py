@@ -7,12 +7,11 @@ from typing import Any
 from serkd_jax.results import paper
 from serkd_jax.results.comparison import Comparison, Group, Score, Tested
 from serkd_jax.results.intervals import LEAST_SPEAKERS, METRICS
-from serkd_jax.results.predictions import PROBE, pooled
+from serkd_jax.results.metrics import TITLES
+from serkd_jax.results.predictions import PROBE, count_speakers, pooled
 from serkd_jax.results.typeset import Table
 
-TITLES = {"ua": "UA", "wa": "WA", "wf1": "wF1"}
 NONE = "–"
-ROWS = ("teacher", "student", "meta_teacher", "distilled_student", "updated_student")
 PAPER = "Columns and lines named paper have the paper's printed figures."
 OURS = "The others are the mean over seeds ± their standard deviation, of the runs in the list."
 
@@ -31,8 +30,7 @@ def _runs(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
         predictions = group.first.predictions
-        speakers = {speaker for speaker in pooled(predictions, "speaker").tolist() if speaker}
-        counts = [len(pooled(predictions, "ids")), len(speakers)]
+        counts = [len(pooled(predictions, "ids")), count_speakers(predictions)]
         workdirs = ", ".join(str(run.workdir) for run in group.runs.values())
         seeds = ", ".join(map(str, group.runs))
         about = [group.letter, group.name or NONE, group.corpus, seeds]
@@ -146,7 +144,7 @@ def _rows_table(number: int, corpus: str, groups: Sequence[Group], scores: dict)
     header = ["Methods", *(f"{TITLES[metric]}, paper" for metric in metrics)]
     header += [f"{TITLES[metric]}, {group.letter}" for group in groups for metric in metrics]
     rows = []
-    for row in (*ROWS, PROBE):
+    for row in (*paper.ROWS[corpus], PROBE):
         printed = paper.ROWS[corpus].get(row, {})
         cells = [words(row), *(f"{printed[m]:.2f}" if m in printed else NONE for m in metrics)]
         cells += [

@@ -6,8 +6,9 @@ import numpy as np
 
 from serkd_jax.results import comparison_tables, figures
 from serkd_jax.results.comparison import Comparison, Group
-from serkd_jax.results.html_scores import METRICS, confusion
+from serkd_jax.results.html_scores import confusion
 from serkd_jax.results.markup import figure, page, paragraph, row_name, several, table
+from serkd_jax.results.metrics import TITLES
 from serkd_jax.results.predictions import PROBE
 from serkd_jax.results.typeset import Table
 
@@ -66,7 +67,7 @@ def _sweep(groups: Sequence[Group]) -> str:
     # The linear probe does not depend on how the student is trained.
     rows = [row for row in rows if row != PROBE] or rows
     panels, body = [], []
-    for i, (metric, name) in enumerate(METRICS.items()):
+    for i, (metric, name) in enumerate(TITLES.items()):
         lines = {
             row_name(row): [
                 [100 * run.scores[row][metric] for run in group.with_row(row).values()]

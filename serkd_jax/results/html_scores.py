@@ -17,10 +17,10 @@ from serkd_jax.results.markup import (
     several,
     table,
 )
+from serkd_jax.results.metrics import TITLES
 from serkd_jax.results.predictions import Predictions, pooled
 from serkd_jax.results.runs import Run
 
-METRICS = {"ua": "UA", "wa": "WA", "wf1": "wF1"}
 # What the paper claims, and what it hopes for: that the first is better than the second.
 CLAIMS = (
     ("meta_teacher", "teacher"),
@@ -37,18 +37,18 @@ def scores(run: Run) -> str:
     if not run.rows:
         return paragraph("No row of the results is finished in every fold.", note=True)
     cited = paper.ROWS.get(run.corpus, {})
-    columns = [m for m in METRICS if any(m in each for each in cited.values())]
+    columns = [m for m in TITLES if any(m in each for each in cited.values())]
     by, overall = run.drawn_by, run.scores["overall"]
     drawn = {how: intervals.bootstrap(run.predictions, how) for how in {by, "utterance"}}
     rows = [
         [
             row_name(row),
-            *(_with_interval(overall[row][m], drawn[by][row][m]) for m in METRICS),
+            *(_with_interval(overall[row][m], drawn[by][row][m]) for m in TITLES),
             *(_cited(cited.get(row, {}).get(m)) for m in columns),
         ]
         for row in run.rows
     ]
-    head = ["model", *METRICS.values(), *(f"paper’s {METRICS[m]}" for m in columns)]
+    head = ["model", *TITLES.values(), *(f"paper’s {TITLES[m]}" for m in columns)]
     main = table(f"Scores in %, with 95 % intervals by {by}", head, rows, numbered=True)
     # The paper has no UA on MELD, and wF1 as its last column.
     metric = columns[-1] if columns and "ua" not in columns else "ua"
@@ -87,7 +87,7 @@ def _how_to_read_scores(run: Run) -> str:
 
 def _score_figure(run: Run, metric: str, drawn: dict) -> str:
     overall, folds = run.scores["overall"], run.scores["folds"]
-    cited, name = paper.ROWS.get(run.corpus, {}), METRICS[metric]
+    cited, name = paper.ROWS.get(run.corpus, {}), TITLES[metric]
     picture = figures.score_plot(
         "scores",
         f"{name} of each model, with 95 % intervals",
@@ -102,13 +102,13 @@ def _score_figure(run: Run, metric: str, drawn: dict) -> str:
     rows = [
         [
             row_name(row),
-            METRICS[m],
+            TITLES[m],
             percent(overall[row][m]),
             *(_to(drawn[how][row][m]) for how in hows),
             *(percent(fold[row][m]) for fold in folds.values()),
         ]
         for row in run.rows
-        for m in METRICS
+        for m in TITLES
     ]
     head = ["model", "score", "all", *(f"95 %, by {how}" for how in hows)]
     head += [f"fold {fold}" for fold in folds]
@@ -127,13 +127,13 @@ def _claims(run: Run, metric: str) -> str:
     rows = [
         [
             f"{row_name(a)} − {row_name(b)}",
-            *(_with_interval(*each[m][:2], points) for m in METRICS),
+            *(_with_interval(*each[m][:2], points) for m in TITLES),
             number(each[metric].p),
             number(p),
         ]
         for (a, b), each, p in zip(pairs, tested, adjusted, strict=True)
     ]
-    head = ["difference", *METRICS.values(), f"p of {METRICS[metric]}", "p, Holm"]
+    head = ["difference", *TITLES.values(), f"p of {TITLES[metric]}", "p, Holm"]
     return paragraph(
         "Both models of a difference are scored on the same draws. Where an interval contains 0, "
         "these test utterances leave open which of the two is better. The last column adjusts p "

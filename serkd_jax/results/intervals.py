@@ -7,9 +7,10 @@ import numpy as np
 from scipy import sparse, stats
 
 from serkd_jax.errors import UserError
+from serkd_jax.results.metrics import TITLES
 from serkd_jax.results.predictions import ABOUT, Predictions, pooled, rows_of, score
 
-METRICS = ("ua", "wa", "wf1")
+METRICS = tuple(TITLES)
 # With fewer, no test could find a difference: if all favour one side, p is at least 2 / 2^5 = 0.06.
 LEAST_SPEAKERS = 6
 BLOCK = 100  # draws that are scored at a time, to bound the memory

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from sklearn import metrics
 
+TITLES = {"ua": "UA", "wa": "WA", "wf1": "wF1"}
+
 
 def classification_metrics(
     labels: np.ndarray, predictions: np.ndarray, num_classes: int

@@ -70,6 +70,11 @@ def pooled(predictions: Predictions, name: str) -> np.ndarray:
     return np.concatenate([arrays[name] for arrays in predictions.values()])
 
 
+def count_speakers(predictions: Predictions) -> int:
+    """Returns the number of known test speakers."""
+    return len({name for name in pooled(predictions, "speaker").tolist() if name})
+
+
 def score(predictions: Predictions) -> dict[str, Any]:
     """Scores every row.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from serkd_jax.config import leaves
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_json
 from serkd_jax.results import costs, provenance
@@ -14,6 +15,7 @@ from serkd_jax.results.intervals import LEAST_SPEAKERS
 from serkd_jax.results.predictions import (
     PROBE,
     Predictions,
+    count_speakers,
     pooled,
     read_predictions,
     rows_of,
@@ -78,7 +80,7 @@ class Run(NamedTuple):
     @property
     def speakers(self) -> int:
         """The number of known test speakers."""
-        return len({name for name in pooled(self.predictions, "speaker").tolist() if name})
+        return count_speakers(self.predictions)
 
     @property
     def drawn_by(self) -> str:
@@ -99,7 +101,7 @@ def read_run(workdir: Path) -> Run:
     predictions = read_predictions(workdir, probe=True)
     results, settings = (_optional(workdir / name) for name in ("results.json", "run.json"))
     config = results.get("config")
-    config = flat(config) if isinstance(config, dict) else settings
+    config = dict(leaves(config)) if isinstance(config, dict) else settings
     return Run(
         workdir,
         predictions,
@@ -141,23 +143,11 @@ def task_counts(history: History) -> np.ndarray | None:
     return counts
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names nested settings in full: {"a": {"b": 1}} becomes {"a.b": 1}."""
-    named: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            named |= flat(value, f"{prefix}{key}.")
-        else:
-            named[prefix + key] = value
-    return named
-
-
 def _optional(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path, "")
+        return read_json(path, "")
     except (UserError, OSError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _history(workdir: Path, stage: str) -> History:
