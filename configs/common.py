@@ -62,6 +62,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "groups_per_fold": 1,  # speakers, sessions or folds held out together
             "num_folds": 5,  # for split_by=random
             "file": "",  # for split_by=file: the splits.json of a workdir
+            "training_share": 1.0,  # of what is not tested; less shows how much data is needed
             "validation": 0.1,  # shares of the training data, stratified
             "quiz": 0.1,
             "speakers_apart": False,  # whether validation and quiz have speakers of their own

@@ -37,5 +37,10 @@ ABLATIONS = {
     "without curriculum": {"curriculum.sampling": "uniform"},
 }
 
+# How the scores grow with the training data; each part is in the next.
+LEARNING_CURVE = {
+    f"share={share}": {"protocol.training_share": share} for share in (0.1, 0.2, 0.4, 0.7, 1.0)
+}
+
 # The same experiment with five seeds.
 SEEDS = {f"seed={seed}": {"seed": seed} for seed in range(5)}

@@ -54,6 +54,7 @@ KEYS = {
     "protocol.groups_per_fold": rule(1, 1, 10**6),
     "protocol.num_folds": rule(2, 2, 10**6),
     "protocol.file": _TEXT,
+    "protocol.training_share": rule(0.0, 0.001, 1),
     "protocol.validation": _PART,
     "protocol.quiz": _PART,
     "protocol.speakers_apart": _SWITCH,

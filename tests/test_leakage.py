@@ -302,7 +302,8 @@ def folds_of(labels, **protocol):
         "fold": [str(i % 4) for i in range(n)],
         "split": ["test" if i < 30 else "train" for i in range(n)],
     }
-    settings = {"groups_per_fold": 1, "num_folds": 5, "validation": 0.2, "quiz": 0.2, "seed": 0}
+    settings = {"groups_per_fold": 1, "num_folds": 5, "validation": 0.2, "quiz": 0.2}
+    settings |= {"seed": 0, "training_share": 1.0}
     return make_folds(labels, columns, ConfigDict(settings | protocol))
 
 

@@ -473,7 +473,7 @@ def test_the_folds_of_the_real_emobox_are_not_speaker_independent(real_emodb):
     }
     labels = np.array([real_emodb.class_names.index(u.label) for u in utterances])
     protocol = {"groups_per_fold": 1, "num_folds": 5, "speakers_apart": False, "file": ""}
-    protocol |= {"validation": 0.1, "quiz": 0.1, "seed": 0}
+    protocol |= {"validation": 0.1, "quiz": 0.1, "seed": 0, "training_share": 1.0}
 
     def note(split_by):
         config = ConfigDict(protocol | {"split_by": split_by})

@@ -35,7 +35,7 @@ IEMOCAP = {
 
 def protocol(**changes):
     values = {"split_by": "speaker", "groups_per_fold": 2, "num_folds": 5, "file": ""}
-    values |= {"speakers_apart": False, "seed": 0}
+    values |= {"speakers_apart": False, "seed": 0, "training_share": 1.0}
     return ConfigDict(values | {"validation": 0.1, "quiz": 0.2} | changes)
 
 
@@ -168,6 +168,16 @@ def test_the_corpus_own_split_is_used_as_it_is():
     (fold,) = folds(split_by="split")
     assert np.array_equal(fold.test, np.arange(30))
     assert np.array_equal(fold.validation, np.arange(30, 50))
+
+
+def test_a_share_of_the_training_data_is_the_same_for_all_its_parts_and_leaves_the_test_alone():
+    for half, whole in zip(folds(training_share=0.5), folds(), strict=True):
+        np.testing.assert_array_equal(half.test, whole.test)
+        assert np.setdiff1d(fitted(half), fitted(whole)).size == 0
+        assert len(fitted(half)) == len(fitted(whole)) / 2
+        wanted = np.bincount(LABELS[fitted(whole)]) / 2
+        assert (np.abs(np.bincount(LABELS[fitted(half)]) - wanted) < 1).all()
+        assert len(half.validation) == len(whole.validation) / 2
 
 
 @pytest.mark.parametrize("apart", [False, True])

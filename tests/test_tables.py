@@ -32,7 +32,8 @@ def rows_of(tmp_path, text, name="m.csv", encoding="utf-8"):
 def by_speaker(**shares):
     """The protocol that holds out one speaker at a time."""
     protocol = {"split_by": "speaker", "groups_per_fold": 1, "num_folds": 5, "file": ""}
-    return ConfigDict(protocol | {"speakers_apart": False, "seed": 0, **shares})
+    protocol |= {"speakers_apart": False, "seed": 0, "training_share": 1.0}
+    return ConfigDict(protocol | shares)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|", " , ", " ;\t"])

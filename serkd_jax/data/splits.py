@@ -60,7 +60,8 @@ def make_folds(
             to hold out `groups_per_fold` of that column's values in turn; `split`, for one fold by
             the corpus's own train, dev and test; `random`, for `num_folds` stratified folds that
             ignore speakers; `file`, to read the folds from `file`, which `folds_as_json` made.
-            `validation` and `quiz` are shares of the training data, stratified by class; with
+            Of what is not tested, `training_share` is used, stratified by class. `validation` and
+            `quiz` are shares of this training data, stratified likewise; with
             `speakers_apart` their speakers do not occur in the rest of the training data. Half of
             `quiz` becomes the reward part. `seed` is the seed of all that is drawn.
         class_names: what messages call the classes; their numbers if it is empty.
@@ -155,6 +156,8 @@ def _draw_folds(
         rng = np.random.default_rng([config.seed, 1, number])
         taken = test if validation is None else np.concatenate([test, validation])
         train = np.setdiff1d(np.arange(len(labels)), taken)
+        if config.training_share < 1:
+            train = _draw_share(train, labels, None, config.training_share, rng)
         if validation is None:
             validation = _draw_share(train, labels, speakers, config.validation, rng)
         train = np.setdiff1d(train, validation)

@@ -54,6 +54,6 @@ def decide(
 
 
 def probe_fold(vectors: np.ndarray, labels: np.ndarray, fold: Fold) -> np.ndarray:
-    """Returns the (n_test, C) decisions of a probe trained on all that the fold does not test."""
-    train = np.setdiff1d(np.arange(len(labels)), fold.test)
+    """Returns the (n_test, C) decisions of a probe trained on all other parts of the fold."""
+    train = np.sort(np.concatenate([rows for part, rows in fold.parts.items() if part != "test"]))
     return decide(vectors, labels, train, fold.test)
