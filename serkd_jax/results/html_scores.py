@@ -360,7 +360,7 @@ def hardest(run: Run) -> str:
     said = run.predicted(last)
     rows = [
         [ids[k], fold[k], who[k], run.classes[label[k]], run.classes[said[k]]]
-        + [number(each[k]) for each in p]
+        + [number(each[k]) if each[k] >= 0.0005 else "< 0.001" for each in p]
         for k in places
     ]
     head = ["utterance", "fold", "speaker", "label", f"{row_name(last)} says"]

@@ -197,7 +197,7 @@ def _parameters(run: Run) -> str:
         return ""
     cited = {k: each[run.corpus] for k, each in paper.PARAMETERS.items() if run.corpus in each}
     papers, none = {name: [f"{m:.2f}"] for name, m in cited.items()}, ["–"] * bool(cited)
-    counts = dict(params)
+    counts = {name: n for name, n in params.items() if name != "teacher" or "teacher" in run.rows}
     encoder = counts.pop("encoder", None)
     if encoder:
         counts |= {"encoder of the student’s features": encoder}
