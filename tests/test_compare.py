@@ -17,6 +17,7 @@ from serkd_jax.files import write_arrays, write_json
 from serkd_jax.results import intervals, paper, typeset
 from serkd_jax.results.comparison import compare, group_runs, read_runs
 from serkd_jax.results.comparison_tables import tables_of
+from serkd_jax.results.html_comparison import comparison_page
 from serkd_jax.results.intervals import bootstrap, holm, mcnemar, paired, resample
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.results.predictions import pooled, score
@@ -206,6 +207,16 @@ def test_p_is_that_of_the_normal_test_where_many_utterances_make_it_so():
     np.testing.assert_allclose(found.interval, bounds, atol=0.002)
 
 
+def test_the_data_needed_would_find_the_difference_four_times_in_five():
+    """Drawn from a normal distribution of the difference, as narrow as so much data makes it."""
+    value, error = 0.02, 0.03
+    interval = (value - norm.ppf(0.975) * error, value + norm.ppf(0.975) * error)
+    narrower = error / intervals.Difference(value, interval, 0.5).times_needed ** 0.5
+    drawn = np.random.default_rng(0).normal(value, narrower, 100_000)
+    assert (np.abs(drawn) > norm.ppf(0.975) * narrower).mean() == pytest.approx(0.8, abs=0.01)
+    assert np.isnan(intervals.Difference(0.0, (0.0, 0.0), 1.0).times_needed)
+
+
 def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs():
     """Of 8 pairs, 7 favour one side: p = 2 (8 + 1) / 2^8. Of 10, 1: p = 2 (10 + 1) / 2^10."""
     label = np.zeros(30, int)
@@ -261,6 +272,20 @@ def test_seeds_are_averaged_and_each_is_paired_with_itself(tmp_path):
     assert set(test.mcnemar) == {(1, "1"), (1, "2"), (2, "1"), (2, "2")}
     p = [each.differences["speaker"].p for each in found.between_runs]
     assert [each.adjusted["speaker"] for each in found.between_runs] == holm(p)
+
+
+def test_equal_probes_are_one_line_and_the_page_draws_them_once(tmp_path):
+    for i, probe in enumerate((0.6, 0.6, 0.9)):
+        predictions = make_predictions(student=0.5)
+        write_run(tmp_path / f"{i}", predictions, probe=probe, **{"contrastive.weight": i})
+    comparison = compare(read_runs([tmp_path])[0])
+    _, scores, *_ = tables_of(comparison)
+    names = [tuple(row[:2]) for row in scores.rows]
+    students = [("A", "student"), ("B", "student"), ("C", "student")]
+    assert names == [*students, ("A, B", "linear probe"), ("C", "linear probe")]
+    page = comparison_page(comparison)
+    assert page.count("A: linear probe") == page.count("C: linear probe") == 1
+    assert "B: linear probe" not in page
 
 
 def test_two_equal_runs_do_not_differ_and_are_told_apart_by_their_folders(tmp_path):

@@ -463,7 +463,7 @@ def test_a_comparison_has_the_curves_of_the_setting_that_differs(comparison):
         ]  # fmt: skip
         low, high = min(scores), max(scores)
         assert cell == f"{np.mean(scores):.1f} ({low:.1f} to {high:.1f})"
-    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 5
+    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 6
 
 
 def test_a_picture_follows_the_page_and_thins_out_what_is_too_much():

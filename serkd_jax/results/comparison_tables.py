@@ -1,7 +1,8 @@
 """The tables of a comparison: scores, tests, and Tables 4 to 9 with the paper's figures beside."""
 
+import os
 from collections.abc import Iterable, Sequence
-from math import isnan
+from math import isfinite, isnan
 from typing import Any
 
 from serkd_jax.results import paper
@@ -21,28 +22,33 @@ def tables_of(comparison: Comparison) -> list[Table]:
     tables = [_runs(comparison), _scores(comparison)]
     for name, tests in (("rows", comparison.between_rows), ("runs", comparison.between_runs)):
         if tests:
-            tables.append(_tests(name, tests, comparison.draws))
+            first = name == "rows" or not comparison.between_rows
+            tables.append(_tests(name, tests, comparison.draws, first))
     return tables + paper_tables(comparison)
 
 
 def _runs(comparison: Comparison) -> Table:
     header = ["run", "what differs", "corpus", "seeds", "utterances", "speakers", "workdirs"]
+    every = [run.workdir.absolute() for group in comparison.groups for run in group.runs.values()]
+    place = os.path.commonpath([workdir.parent for workdir in every])
     rows = []
     for group in comparison.groups:
         predictions = group.first.predictions
         counts = [len(pooled(predictions, "ids")), count_speakers(predictions)]
-        workdirs = ", ".join(str(run.workdir) for run in group.runs.values())
+        workdirs = ", ".join(os.path.relpath(run.workdir, place) for run in group.runs.values())
         seeds = ", ".join(map(str, group.runs))
         about = [group.letter, group.name or NONE, group.corpus, seeds]
         rows.append([*about, *(f"{count:,}" for count in counts), workdirs])
-    return Table("comparison-of", "Runs", header, rows, comparison.notes)
+    notes = [f"The workdirs are in {place}.", *comparison.notes]
+    return Table("comparison-of", "Runs", header, rows, notes)
 
 
 def _scores(comparison: Comparison) -> Table:
     by = {(score.group.letter, score.row, score.metric): score for score in comparison.scores}
     known = any(group.corpus in paper.ROWS for group in comparison.groups)
     header = ["run", "row", "seeds", *TITLES.values(), "interval by utterance", "by speaker"]
-    rows = []
+    rows: list[list[str]] = []
+    probes: dict[tuple[str, ...], list[str]] = {}  # equal lines of several groups are one line
     for group in comparison.groups:
         for row in group.rows:
             scores = [by[group.letter, row, metric] for metric in METRICS]
@@ -54,7 +60,12 @@ def _scores(comparison: Comparison) -> Table:
                 *map(mean_and_spread, scores),
             ]
             cells += [_interval(tested.intervals[kind]) for kind in ("utterance", "speaker")]
-            rows.append(cells + [_printed(group.corpus, row)] * known)
+            cells += [_printed(group.corpus, row)] * known
+            if row == PROBE:
+                probes.setdefault(tuple(cells[1:]), []).append(group.letter)
+            else:
+                rows.append(cells)
+    rows += [[", ".join(letters), *cells] for cells, letters in probes.items()]
     notes = [
         "In %; mean over seeds ± their standard deviation. The 95 % intervals are of "
         f"{_metric(comparison)}, from {comparison.draws:,} draws of the test utterances, or of the "
@@ -66,27 +77,34 @@ def _scores(comparison: Comparison) -> Table:
     return Table("comparison", "Scores", header, rows, notes)
 
 
-def _tests(name: str, tests: Sequence[Tested], draws: int) -> Table:
+def _tests(name: str, tests: Sequence[Tested], draws: int, first: bool) -> Table:
     header = ["difference", "seeds", "metric", "value", "by utterance", "p", "by speaker", "p"]
-    header.append("McNemar by fold")
+    header += ["McNemar by fold", "data needed"]
     rows = []
     for test in tests:
         cells = [_sides(test), f"{len(test.seeds)}", TITLES[test.metric]]
         cells.append(_signed(test.differences["utterance"].value))
         for by, difference in test.differences.items():
             cells += [_interval(difference.interval, _signed), _p(test.adjusted[by])]
-        rows.append([*cells, _folds(list(test.adjusted_mcnemar.values()))])
+        rows.append([*cells, _folds(list(test.adjusted_mcnemar.values())), _needed(test)])
+    least = _p(2 * len(tests) / (draws + 1))
+    adjusted = f"Each p is adjusted (Holm) over the {len(tests)} tests of this table"
+    title = f"Differences between {name}"
+    if not first:
+        notes = [f"As in the table before. {adjusted}; none can be below {least}."]
+        return Table(f"between-{name}", title, header, rows, notes)
     notes = [
         "Differences in points, with 95 % intervals and two-sided p of a paired bootstrap of "
-        f"{draws:,} draws. Each p is adjusted (Holm) over the {len(tests)} tests of this table; so "
-        f"many draws find none below {_p(2 * len(tests) / (draws + 1))}. McNemar's exact test is "
-        "adjusted over all folds and seeds too: the least p, and how many are below 0.05."
+        f"{draws:,} draws. {adjusted}; so many draws find none below {least}. McNemar's exact test "
+        "is adjusted over all folds and seeds too: the least p, and how many are below 0.05.",
+        "Data needed: how many times as many test speakers (or utterances, where there is no "
+        "interval by speaker) would show a difference of this size in four of five experiments.",
     ]
     if any(len(test.seeds) > 1 for test in tests):
         notes.append(
             "Of several seeds, each is paired with itself, and the differences are averaged."
         )
-    return Table(f"between-{name}", f"Differences between {name}", header, rows, notes)
+    return Table(f"between-{name}", title, header, rows, notes)
 
 
 def paper_tables(comparison: Comparison) -> list[Table]:
@@ -207,6 +225,7 @@ def tests_as_records(tests: Iterable[Tested]) -> list[dict[str, Any]]:
         for by, (_, (low, high), p) in test.differences.items():
             record |= {f"low_by_{by}": _percent(low), f"high_by_{by}": _percent(high)}
             record |= {f"p_by_{by}": _number(p), f"adjusted_p_by_{by}": _number(test.adjusted[by])}
+            record[f"times_needed_by_{by}"] = _number(test.differences[by].times_needed)
         records.append(record)
     return records
 
@@ -258,6 +277,12 @@ def _folds(adjusted: list[float]) -> str:
     if not adjusted:
         return NONE
     return f"{_p(min(adjusted))} ({sum(p < 0.05 for p in adjusted)} of {len(adjusted)})"
+
+
+def _needed(test: Tested) -> str:
+    times = [test.differences[by].times_needed for by in ("speaker", "utterance")]
+    known = [x for x in times if isfinite(x)]
+    return f"× {known[0]:,.{0 if known[0] >= 10 else 1}f}" if known else NONE
 
 
 def _sides(test: Tested) -> str:

@@ -98,23 +98,24 @@ def score_plot(
     names: Sequence[str],
     values: Sequence[float],
     intervals: Sequence[tuple[float, float]],
-    folds: Sequence[Sequence[float]],
+    points: Sequence[Sequence[float]],
     paper: Sequence[float | None],
     label: str,
+    parts: str = "folds",
 ) -> str:
-    """Draws a score for each row of the results, in %: all folds, interval, each fold, paper."""
+    """Draws scores in % with intervals, those of each part (fold or seed), and the paper's."""
     figure, axes = _figure(width=4.2, height=0.6 + 0.36 * len(names))
     places = np.arange(len(names))
     spread = np.clip(np.abs(np.array(intervals).T - np.array(values)), 0, None)
     axes.errorbar(
         values, places, xerr=spread, fmt="D", color=BLUE, markersize=6, linewidth=1.4, capsize=3,
-        label="all folds, 95 % interval", zorder=3,
+        label=f"all {parts}, 95 % interval", zorder=3,
     )  # fmt: skip
-    if max(map(len, folds)) > 1:
-        for place, each in zip(places, folds, strict=True):
+    if max(map(len, points)) > 1:
+        for place, each in zip(places, points, strict=True):
             axes.plot(
                 each, [place + 0.2] * len(each), "o", color=BLUE, markersize=3.5, alpha=0.55,
-                label="each fold" if place == 0 else None,
+                label=f"each {parts[:-1]}" if place == 0 else None,
             )  # fmt: skip
     known = [(x, place) for x, place in zip(paper, places, strict=True) if x is not None]
     if known:

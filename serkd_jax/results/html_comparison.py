@@ -1,10 +1,11 @@
 """The page of a comparison of runs: its tables, the curves of a sweep, and confusion matrices."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 
-from serkd_jax.results import comparison_tables, figures
+from serkd_jax.results import comparison_tables, figures, paper
 from serkd_jax.results.comparison import Comparison, Group
 from serkd_jax.results.html_scores import confusion
 from serkd_jax.results.markup import figure, page, paragraph, row_name, several, table
@@ -24,7 +25,8 @@ def comparison_page(comparison: Comparison) -> str:
         "a letter. Scores are those of test parts, in %: do not choose settings by them."
     )
     sections = [("Runs", _table(runs))]
-    sections += [(each.title, _table(each)) for each in ours]
+    picture = {"Scores": _score_figure(comparison)}
+    sections += [(each.title, _table(each) + picture.get(each.title, "")) for each in ours]
     sections += [("Scores by a setting", _sweep(comparison.groups))]
     sections += [("Confusion matrices", _confusions(comparison.groups))]
     if papers:
@@ -35,6 +37,32 @@ def comparison_page(comparison: Comparison) -> str:
 def _table(given: Table) -> str:
     notes = "".join(map(paragraph, given.notes))
     return notes + table(given.title, given.header, given.rows, numbered=True)
+
+
+def _score_figure(comparison: Comparison) -> str:
+    """Draws the score by which each line is tested, with its interval and its seeds."""
+    tested = [score for score in comparison.scores if score.metric == score.group.metric]
+    # The linear probe of runs with the same features is shown once, at the end.
+    probes = {(x.mean, *x.intervals.values()): x for x in tested[::-1] if x.row == PROBE}
+    shown = [x for x in tested if x.row != PROBE] + [*probes.values()]
+    by = "speaker" if all(isfinite(x.intervals["speaker"][0]) for x in shown) else "utterance"
+    metrics = " or ".join(dict.fromkeys(TITLES[score.metric] for score in shown))
+    picture = figures.score_plot(
+        "scores",
+        f"{metrics} of each line, with 95 % intervals",
+        [f"{score.group.letter}: {row_name(score.row)}" for score in shown],
+        [100 * score.mean for score in shown],
+        [tuple(100 * x for x in score.intervals[by]) for score in shown],
+        [
+            [100 * run.scores[score.row][score.metric] for run in runs.values()]
+            for score in shown
+            if (runs := score.group.with_row(score.row))
+        ],
+        [paper.ROWS.get(x.group.corpus, {}).get(x.row, {}).get(x.metric) for x in shown],
+        f"{metrics}, %",
+        "seeds",
+    )
+    return figure([("", picture)], f"{metrics} of each line; intervals by {by}. Numbers: above.")
 
 
 def swept(groups: Sequence[Group]) -> str:

@@ -23,6 +23,17 @@ class Difference(NamedTuple):
     interval: tuple[float, float]
     p: float
 
+    @property
+    def times_needed(self) -> float:
+        """How many times the test data would show a difference of this size in 80 % of tries.
+
+        It is ((z₀.₉₇₅ + z₀.₈) s / d)², where d is the difference and s its standard error, by
+        which the interval extends z₀.₉₇₅ times to either side. NaN if there is no difference.
+        """
+        to_side = (self.interval[1] - self.interval[0]) / 2
+        power = 1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975)
+        return float((power * to_side / self.value) ** 2) if self.value else float("nan")
+
 
 def bootstrap(
     predictions: Predictions, by: str = "utterance", draws: int = 2000, seed: int = 0
