@@ -108,6 +108,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.student = ConfigDict(
         {
             "kind": "inverted",
+            "pretrained": "",  # a folder made by serkd_jax.pretrain, for kind=convolutional
             "inverted": True,
             "readout": "variates",  # h(., S): the mean over D of every token; or tokens, flatten
             "norm": "pre",  # ours; or post

@@ -79,6 +79,7 @@ KEYS = {
     "teacher.learning_rate": _RATE,
     "teacher.epochs": _EPOCHS,
     "student.kind": rule("", choices=STUDENTS),
+    "student.pretrained": _TEXT,
     "student.standardize": _SWITCH,
     "student.learning_rate": _RATE,
     "student.epochs": _EPOCHS,
@@ -132,9 +133,10 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
     "teacher.num_heads": rule(1, 1, 256),
 }
 # The keys of the config's `student` part that are not sizes of its kind.
-STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
+STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")
+PATH_KEYS += ("student.pretrained",)
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
 PLACE_KEYS += ("steps_per_dispatch", "remat")
 

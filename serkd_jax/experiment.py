@@ -463,6 +463,7 @@ def prepare_experiment(
         "the front-end": frontend.fingerprint,
         "the teacher's front-end": teacher_frontend.fingerprint,
         "the teacher's weights": programs.weights_hash,
+        "the student's weights": programs.pretrained[1],
     }
     _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
 
@@ -514,7 +515,8 @@ def stage_identity(kind: type[Stage], run: Mapping[str, Any]) -> str:
     def matters(key: str) -> bool:
         part, _, name = key.partition(".")
         if part not in read_by_few:
-            return "teacher's" not in key or kind is TeacherStage
+            whose = "teacher's" if kind is not TeacherStage else "student's"
+            return whose not in key
         others = part in kinds and part != kind.name and name in ("epochs", "learning_rate")
         return part in kind.reads and not others
 

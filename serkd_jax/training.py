@@ -46,12 +46,13 @@ class Training:
         steps: (state, data, rows, count, rng) -> (state, metrics of each step), as compiled by
             `serkd_jax.distributed.parallel.compile_steps`.
         take: steps -> (data, rows) of `steps_per_dispatch` steps, beginning with the first of them.
-        validate: state -> validation metrics, with `confusion`, C x C counts, among them.
+        validate: state -> validation metrics; `confusion`, if there is one, is C x C counts.
         selection_metric: the validation metric whose best epoch is the stage's result, or `last`
             for the last epoch.
         rng: the stage's key, into which the step folds the step number.
         learning_rate: number of steps taken -> learning rate of the next one.
         profile: whether to trace some steps.
+        shown: the validation metric, a share, that the progress bar shows.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Training:
     rng: jax.Array
     learning_rate: Callable[[int], float]
     profile: bool = False
+    shown: str = "ua"
 
 
 def train(run: Training, directory: Path) -> Any:
@@ -169,7 +171,8 @@ class _Logs:
 
     def __init__(self, run: Training, directory: Path, done: int):
         self._first = parallel.is_first_process()
-        self._validated: list[float] = []  # UA of each epoch
+        self._shown = run.shown
+        self._validated: list[float] = []  # what is shown, of each epoch
         self._bar = tqdm(
             total=run.epochs * run.steps_per_epoch,
             initial=done,
@@ -183,7 +186,7 @@ class _Logs:
             _truncate_log(path, done)
             if path.exists():
                 rows = map(json.loads, path.read_text().splitlines())
-                self._validated = [row["validation/ua"] for row in rows]
+                self._validated = [row[f"validation/{self._shown}"] for row in rows]
             self._file = path.open("a")
             self._board = SummaryWriter(str(directory), purge_step=done + 1)
 
@@ -203,7 +206,7 @@ class _Logs:
 
     def write(self, epoch: int, step: int, row: dict[str, Any]) -> None:
         """Logs the metrics of an epoch."""
-        self._validated.append(row["validation/ua"])
+        self._validated.append(row[f"validation/{self._shown}"])
         self._show(row["train/loss"])
         if self._first:
             for name, value in row.items():
@@ -220,7 +223,7 @@ class _Logs:
         shown = {"loss": f"{loss:.3f}"}
         if self._validated:
             now, best = (f"{100 * ua:.1f}" for ua in (self._validated[-1], max(self._validated)))
-            shown |= {"validation UA": now, "best": best}
+            shown |= {f"validation {self._shown.upper()}": now, "best": best}
         self._bar.set_postfix(shown, refresh=False)
 
 

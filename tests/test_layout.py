@@ -9,7 +9,17 @@ import pytest
 from layouts import ROOT
 
 PACKAGE = ROOT / "serkd_jax"
-COMMANDS = ("main", "sweep", "compare", "records", "features", "export", "predict", "page")
+COMMANDS = (
+    "main",
+    "sweep",
+    "compare",
+    "records",
+    "features",
+    "pretrain",
+    "export",
+    "predict",
+    "page",
+)
 # From the ground up; those in a row know nothing of each other, nor of what is above them.
 LAYERS = [
     ("errors",),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from serkd_jax.data.corpora.base import SpeechCorpus
-from serkd_jax.data.examples import Examples
+from serkd_jax.data.examples import Examples, are_resident
 from serkd_jax.data.reader import (
     RandomReader,
     RecordsError,
@@ -88,6 +88,28 @@ def open_examples(
     columns |= {"length": lengths, "label": table.labels}
     columns |= {"index": np.arange(len(ids), dtype=np.int32)}
     return Examples({}, devices, read).with_columns(**columns)
+
+
+def open_unlabelled(folder: Path, length: int, devices: list[jax.Device]) -> Examples:
+    """Makes examples of all utterances of feature records, without labels.
+
+    Args:
+        folder: the folder of feature records.
+        length: number of frames; longer utterances are cut.
+        devices: the devices of all processes; the inputs are put on them if they fit.
+
+    Raises:
+        RecordsError: the folder is damaged.
+    """
+    ids, lengths = load_lengths(folder, "num_frames", length)
+    columns = {"length": lengths, "index": np.arange(len(ids), dtype=np.int32)}
+    width = describe(folder).fields["features"].shape[1]
+    if not are_resident("auto", 2 * len(ids) * length * width, devices):
+        return Examples({}, devices, RandomReader(folder, "features", length)).with_columns(
+            **columns
+        )
+    inputs = load_arrays(folder, "features", length)[1]
+    return Examples({}, devices).with_columns(inputs=inputs, **columns)
 
 
 def prepare_features(

@@ -58,6 +58,52 @@ class LogMel:
             yield i, logmel.log_mel(waveform[: num_samples(max_frames)], self.num_mels)
 
 
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """The frames of two front-ends, which share one grid, joined: first `first`, then `second`."""
+
+    first: LogMel
+    second: "Pretrained"
+    name: ClassVar[str] = "side_by_side"  # in file names, where TFDS splits at hyphens
+
+    @property
+    def width(self) -> int:
+        """The sum of both widths."""
+        return self.first.width + self.second.width
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of both, and the second's assumption."""
+        both = {"first": self.first.settings, "second": self.second.settings}
+        return {"name": self.name, "assumption": self.assumption, **both}
+
+    @property
+    def fingerprint(self) -> str:
+        """A string of all settings on which the features depend."""
+        return f"{self.first.fingerprint} beside {self.second.fingerprint}"
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices that the second uses."""
+        return self.second.num_devices
+
+    @property
+    def assumption(self) -> str:
+        """What the second assumes."""
+        return self.second.assumption
+
+    def __call__(
+        self,
+        waveforms: Sequence[np.ndarray],
+        max_frames: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """See `serkd_jax.data.sources.Frontend`."""
+        for i, frames in self.second(waveforms, max_frames, groups):
+            ((_, beside),) = self.first([waveforms[i]], max_frames)
+            yield i, np.concatenate([beside, frames], axis=1)
+
+
 class Batching(NamedTuple):
     """How clips are put into batches."""
 

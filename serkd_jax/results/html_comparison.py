@@ -62,7 +62,10 @@ def _score_figure(comparison: Comparison) -> str:
         f"{metrics}, %",
         "seeds",
     )
-    return figure([("", picture)], f"{metrics} of each line; intervals by {by}. Numbers: above.")
+    return figure(
+        [("", picture)],
+        f"{metrics} of each line; intervals by {by}. The table above has the numbers.",
+    )
 
 
 def swept(groups: Sequence[Group]) -> str:

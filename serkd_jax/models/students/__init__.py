@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from serkd_jax.models.students.base import Student
 
 # The values of `config.student.kind`, with the module and class of each.
-STUDENTS = {"inverted": "serkd_jax.models.students.inverted:InvertedStudent"}
+STUDENTS = {
+    "inverted": "serkd_jax.models.students.inverted:InvertedStudent",
+    "convolutional": "serkd_jax.models.students.convolutional:ConvolutionalStudent",
+}
 
 
 def find_student(kind: str) -> "type[Student]":
