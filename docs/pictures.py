@@ -14,8 +14,6 @@ from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).parent
 INK, PALE, BLUE, ORANGE = "#24292f", "#f6f8fa", "#0969da", "#bc4c00"
-# UA of each fold, in %: `python -m benchmarks.linear_probe`, see docs/encoders.md.
-PROBE = (91.3, 86.7, 81.4, 87.9, 90.0)
 
 BOXES = {  # name: (x, y, title, what it is)
     "corpus": (0, 2, "corpus", "EMO-DB, IEMOCAP, MELD,\na manifest of your own"),
@@ -76,11 +74,10 @@ def draw_results(workdir: Path) -> None:
         [100 * fold[row]["ua"] for fold in results["folds"].values()] for row in results["overall"]
     ]
     figure, axes = plt.subplots(figsize=(8, 3.2))
-    names = [*rows, "linear probe"]
-    means = [100 * ua for ua in rows.values()] + [88.0]
+    names, means = [*rows], [100 * ua for ua in rows.values()]
     places = range(len(names))
-    for place, mean, dots in zip(places, means, [*folds, PROBE], strict=True):
-        color = BLUE if place < len(rows) else ORANGE
+    for place, mean, dots in zip(places, means, folds, strict=True):
+        color = ORANGE if names[place] == "linear probe" else BLUE
         axes.plot(dots, [place] * len(dots), "o", color=color, markersize=5, alpha=0.45)
         axes.plot([mean], [place], "D", color=color, markersize=8)
         axes.text(95.2, place, f"{mean:.1f}", va="center", ha="right", weight="bold", color=color)
