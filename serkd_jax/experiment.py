@@ -256,15 +256,18 @@ class Experiment:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """Statistics of the student's features over each fold's training part, by fold name."""
-        width = self.programs.feature_shape[1]
+        """What each fold standardises the student's features by: measured on its training part."""
+        width, pretrained = self.programs.feature_shape[1], self.programs.pretrained
+        if pretrained:  # on other speech, so it must see frames of the same kind
+            statistics = Statistics(pretrained.mean, pretrained.spread)
+            return {fold.name: statistics for fold in self.folds}
         return self._measure(self.features, width, self.config.student.standardize)
 
     @cached_property
     def _teacher_statistics(self) -> dict[str, Statistics]:
         """Statistics of the teacher's features over each fold's training part, by fold name."""
         config = self.config.teacher
-        same = self.teacher_inputs is self.features
+        same = self.teacher_inputs is self.features and not self.programs.pretrained
         if same and config.standardize == self.config.student.standardize:
             return self.statistics
         return self._measure(self.teacher_inputs, self.programs.teacher_width, config.standardize)
@@ -463,7 +466,7 @@ def prepare_experiment(
         "the front-end": frontend.fingerprint,
         "the teacher's front-end": teacher_frontend.fingerprint,
         "the teacher's weights": programs.weights_hash,
-        "the student's weights": programs.pretrained[1],
+        "the student's weights": programs.pretrained.sha256 if programs.pretrained else "",
     }
     _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
 

@@ -70,7 +70,7 @@ def _pretrain() -> None:
     from serkd_jax.data.prepare import extract_features, open_unlabelled
     from serkd_jax.data.reader import describe
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.encoders.distilled import Sizes, save_distilled
+    from serkd_jax.encoders.distilled import Distilled, Sizes, save_distilled
     from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
     from serkd_jax.models.students.convolutional import FrameEncoder
     from serkd_jax.stages.base import make_optimizer, make_schedule
@@ -144,7 +144,11 @@ def _pretrain() -> None:
     if parallel.is_first_process():
         r2 = validate(state)["r2"]
         about = {"predicts": large.settings, "utterances": len(rows), "r2": round(r2, 4)}
-        save_distilled(out, sizes, state.params, about)
+        bands = slice(_NUM_MELS.value)
+        made = Distilled(
+            sizes, jax.device_get(state.params), statistics.mean[bands], statistics.spread[bands]
+        )
+        save_distilled(out, made, about)
         print(f"{out} predicts {100 * r2:.1f} % of the variance of held-out hidden states.")
         if skipped := describe(out / "features").metadata["skipped"]:
             count = len(skipped) + len(rows) + len(held_out)

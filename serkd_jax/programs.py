@@ -18,7 +18,7 @@ from serkd_jax.config import choose_dtype, make_student
 from serkd_jax.data.examples import Examples, predict_rows
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
-from serkd_jax.encoders.distilled import load_distilled
+from serkd_jax.encoders.distilled import Distilled, load_distilled
 from serkd_jax.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Layers
 from serkd_jax.errors import UserError
 from serkd_jax.models.policy import Policy
@@ -211,18 +211,18 @@ class Programs:
         return jax.eval_shape(init, jax.random.key(0), *inputs)[0].hidden.shape[1]
 
     @cached_property
-    def pretrained(self) -> tuple[dict[str, Any], str]:
-        """The pretrained frame encoder of S, and its hash; empty if S starts from scratch.
+    def pretrained(self) -> Distilled | None:
+        """The pretrained frame encoder of S; None if S starts from scratch.
 
         Raises:
             UserError: the folder cannot be used, or is of other sizes than the student.
         """
         config = self.config.student
         if not config.pretrained:
-            return {}, ""
-        sizes, params, digest = load_distilled(config.pretrained)
+            return None
+        found = load_distilled(config.pretrained)
         frontend = {"num_mels": self.config.frontend.get("num_mels")}
-        for name, value in asdict(sizes).items():
+        for name, value in asdict(found.sizes).items():
             key = "frontend" if name in frontend else "student"
             mine = (frontend | config.to_dict()).get(name)
             if mine != value:
@@ -230,17 +230,18 @@ class Programs:
                     f"{config.pretrained} has {name} {value}, but {key}.{name} is {mine}: set "
                     f"--config.{key}.{name}={value} (and student.kind=convolutional)"
                 )
-        return params, digest
+        return found
 
     @cached_property
     def new_student(self) -> Callable[[jax.Array], Any]:
         """The compiled function key -> new variables of S."""
-        shape, (encoder, _) = (1, *self.feature_shape), self.pretrained
+        shape, pretrained = (1, *self.feature_shape), self.pretrained
 
         def init(rng: jax.Array) -> Any:
             variables = self.student.init(rng, jnp.zeros(shape), jnp.ones(1, jnp.int32))
-            if encoder:
-                variables = {**variables, "params": {**variables["params"], "encoder": encoder}}
+            if pretrained:
+                params = {**variables["params"], "encoder": pretrained.params}
+                variables = {**variables, "params": params}
             return variables
 
         return jax.jit(init)

@@ -62,6 +62,7 @@ def test_the_students_vector_is_mean_and_deviation_of_the_valid_frames_alone():
             {"params": variables["params"]["encoder"]}, alone, alone[..., 0] > -99
         )
         expected = np.concatenate([frames[0].mean(0), frames[0].std(0)])
+        expected /= np.sqrt(1 + 1e-5)  # new running statistics are 0 and 1
         np.testing.assert_allclose(out.hidden[i], expected, atol=3e-3)  # 1e-5 under the root
         np.testing.assert_allclose(
             out.logits[i : i + 1],
@@ -138,9 +139,9 @@ def test_the_command_learns_to_predict_hidden_states_and_says_how_well(pretraine
     assert described["r2"] == pytest.approx(last["validation/r2"], abs=1e-4)
     assert f"{100 * described['r2']:.1f} %" in told
     assert "1 of 17" in told
-    sizes, params, digest = load_distilled(folder)
-    assert params["conv_0"]["kernel"].shape == (3 * MELS, 6)
-    assert (len(digest), sizes.width) == (16, 6)
+    found = load_distilled(folder)
+    assert found.params["conv_0"]["kernel"].shape == (3 * MELS, 6)
+    assert (len(found.sha256), found.sizes.width) == (16, 6)
 
 
 def student_of(folder, **changes):
@@ -157,15 +158,17 @@ def student_of(folder, **changes):
 def test_a_student_starts_from_it_and_trains_on(pretrained, tmp_path):
     folder, _ = pretrained
     experiment = prepare_experiment(student_of(folder), tmp_path)
-    _, params, digest = load_distilled(folder)
+    found = load_distilled(folder)
     jax.tree.map(
         np.testing.assert_array_equal,
         experiment.programs.new_student(jax.random.key(5))["params"]["encoder"],
-        params,
+        found.params,
     )
-    assert read_json(tmp_path / "run.json", "")["the student's weights"] == digest
+    assert read_json(tmp_path / "run.json", "")["the student's weights"] == found.sha256
     state = experiment.train_student(experiment.folds[0])
-    moved = state.params["encoder"]["conv_0"]["kernel"] - params["conv_0"]["kernel"]
+    np.testing.assert_array_equal(state.frozen.mean, found.mean)
+    np.testing.assert_array_equal(state.frozen.spread, found.spread)
+    moved = state.params["encoder"]["conv_0"]["kernel"] - found.params["conv_0"]["kernel"]
     assert 0 < np.abs(moved).max() < 0.1
 
 

@@ -17,6 +17,25 @@ REMEDY = "name a folder made by serkd_jax.pretrain, or make it again"
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """A small encoder.
+
+    Attributes:
+        sizes: its sizes.
+        params: the parameters of its `FrameEncoder`.
+        mean: (num_mels,) mean of each band in pretraining, by which its input is standardised.
+        spread: (num_mels,) their standard deviation, likewise.
+        sha256: hash of all on which the encoded frames depend.
+    """
+
+    sizes: "Sizes"
+    params: dict[str, Any]
+    mean: np.ndarray
+    spread: np.ndarray
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The sizes of a `FrameEncoder`, and the number of log-mel bands that it reads."""
 
@@ -27,20 +46,22 @@ class Sizes:
     outputs: int
 
 
-def save_distilled(folder: Path, sizes: Sizes, params: Any, about: dict[str, Any]) -> None:
+def save_distilled(folder: Path, distilled: Distilled, about: dict[str, Any]) -> None:
     """Writes the weights, and `config.json` with the sizes and what is said about the training."""
     from safetensors.numpy import save_file
 
-    flat = traverse_util.flatten_dict(params, sep=".")
+    flat = traverse_util.flatten_dict(distilled.params, sep=".")
+    flat |= {"mean": distilled.mean, "spread": distilled.spread}
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
     partial = folder / f"{WEIGHTS}.tmp"
     save_file(tensors, partial)
     partial.replace(folder / WEIGHTS)
-    write_json(folder / CONFIG, {"model_type": "serkd-jax-frames", **asdict(sizes), **about})
+    described = {"model_type": "serkd-jax-frames", **asdict(distilled.sizes), **about}
+    write_json(folder / CONFIG, described)
 
 
-def load_distilled(folder: str | Path) -> tuple[Sizes, dict[str, Any], str]:
-    """Returns sizes, parameters, and a hash of all on which the encoded frames depend.
+def load_distilled(folder: str | Path) -> Distilled:
+    """Loads what `save_distilled` wrote.
 
     Raises:
         UserError: the folder is missing, or holds something else, or is damaged.
@@ -53,6 +74,7 @@ def load_distilled(folder: str | Path) -> tuple[Sizes, dict[str, Any], str]:
     try:
         sizes = Sizes(**{name: int(described[name]) for name in Sizes.__dataclass_fields__})
         tensors = load_file(folder / WEIGHTS)
+        mean, spread = (tensors[name] for name in ("mean", "spread"))
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}): {REMEDY}") from error
     digest = hashlib.sha256(json.dumps(asdict(sizes)).encode())
@@ -60,5 +82,6 @@ def load_distilled(folder: str | Path) -> tuple[Sizes, dict[str, Any], str]:
         if not np.isfinite(value).all():
             raise UserError(f"{folder / WEIGHTS}: {name} is not finite: {REMEDY}")
         digest.update(name.encode() + value.tobytes())
+    del tensors["mean"], tensors["spread"]
     params = traverse_util.unflatten_dict(tensors, sep=".")
-    return sizes, params, digest.hexdigest()[:16]
+    return Distilled(sizes, params, mean, spread, digest.hexdigest()[:16])

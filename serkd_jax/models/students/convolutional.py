@@ -57,7 +57,7 @@ def neighbourhoods(frames: jax.Array, kernel: int) -> jax.Array:
 
 
 class ConvolutionalStudent(Student):
-    """Features (B, T, N) -> `FrameEncoder` -> mean and deviation over time -> classes.
+    """Features (B, T, N) -> `FrameEncoder` -> mean and deviation over time, normed -> classes.
 
     Attributes:
         width: number of channels of the convolutions.
@@ -96,4 +96,10 @@ class ConvolutionalStudent(Student):
         mean = masked_mean(frames, valid)
         variance = masked_mean(jnp.square(frames - mean[:, None]), valid)
         hidden = jnp.concatenate([mean, jnp.sqrt(variance + 1e-5)], axis=-1)
+        # Speakers and contents move these numbers little, and some much less than others.
+        training = dropout_keys is not None
+        hidden = nn.BatchNorm(
+            not training, momentum=0.9, axis_name=self.axis, use_scale=False, use_bias=False,
+            name="norm",
+        )(hidden)  # fmt: skip
         return self.classify_and_project(Dropout(self.dropout)(hidden, dropout_keys))
