@@ -72,13 +72,20 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.selection_metric = "ua" if iemocap else "wf1"
 
     config.batch_size = 32
-    config.optimizer = ConfigDict(  # AdamW; everything except the name is ours
+    config.optimizer = ConfigDict(  # everything except the name is ours
         {
+            "name": "adamw",  # or sgd
+            "beta1": 0.9,  # with sgd, the momentum
+            "beta2": 0.999,
             "weight_decay": 0.01,
             "decayed": "kernels",  # not biases, norms and embeddings; or all
             "clip_norm": 1.0,
-            "schedule": "constant",
-            "warmup": 0.0,
+            "schedule": "constant",  # or cosine
+            "warmup": 0.0,  # share of the steps over which the rate rises from 0
+            # Of cosine: the share of the steps after which the rate starts again, then twice as
+            # many each time (0: never), and the last rate of each cycle as a share of the first.
+            "first_cycle": 0.0,
+            "final": 0.0,
         }
     )
 
@@ -111,6 +118,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "readout": "variates",  # h(., S): the mean over D of every token; or tokens, flatten
             "norm": "pre",  # ours; or post
             "standardize": True,  # features, by mean and spread of the training part: ours
+            "label_smoothing": 0.0,  # share of the target that all classes get alike
             "width": 512,
             "mlp_dim": 1792,
             "num_heads": 8,

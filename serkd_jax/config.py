@@ -58,11 +58,16 @@ KEYS = {
     "protocol.quiz": _PART,
     "protocol.speakers_apart": _SWITCH,
     "protocol.seed": rule(0, 0, 2**32 - 1),
+    "optimizer.name": _one_of("adamw", "sgd"),
+    "optimizer.beta1": _PART,
+    "optimizer.beta2": rule(0.0, 0, 0.999999),
     "optimizer.weight_decay": _RATE,
     "optimizer.decayed": _one_of("kernels", "all"),
     "optimizer.clip_norm": rule(0.0, 0, 1e9),
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.warmup": _SHARE,
+    "optimizer.first_cycle": _SHARE,
+    "optimizer.final": _SHARE,
     "teacher.input": _one_of("waveform", "features"),
     "teacher.frontend.name": _TEXT,
     "teacher.model": _TEXT,
@@ -79,6 +84,7 @@ KEYS = {
     "teacher.epochs": _EPOCHS,
     "student.kind": rule("", choices=STUDENTS),
     "student.standardize": _SWITCH,
+    "student.label_smoothing": _PART,
     "student.learning_rate": _RATE,
     "student.epochs": _EPOCHS,
     "contrastive.weight": _SHARE,
@@ -131,7 +137,7 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
     "teacher.num_heads": rule(1, 1, 256),
 }
 # The keys of the config's `student` part that are not sizes of its kind.
-STUDENT_SETTINGS = ("kind", "standardize", "learning_rate", "epochs")
+STUDENT_SETTINGS = ("kind", "standardize", "label_smoothing", "learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")

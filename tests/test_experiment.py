@@ -175,6 +175,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     ("key", "value", "message"),
     [
         ("meta.order", "third_order", "first_order or none"),
+        ("optimizer.name", "lion", "adamw or sgd"),
         ("optimizer.schedule", "linear", "constant or cosine"),
         ("optimizer.decayed", "biases", "kernels or all"),
         ("student.readout", "mean", "variates or tokens or flatten"),
@@ -182,7 +183,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("student.kind", "linear", "student.kind is 'linear': use inverted"),
         ("student.depth", 3, "depth is none of them"),
         ("student", {"kind": "inverted"}, r"the recipe has no student\.standardize"),
-        ("optimizer", {}, r"the recipe has no optimizer\.weight_decay"),
+        ("optimizer", {}, r"the recipe has no optimizer\.name"),
         ("synthetic.speakers", 3, r"the recipe has synthetic\.speakers, which nothing reads"),
         ("synthetic.utterances_per_class", 10**9, "an integer, 1 to 10000"),
         ("corpus", None, "corpus is None: use text"),

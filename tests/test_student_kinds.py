@@ -10,6 +10,7 @@ import serkd_jax.models.students as students
 from configs import common
 from configs.common import with_preset
 from layouts import write_wav
+from serkd_jax.config import STUDENT_SETTINGS
 from serkd_jax.deploy import formats
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained
@@ -121,7 +122,7 @@ def test_a_kind_is_a_preset_with_its_own_sizes(monkeypatch):
         "width": 8,
         "classifier_dims": (384, 128),
         "projection_dims": (256, 256),
-        **{key: ours.student[key] for key in ("standardize", "learning_rate", "epochs")},
+        **{key: ours.student[key] for key in STUDENT_SETTINGS if key != "kind"},
     }
     assert toy.teacher == ours.teacher
     assert with_preset(common.paper(), "logmel,inverted").student == ours.student
