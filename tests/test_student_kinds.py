@@ -1,4 +1,4 @@
-"""A student of another kind, of ten lines, goes through all that ours does."""
+"""Students of other kinds go through all that ours does: one of ten lines, and all that we have."""
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from test_stages import STAGES, as_arrays, run
 import serkd_jax.models.students as students
 from configs import common
 from configs.common import with_preset
+from exported_models import write_model
 from layouts import write_wav
 from serkd_jax.config import STUDENT_SETTINGS
 from serkd_jax.deploy import formats
@@ -24,6 +25,7 @@ from serkd_jax.predict import load_model
 from serkd_jax.stages.standardization import standardize
 from tiny_config import get_config
 from tiny_stages import curriculum_stage, distill_stage, student_stage
+from tiny_students import TINY, deployed_sizes, random_inputs, random_variables, tiny
 
 
 class Toy(Student):
@@ -76,14 +78,15 @@ def test_it_is_trained_exported_and_predicts_as_ours(finished, tmp_path):
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-TINY = Toy(3, width=12, classifier_dims=(10,), projection_dims=(12, 8))
+TOY = Toy(3, width=12, classifier_dims=(10,), projection_dims=(12, 8))
+TIMNET = tiny("timnet", projection_dims=(8,), dropout=0.0)
 
 
 @pytest.mark.parametrize("stage", [student_stage, distill_stage, curriculum_stage])
 def test_its_batch_statistics_are_those_of_all_devices(stage, monkeypatch):
-    monkeypatch.setitem(STAGES, "toy", lambda: stage(model=TINY))
+    monkeypatch.setitem(STAGES, "toy", lambda: stage(model=TOY))
     (one, _), (eight, _) = run("toy", 1), run("toy", 8)
-    start = stage(model=TINY)[1]().batch_stats["BatchNorm_0"]["mean"]
+    start = stage(model=TOY)[1]().batch_stats["BatchNorm_0"]["mean"]
     after = np.asarray(one.batch_stats["BatchNorm_0"]["mean"])
     assert np.abs(after - start).max() > 0.1
     followed = np.asarray(one.momentum_stats["BatchNorm_0"]["mean"])
@@ -92,8 +95,16 @@ def test_its_batch_statistics_are_those_of_all_devices(stage, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
+def test_statistics_of_valid_frames_are_those_of_all_devices(monkeypatch):
+    """The devices have unequal numbers of valid frames."""
+    monkeypatch.setitem(STAGES, "timnet", lambda: student_stage(model=TIMNET))
+    (one, _), (eight, _) = run("timnet", 1), run("timnet", 8)
+    for a, b in zip(as_arrays(one), as_arrays(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+
+
 def test_its_statistics_after_a_step_are_those_of_flax():
-    make_step, init, batch = student_stage(model=TINY)
+    make_step, init, batch = student_stage(model=TOY)
     state, one = init(), batch(0)
     after, _ = jax.jit(make_step())(state, one, jax.random.key(7))
     features = standardize(one["inputs"], one["length"], state.frozen)
@@ -102,6 +113,60 @@ def test_its_statistics_after_a_step_are_those_of_flax():
     )
     expected = 0.5 * state.batch_stats["BatchNorm_0"]["mean"] + 0.5 * np.asarray(hidden).mean(0)
     np.testing.assert_allclose(after.batch_stats["BatchNorm_0"]["mean"], expected, atol=1e-5)
+
+
+def test_every_kind_is_tested():
+    assert students.STUDENTS.keys() - {"toy"} == {"inverted", *TINY}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_padding_changes_nothing_unless_it_is_to_be_seen_nor_does_the_rest_of_the_batch(kind):
+    model, (features, num_frames) = tiny(kind), random_inputs(4, 20, 8)
+    variables = random_variables(model, features, num_frames)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, features, num_frames).logits
+    noise = 9.0 * (np.arange(20) >= num_frames[:, None])[..., None]
+    noisy = apply(variables, features + noise.astype(np.float32), num_frames).logits
+    np.testing.assert_allclose(noisy, expected, atol=1e-6)
+
+    others, lengths = random_inputs(4, 20, 8, seed=1)
+    others[3], lengths[3] = features[1], num_frames[1]
+    among_others = apply(variables, others, lengths).logits[3]
+    np.testing.assert_allclose(among_others, expected[1], atol=1e-6)
+
+    seen = jax.jit(tiny(kind, see_padding=True).apply)(variables, features, num_frames).logits
+    np.testing.assert_allclose(seen[0], expected[0], atol=1e-6)  # where there is none
+    assert (np.abs(seen - expected)[1:].max(1) > 1e-3).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY)
+def test_every_kind_takes_the_steps_of_every_stage(kind):
+    """With dropout and masks, in the stages' own sizes; the teacher's gradient is through S."""
+    model = tiny(kind, projection_dims=(8,))
+    for stage in (student_stage, distill_stage, curriculum_stage):
+        make_step, init, batch = stage(model=model)
+        before = init()
+        after, metrics = jax.jit(make_step())(before, batch(0), jax.random.key(0))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        pairs = zip(*(jax.tree.leaves(s.params) for s in (before, after)), strict=True)
+        moved = [bool((a != b).any()) for a, b in pairs]
+        assert np.mean(moved) > 0.9, stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY)
+def test_every_kind_is_exported_and_predicts_as_in_flax(kind, tmp_path):
+    folder = write_model(
+        tmp_path / "model", ["safetensors", "onnx", "tflite"], student=deployed_sizes(kind)
+    )
+    write_wav(tmp_path / "a.wav", seed=3)
+    found = [
+        [*load_model(folder, form)(tmp_path / "a.wav").probabilities.values()]
+        for form in ("safetensors", "onnx", "tflite")
+    ]
+    for probabilities in found[1:]:
+        np.testing.assert_allclose(probabilities, found[0], atol=1e-4)
 
 
 def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_path, monkeypatch):

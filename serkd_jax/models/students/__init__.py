@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from serkd_jax.models.students.base import Student
 
 # The values of `config.student.kind`, with the module and class of each.
-STUDENTS = {"inverted": "serkd_jax.models.students.inverted:InvertedStudent"}
+STUDENTS = {
+    "inverted": "serkd_jax.models.students.inverted:InvertedStudent",
+    "timnet": "serkd_jax.models.students.timnet:TimNet",
+    "dwformer": "serkd_jax.models.students.dwformer:DWFormer",
+    "shiftcnn": "serkd_jax.models.students.shiftcnn:ShiftCNN",
+    "shiftformer": "serkd_jax.models.students.shiftcnn:Shiftformer",
+    "shiftlstm": "serkd_jax.models.students.shiftcnn:ShiftLSTM",
+    "speechformer": "serkd_jax.models.students.speechformer:SpeechFormer",
+}
 
 
 def find_student(kind: str) -> "type[Student]":
