@@ -158,3 +158,15 @@ def test_a_student_is_its_blocks_window_by_window(see_padding):
             x, received = block_by_window(params[f"blocks_{i}"], x, hot)
         np.testing.assert_allclose(found.hidden[row], x.mean(0), atol=2e-5)
     assert several > 6
+
+
+def test_a_block_has_room_for_as_many_windows_as_there_can_be():
+    hot = np.array([0, 1, 1, 0, 0, 1, 1], bool)
+    assert windows_of(hot) == [1, 2, 2, 2]
+    x = np.random.default_rng(0).normal(size=(1, 7, D)).astype(np.float32)
+    weight = np.where(hot, 1, 0.85)[None].astype(np.float32)
+    inputs = x, numbers(windows_of(hot))[None], weight, None
+    params = random_variables(BLOCK, *inputs)["params"]
+    found = BLOCK.apply({"params": params}, *inputs)
+    for ours, expected in zip(found, block_by_window(params, x[0], hot), strict=True):
+        np.testing.assert_allclose(ours[0], expected, atol=1e-5)
