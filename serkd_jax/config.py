@@ -169,10 +169,7 @@ def check_config(config: ConfigDict) -> None:
         holds, allowed = known[key]
         if not holds(value):
             raise UserError(f"{key} is {value!r:.50}: use {allowed}")
-    try:
-        make_student(config, num_classes=2).check(config.max_frames)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_student(config)
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
     if config.teacher.input == "waveform" and config.teacher.frontend.name:
@@ -202,6 +199,18 @@ def check_config(config: ConfigDict) -> None:
     width, heads = config.teacher.get("width", 0), config.teacher.get("num_heads", 1)
     if width % heads:
         raise UserError(f"teacher.width {width} is not divisible by teacher.num_heads {heads}")
+
+
+def check_student(config: ConfigDict, variates: int = 1) -> None:
+    """Refuses a student whose sizes are not allowed or do not fit N; 1 if N is not known yet.
+
+    Raises:
+        UserError: says which size, and what is allowed.
+    """
+    try:
+        make_student(config, num_classes=2).check(config.max_frames, variates)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:

@@ -7,11 +7,11 @@ from flax import linen as nn
 from test_stages import STAGES, as_arrays, run
 
 import serkd_jax.models.students as students
-from configs import common
+from configs import common, systems
 from configs.common import with_preset
 from exported_models import write_model
 from layouts import write_wav
-from serkd_jax.config import STUDENT_SETTINGS
+from serkd_jax.config import STUDENT_SETTINGS, check_config
 from serkd_jax.deploy import formats
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained
@@ -22,6 +22,7 @@ from serkd_jax.files import read_json
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout
 from serkd_jax.predict import load_model
+from serkd_jax.stages.base import make_schedule
 from serkd_jax.stages.standardization import standardize
 from tiny_config import get_config
 from tiny_stages import curriculum_stage, distill_stage, student_stage
@@ -177,6 +178,51 @@ def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_pat
     trained = load_trained(finished, "1", "student")
     with pytest.raises(UserError, match=r"onnx cannot hold a student of kind 'toy'.* primitive$"):
         export(trained, tmp_path / "out", ["onnx"], None)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_every_kind_is_a_preset_of_every_recipe_and_trained_as_by_its_authors(kind):
+    for name, recipe in systems.RECIPES.items():
+        for preset in ("", "logmel,", "whisper,", "logmel-from-whisper,"):
+            check_config(recipe.get_config(f"{preset}{kind}"))
+            config = systems.get_config(f"{kind},{name},{preset.rstrip(',')}")
+            check_config(config)
+            ours = recipe.get_config(preset.rstrip(","))
+            for part in ("frontend", "protocol", "corpus", "max_frames"):
+                assert config[part] == ours[part]
+
+
+RATES = {  # epoch -> rate
+    "timnet": {0: 1e-3, 499: 1e-3},
+    "dwformer": {
+        0: 5e-4,
+        1.5: 2.55e-4,
+        3: 5e-4,
+        9: 5e-4,
+        21: 5e-4,
+        44.99: 1e-5,
+        45: 5e-4,
+        93: 5e-4,
+    },
+    "shiftcnn": {0: 0, 2.5: 2.5e-4, 5: 5e-4, 52.5: 2.525e-4, 99.99: 5e-6},
+    "speechformer": {0: 5e-4, 60: 2.525e-4, 119.99: 5e-6},
+}
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_the_rates_are_those_of_the_authors(kind):
+    config, steps = systems.get_config(kind), 100
+    total = config.student.epochs * steps
+    schedule = make_schedule(config.optimizer, config.student.learning_rate, total)
+    for epoch, rate in RATES[kind].items():
+        assert schedule(round(epoch * steps)) == pytest.approx(rate, rel=1e-3, abs=1e-9)
+
+
+def test_a_system_or_a_recipe_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="there is no 'timmet': use one of timnet, dwformer"):
+        systems.get_config("timmet")
+    with pytest.raises(ValueError, match="there is no 'emodv': use one of iemocap"):
+        systems.get_config("timnet,emodv")
 
 
 def test_a_kind_is_a_preset_with_its_own_sizes(monkeypatch):
