@@ -86,15 +86,8 @@ class Stack(nn.Module):
         for level in range(self.num_levels):
             gate, dilation = x, 2**level
             for part in range(2):
-                gate = nn.Conv(
-                    self.width,
-                    kernel_size=(2,),
-                    kernel_dilation=dilation,
-                    padding=((dilation, 0),),
-                    kernel_init=glorot,
-                    dtype=self.dtype,
-                    name=f"conv_{level}_{part}",
-                )(zero_invalid(gate, valid))
+                conv = CausalConv(self.width, dilation, self.dtype, name=f"conv_{level}_{part}")
+                gate = conv(zero_invalid(gate, valid))
                 norm = BatchNorm(self.axis, name=f"norm_{level}_{part}")
                 gate = nn.relu(norm(gate, valid, training=dropout_keys is not None))
                 if dropout_keys is not None:
@@ -104,6 +97,23 @@ class Stack(nn.Module):
             x = nn.sigmoid(gate) * x
             levels.append(x)
         return levels
+
+
+class CausalConv(nn.Module):
+    """A convolution of each frame with one before it, as two products, which XLA does faster."""
+
+    width: int
+    dilation: int
+    dtype: DTypeLike | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, T, N) frames to (B, T, width), with 0 before the first."""
+        kernel = self.param("kernel", glorot, (2, x.shape[-1], self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        before = jnp.pad(x, ((0, 0), (self.dilation, 0), (0, 0)))[:, : x.shape[1]]
+        return before @ kernel[0] + x @ kernel[1] + bias
 
 
 class BatchNorm(nn.Module):
