@@ -24,7 +24,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.max_frames = 100  # 2 s
     config.protocol.groups_per_fold = 2
     config = common.with_preset(config, preset)
-    if preset == "whisper":
+    if "whisper" in preset.split(","):
         config.frontend.layer = 2  # best on inner folds; see docs/encoders.md
         # An epoch is 12 steps.
         config.teacher.epochs = config.student.epochs = config.distill.epochs = 25
