@@ -63,8 +63,13 @@ STUDENT = {
 TRAINING = {
     "standardize": True,
     "learning_rate": 1e-3,
+    "name": "adamw",
+    "beta1": 0.9,
+    "beta2": 0.999,
     "warmup": 0.1,
     "schedule": "cosine",
+    "first_cycle": 0.0,
+    "final": 0.0,
     "weight_decay": 0.1,
     "decayed": "kernels",
     "clip_norm": 1.0,

@@ -10,6 +10,15 @@ from serkd_jax.models.students import STUDENTS, find_student
 from serkd_jax.models.students.base import sizes
 
 WHISPER = ("whisper", "openai/whisper-base", 3)
+# On Whisper's features, frames are averaged, not joined: ten times fewer weights to fit to a few
+# hundred clips.
+WHISPER_TEACHER = {
+    "time_pooling": 25,
+    "patch_frames": 1,
+    "width": 128,
+    "mlp_dim": 256,
+    "num_layers": 2,
+}
 
 
 def encoder(name: str, model: str = "", layer: int | list[int] = -1) -> ConfigDict:
@@ -73,13 +82,20 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.selection_metric = "ua" if iemocap else "wf1"
 
     config.batch_size = 32
-    config.optimizer = ConfigDict(  # AdamW; everything except the name is ours
+    config.optimizer = ConfigDict(  # everything except the name is ours
         {
+            "name": "adamw",  # or sgd
+            "beta1": 0.9,  # with sgd, the momentum
+            "beta2": 0.999,
             "weight_decay": 0.01,
             "decayed": "kernels",  # not biases, norms and embeddings; or all
             "clip_norm": 1.0,
-            "schedule": "constant",
-            "warmup": 0.0,
+            "schedule": "constant",  # or cosine
+            "warmup": 0.0,  # share of the steps over which the rate rises from 0
+            # Of cosine: the share of the steps after which the rate starts again, then twice as
+            # many each time (0: never), and the last rate of each cycle as a share of the first.
+            "first_cycle": 0.0,
+            "final": 0.0,
         }
     )
 
@@ -113,6 +129,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "readout": "variates",  # h(., S): the mean over D of every token; or tokens, flatten
             "norm": "pre",  # ours; or post
             "standardize": True,  # features, by mean and spread of the training part: ours
+            "label_smoothing": 0.0,  # share of the target that all classes get alike
             "width": 512,
             "mlp_dim": 1792,
             "num_heads": 8,
@@ -197,10 +214,7 @@ def whisper(config: ConfigDict) -> ConfigDict:
     """
     config.frontend = encoder(*WHISPER)
     config = small(config)
-    # Frames are averaged, not joined: ten times fewer weights to fit to a few hundred clips.
-    config.teacher.update(
-        {"time_pooling": 25, "patch_frames": 1, "width": 128, "mlp_dim": 256, "num_layers": 2}
-    )
+    config.teacher.update(WHISPER_TEACHER)
     # Attention among 512 variates dominates the cost, hence one narrow head.
     config.student.update({"time_pooling": 25, "width": 16, "mlp_dim": 64, "num_heads": 1})
     # Some 300 steps on 1,500 utterances; 750 do not improve the teacher.
@@ -212,6 +226,7 @@ def whisper(config: ConfigDict) -> ConfigDict:
 def logmel_from_whisper(config: ConfigDict) -> ConfigDict:
     """A log-mel student, deployed without an encoder, with a teacher on Whisper's features."""
     config = logmel(config)
+    config.teacher.update(WHISPER_TEACHER)
     config.teacher.frontend = encoder(*WHISPER)
     return config
 

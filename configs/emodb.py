@@ -24,8 +24,10 @@ def get_config(preset: str = "") -> ConfigDict:
     config.max_frames = 100  # 2 s
     config.protocol.groups_per_fold = 2
     config = common.with_preset(config, preset)
-    if preset == "whisper":
-        config.frontend.layer = 2  # best on inner folds; see docs/encoders.md
+    for frontend in (config.frontend, config.teacher.frontend):
+        if frontend.name == "whisper":
+            frontend.layer = 2  # best on inner folds; see docs/encoders.md
+    if "whisper" in preset.split(","):
         # An epoch is 12 steps.
         config.teacher.epochs = config.student.epochs = config.distill.epochs = 25
         config.curriculum.epochs = 10

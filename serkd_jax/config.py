@@ -59,11 +59,16 @@ KEYS = {
     "protocol.quiz": _PART,
     "protocol.speakers_apart": _SWITCH,
     "protocol.seed": rule(0, 0, 2**32 - 1),
+    "optimizer.name": _one_of("adamw", "sgd"),
+    "optimizer.beta1": _PART,
+    "optimizer.beta2": rule(0.0, 0, 0.999999),
     "optimizer.weight_decay": _RATE,
     "optimizer.decayed": _one_of("kernels", "all"),
     "optimizer.clip_norm": rule(0.0, 0, 1e9),
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.warmup": _SHARE,
+    "optimizer.first_cycle": _SHARE,
+    "optimizer.final": _SHARE,
     "teacher.input": _one_of("waveform", "features"),
     "teacher.frontend.name": _TEXT,
     "teacher.model": _TEXT,
@@ -81,6 +86,7 @@ KEYS = {
     "student.kind": rule("", choices=STUDENTS),
     "student.pretrained": _TEXT,
     "student.standardize": _SWITCH,
+    "student.label_smoothing": _PART,
     "student.learning_rate": _RATE,
     "student.epochs": _EPOCHS,
     "contrastive.weight": _SHARE,
@@ -133,7 +139,8 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
     "teacher.num_heads": rule(1, 1, 256),
 }
 # The keys of the config's `student` part that are not sizes of its kind.
-STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "learning_rate", "epochs")
+STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "label_smoothing")
+STUDENT_SETTINGS += ("learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")
 PATH_KEYS += ("student.pretrained",)
@@ -166,10 +173,7 @@ def check_config(config: ConfigDict) -> None:
         holds, allowed = known[key]
         if not holds(value):
             raise UserError(f"{key} is {value!r:.50}: use {allowed}")
-    try:
-        make_student(config, num_classes=2).check(config.max_frames)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_student(config)
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
     if config.teacher.input == "waveform" and config.teacher.frontend.name:
@@ -199,6 +203,18 @@ def check_config(config: ConfigDict) -> None:
     width, heads = config.teacher.get("width", 0), config.teacher.get("num_heads", 1)
     if width % heads:
         raise UserError(f"teacher.width {width} is not divisible by teacher.num_heads {heads}")
+
+
+def check_student(config: ConfigDict, variates: int = 1) -> None:
+    """Refuses a student whose sizes are not allowed or do not fit N; 1 if N is not known yet.
+
+    Raises:
+        UserError: says which size, and what is allowed.
+    """
+    try:
+        make_student(config, num_classes=2).check(config.max_frames, variates)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:

@@ -19,7 +19,13 @@ from ml_collections import ConfigDict
 
 from serkd_jax import losses
 from serkd_jax.audio.logmel import num_samples
-from serkd_jax.config import check_config, chosen_stages, quiz_batch_size, settings_of
+from serkd_jax.config import (
+    check_config,
+    check_student,
+    chosen_stages,
+    quiz_batch_size,
+    settings_of,
+)
 from serkd_jax.data import corpora, counts, prepare, reader
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.sources import Frontend
@@ -441,6 +447,7 @@ def prepare_experiment(
 
     local = parallel.local_devices(devices)
     frontend = teacher_frontend = make_frontend(config.frontend, local)
+    check_student(config, frontend.width)
     if config.teacher.frontend.name:
         teacher_frontend = make_frontend(config.teacher.frontend, local)
     has_teacher = "teacher" in chosen_stages(config)

@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from serkd_jax.errors import UserError
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Returns the mean cross-entropy: Eq. 1, and the second term of Eqs. 2 and 11.
 
     Args:
         logits: (B, C) float.
         labels: (B,) int.
+        smoothing: share of the target that all classes get alike.
     """
-    return -true_class_log_probability(logits, labels).mean()
+    loss = -true_class_log_probability(logits, labels).mean()
+    if not smoothing:
+        return loss
+    return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean()
 
 
 def true_class_log_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:

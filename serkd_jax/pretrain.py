@@ -46,11 +46,16 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of weights, batches and levels.")
 
 HELD_OUT = 20  # one of so many utterances is for validation
 OPTIMIZER = {
+    "name": "adamw",
+    "beta1": 0.9,
+    "beta2": 0.999,
     "weight_decay": 0.01,
     "decayed": "kernels",
     "clip_norm": 1.0,
     "schedule": "cosine",
     "warmup": 0.1,
+    "first_cycle": 0.0,
+    "final": 0.0,
 }
 
 

@@ -85,7 +85,7 @@ class Programs:
     def make_optimizer(
         self, stage: str, learning_rate: float | None = None
     ) -> optax.GradientTransformation:
-        """Makes AdamW for a stage's steps, with the stage's learning rate or the given one."""
+        """Makes the optimiser of a stage, with the stage's learning rate or the given one."""
         rate = self.config[stage].learning_rate if learning_rate is None else learning_rate
         return make_optimizer(self.config.optimizer, rate, self.total_steps(stage))
 

@@ -46,10 +46,11 @@ def write_model(folder, formats=("safetensors",), statistics=None, **changes):
     (folder / CONFIG).write_text(config.to_json())
     features = jnp.zeros((1, config.max_frames, config.num_features))
     init = jax.jit(make_student(config).init)
-    params = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int))["params"])
+    learned = jax.device_get(init(jax.random.key(0), features, jnp.ones(1, int)))
     # Larger than a start of training has them, so that recordings differ.
-    params = jax.tree.map(lambda x: 3 * x, params)
-    variables = Variables(params, statistics or random_statistics(config), {})
+    params = jax.tree.map(lambda x: 3 * x, learned["params"])
+    batch_stats = learned.get("batch_stats", {})
+    variables = Variables(params, statistics or random_statistics(config), batch_stats)
     for form in FILES:
         if form in formats:
             write_format(form, folder, config, variables)

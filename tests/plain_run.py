@@ -203,9 +203,7 @@ class Students:
         optimizer = AdamW(config.optimizer, rate, total, params.values())
 
         def take_step(state, step, batch, dictionary):
-            loss = oracle.student_objective(
-                self.nets.student, params, batch, dictionary, config.contrastive
-            )[1]
+            loss = oracle.student_objective(self.nets.student, params, batch, dictionary, config)[1]
             optimizer.step(oracle.gradient(loss, params).values())
 
         return self.train("student", drawn, state, take_step)
@@ -248,7 +246,7 @@ class Students:
 
         def take_step(state, step, batch, dictionary):
             output, loss = oracle.student_objective(
-                self.nets.student, params, batch, dictionary, config.contrastive
+                self.nets.student, params, batch, dictionary, config
             )
             adapted = functional_call(self.nets.adapter, state["adapter"], output[0])
             teacher = functional_call(self.nets.meta, meta, adapted).detach()

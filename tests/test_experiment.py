@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from configs.common import with_student
 from finished_runs import final_arrays
 from serkd_jax import experiment
 from serkd_jax.data.reader import read_examples
@@ -175,6 +176,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     ("key", "value", "message"),
     [
         ("meta.order", "third_order", "first_order or none"),
+        ("optimizer.name", "lion", "adamw or sgd"),
         ("optimizer.schedule", "linear", "constant or cosine"),
         ("optimizer.decayed", "biases", "kernels or all"),
         ("student.readout", "mean", "variates or tokens or flatten"),
@@ -182,7 +184,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("student.kind", "linear", "student.kind is 'linear': use inverted"),
         ("student.depth", 3, "depth is none of them"),
         ("student", {"kind": "inverted"}, r"the recipe has no student\.standardize"),
-        ("optimizer", {}, r"the recipe has no optimizer\.weight_decay"),
+        ("optimizer", {}, r"the recipe has no optimizer\.name"),
         ("synthetic.speakers", 3, r"the recipe has synthetic\.speakers, which nothing reads"),
         ("synthetic.utterances_per_class", 10**9, "an integer, 1 to 10000"),
         ("corpus", None, "corpus is None: use text"),
@@ -221,6 +223,25 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
 def test_a_config_that_no_stage_could_run_is_refused_at_the_start(key, value, message, tmp_path):
     config = get_config()
     config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        prepare_experiment(config, tmp_path)
+    assert not list((tmp_path).rglob("features"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        ("dwformer", {"num_heads": 3}, "8 dimensions, which is not divisible by student.num_heads"),
+        ("shiftcnn", {}, r"8 dimensions, less than student\.shift 16: nothing would be shifted"),
+        ("speechformer", {"num_heads": 7}, "no even width: use fewer heads, an even number"),
+        ("speechformer", {"windows": (3, 10, 9)}, "windows has 10: use odd numbers"),
+        ("speechformer", {"merges": (2,)}, "must have 3 numbers, one less than"),
+        ("timnet", {"num_levels": 17}, r"student\.num_levels is 17: use an integer, 1 to 16"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_refused_at_the_start(kind, sizes, message, tmp_path):
+    config = with_student(get_config(), kind)
+    config.student.update(sizes)
     with pytest.raises(UserError, match=message):
         prepare_experiment(config, tmp_path)
     assert not list((tmp_path).rglob("features"))

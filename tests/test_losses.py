@@ -66,11 +66,14 @@ def test_the_true_class_margin_ranks_what_is_certain_and_what_is_hopeless():
     assert (np.diff(of_second) < 0).all()
 
 
-@pytest.mark.parametrize("scale", [1, 100])
-def test_cross_entropy_of_equation_1_equals_torch_for_mild_and_for_extreme_logits(arrays, scale):
+@pytest.mark.parametrize(("scale", "smoothing"), [(1, 0.0), (100, 0.0), (1, 0.2), (100, 0.2)])
+def test_cross_entropy_of_equation_1_equals_torch_for_mild_and_for_extreme_logits(
+    arrays, scale, smoothing
+):
+    labels = torch.tensor(arrays["labels"])
     assert_equals_torch(
-        lambda x: losses.cross_entropy(x, arrays["labels"]),
-        lambda x: F.cross_entropy(x, torch.tensor(arrays["labels"])),
+        lambda x: losses.cross_entropy(x, arrays["labels"], smoothing),
+        lambda x: F.cross_entropy(x, labels, label_smoothing=smoothing),
         scale * arrays["a"],
     )
 

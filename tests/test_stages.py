@@ -17,7 +17,7 @@ from serkd_jax.encoders.wav2vec2 import Wav2Vec2Layers
 from serkd_jax.models.policy import Policy
 from serkd_jax.stages import curriculum
 from serkd_jax.stages.augmentation import example_keys, spec_augment
-from serkd_jax.stages.base import make_optimizer
+from serkd_jax.stages.base import make_optimizer, make_schedule
 from serkd_jax.stages.standardization import standardize
 from tiny_stages import (
     CLASSIFIER,
@@ -330,15 +330,21 @@ def test_uniform_sampling_takes_any_task_and_changes_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("decayed", "schedule", "clip_norm"),
-    [("kernels", "cosine", 1.0), ("all", "cosine", 1.0), ("all", "constant", 0.0)],
+    ("name", "decayed", "schedule", "clip_norm"),
+    [
+        ("adamw", "kernels", "cosine", 1.0),
+        ("adamw", "all", "cosine", 1.0),
+        ("adamw", "all", "constant", 0.0),
+        ("sgd", "kernels", "constant", 1.0),
+    ],
 )
-def test_the_optimizer_is_torchs_adamw_of_clipped_gradients_at_the_scheduled_rate(
-    decayed, schedule, clip_norm
+def test_the_optimizer_is_torchs_of_clipped_gradients_at_the_scheduled_rate(
+    name, decayed, schedule, clip_norm
 ):
     """Every other gradient is above the limit, so that Adam's moments show if it is clipped."""
-    settings = {"weight_decay": 0.1, "decayed": decayed, "clip_norm": clip_norm}
-    config = ConfigDict(settings | {"schedule": schedule, "warmup": 0.2})
+    settings = {"name": name, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1, "final": 0.0}
+    settings |= {"decayed": decayed, "clip_norm": clip_norm, "schedule": schedule}
+    config = ConfigDict(settings | {"warmup": 0.2, "first_cycle": 0.0})
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))
     rates = 0.05 * np.array([0, 0.5, *(cosine if schedule == "cosine" else np.ones(8))])
 
@@ -350,10 +356,15 @@ def test_the_optimizer_is_torchs_adamw_of_clipped_gradients_at_the_scheduled_rat
     }
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
     theirs = [torch.tensor(x) for x in leaves]
-    adamw = torch.optim.AdamW(
-        {"params": [x], "weight_decay": 0.1 if decayed == "all" or "kernel" in str(path) else 0.0}
-        for path, x in zip(paths, theirs, strict=True)
-    )
+    decays = [0.1 if decayed == "all" or "kernel" in str(path) else 0.0 for path in paths]
+    groups = [
+        {"params": [x], "weight_decay": decay} for x, decay in zip(theirs, decays, strict=True)
+    ]
+    make = {
+        "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.95)),
+        "sgd": partial(torch.optim.SGD, momentum=0.8),
+    }
+    reference = make[name](groups)
     with jax.enable_x64(True):
         optimizer = make_optimizer(config, 0.05, len(rates))
         update, state = jax.jit(optimizer.update), optimizer.init(params)
@@ -370,11 +381,25 @@ def test_the_optimizer_is_torchs_adamw_of_clipped_gradients_at_the_scheduled_rat
                 x.grad = torch.tensor(gradient)
             if clip_norm:
                 torch.nn.utils.clip_grad_norm_(theirs, clip_norm)
-            for group in adamw.param_groups:
+            for group in reference.param_groups:
                 group["lr"] = rate
-            adamw.step()
+            reference.step()
             for path, ours, x in zip(paths, jax.tree.leaves(params), theirs, strict=True):
                 np.testing.assert_allclose(ours, x, rtol=0, atol=1e-7, err_msg=f"{step} {path}")
+
+
+def test_a_cosine_starts_again_after_twice_as_many_steps_each_time_as_torchs():
+    config = ConfigDict({"schedule": "cosine", "warmup": 0.0, "first_cycle": 0.1, "final": 0.02})
+    schedule = make_schedule(config, 0.5, 30)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts
+    scheduler, rates = restarts(optimizer, 3, 2, eta_min=0.01), []
+    for _ in range(30):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose([schedule(step) for step in range(30)], rates, rtol=1e-5)
+    assert [step for step in range(30) if rates[step] == 0.5] == [0, 3, 9, 21]
 
 
 DIFFICULTY = ConfigDict({"task_by": "difficulty", "num_tasks": 4})

@@ -180,7 +180,7 @@ def test_the_student_takes_a_step_on_equation_2(model, weight):
     before, after, metrics, batch = take_step(student_stage(config, model, PLAIN))
     train, params = as_torch(batch), oracle.tensors(before.params)
     keys = dictionary(nets, before, train)
-    _, loss = oracle.student_objective(nets.student, params, train, keys, config.contrastive)
+    _, loss = oracle.student_objective(nets.student, params, train, keys, config)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert_same_gradient(moved(before.params, after.params), oracle.gradient(loss, params))
     assert_moco_follows(nets, config, before, after, after.params, train)
@@ -282,7 +282,7 @@ def curriculum_gradient(nets, config, before, batch):
     train = as_torch(batch["train"])
     params, adapter = oracle.tensors(before.params), oracle.tensors(before.frozen.adapter_params)
     meta, keys = oracle.tensors(before.frozen.meta_params), dictionary(nets, before, train)
-    output, loss = oracle.student_objective(nets.student, params, train, keys, config.contrastive)
+    output, loss = oracle.student_objective(nets.student, params, train, keys, config)
     adapted = functional_call(nets.adapter, adapter, output[0])
     teacher_logits = functional_call(nets.meta, meta, adapted)
     if config.curriculum.hold_teacher:

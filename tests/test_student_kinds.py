@@ -1,4 +1,4 @@
-"""A student of another kind, of ten lines, goes through all that ours does."""
+"""Students of other kinds go through all that ours does: one of ten lines, and all that we have."""
 
 import jax
 import numpy as np
@@ -7,10 +7,11 @@ from flax import linen as nn
 from test_stages import STAGES, as_arrays, run
 
 import serkd_jax.models.students as students
-from configs import common
+from configs import common, systems
 from configs.common import with_preset
+from exported_models import write_model
 from layouts import write_wav
-from serkd_jax.config import STUDENT_SETTINGS
+from serkd_jax.config import STUDENT_SETTINGS, check_config
 from serkd_jax.deploy import formats
 from serkd_jax.deploy.folder import FILES
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained
@@ -21,9 +22,11 @@ from serkd_jax.files import read_json
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout
 from serkd_jax.predict import load_model
+from serkd_jax.stages.base import make_schedule
 from serkd_jax.stages.standardization import standardize
 from tiny_config import get_config
 from tiny_stages import curriculum_stage, distill_stage, student_stage
+from tiny_students import SYSTEMS, TINY, deployed_sizes, random_inputs, random_variables, tiny
 
 
 class Toy(Student):
@@ -76,14 +79,15 @@ def test_it_is_trained_exported_and_predicts_as_ours(finished, tmp_path):
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-TINY = Toy(3, width=12, classifier_dims=(10,), projection_dims=(12, 8))
+TOY = Toy(3, width=12, classifier_dims=(10,), projection_dims=(12, 8))
+TIMNET = tiny("timnet", projection_dims=(8,), dropout=0.0)
 
 
 @pytest.mark.parametrize("stage", [student_stage, distill_stage, curriculum_stage])
 def test_its_batch_statistics_are_those_of_all_devices(stage, monkeypatch):
-    monkeypatch.setitem(STAGES, "toy", lambda: stage(model=TINY))
+    monkeypatch.setitem(STAGES, "toy", lambda: stage(model=TOY))
     (one, _), (eight, _) = run("toy", 1), run("toy", 8)
-    start = stage(model=TINY)[1]().batch_stats["BatchNorm_0"]["mean"]
+    start = stage(model=TOY)[1]().batch_stats["BatchNorm_0"]["mean"]
     after = np.asarray(one.batch_stats["BatchNorm_0"]["mean"])
     assert np.abs(after - start).max() > 0.1
     followed = np.asarray(one.momentum_stats["BatchNorm_0"]["mean"])
@@ -92,8 +96,16 @@ def test_its_batch_statistics_are_those_of_all_devices(stage, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
+def test_statistics_of_valid_frames_are_those_of_all_devices(monkeypatch):
+    """The devices have unequal numbers of valid frames."""
+    monkeypatch.setitem(STAGES, "timnet", lambda: student_stage(model=TIMNET))
+    (one, _), (eight, _) = run("timnet", 1), run("timnet", 8)
+    for a, b in zip(as_arrays(one), as_arrays(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+
+
 def test_its_statistics_after_a_step_are_those_of_flax():
-    make_step, init, batch = student_stage(model=TINY)
+    make_step, init, batch = student_stage(model=TOY)
     state, one = init(), batch(0)
     after, _ = jax.jit(make_step())(state, one, jax.random.key(7))
     features = standardize(one["inputs"], one["length"], state.frozen)
@@ -104,6 +116,62 @@ def test_its_statistics_after_a_step_are_those_of_flax():
     np.testing.assert_allclose(after.batch_stats["BatchNorm_0"]["mean"], expected, atol=1e-5)
 
 
+def test_every_kind_is_tested():
+    assert students.STUDENTS.keys() - {"toy"} == {"inverted", *TINY}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_padding_changes_nothing_unless_it_is_to_be_seen_nor_does_the_rest_of_the_batch(kind):
+    model, (features, num_frames) = tiny(kind), random_inputs(4, 20, 8)
+    variables = random_variables(model, features, num_frames)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, features, num_frames).logits
+    noise = 9.0 * (np.arange(20) >= num_frames[:, None])[..., None]
+    noisy = apply(variables, features + noise.astype(np.float32), num_frames).logits
+    np.testing.assert_allclose(noisy, expected, atol=1e-6)
+
+    others, lengths = random_inputs(4, 20, 8, seed=1)
+    others[3], lengths[3] = features[1], num_frames[1]
+    among_others = apply(variables, others, lengths).logits[3]
+    np.testing.assert_allclose(among_others, expected[1], atol=1e-6)
+
+    if kind not in SYSTEMS:
+        return
+    seen = jax.jit(tiny(kind, see_padding=True).apply)(variables, features, num_frames).logits
+    np.testing.assert_allclose(seen[0], expected[0], atol=1e-6)  # where there is none
+    assert (np.abs(seen - expected)[1:].max(1) > 1e-3).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY)
+def test_every_kind_takes_the_steps_of_every_stage(kind):
+    """With dropout and masks, in the stages' own sizes; the teacher's gradient is through S."""
+    model = tiny(kind, projection_dims=(8,))
+    for stage in (student_stage, distill_stage, curriculum_stage):
+        make_step, init, batch = stage(model=model)
+        before = init()
+        after, metrics = jax.jit(make_step())(before, batch(0), jax.random.key(0))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        pairs = zip(*(jax.tree.leaves(s.params) for s in (before, after)), strict=True)
+        moved = [bool((a != b).any()) for a, b in pairs]
+        assert np.mean(moved) > 0.9, stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY)
+def test_every_kind_is_exported_and_predicts_as_in_flax(kind, tmp_path):
+    folder = write_model(
+        tmp_path / "model", ["safetensors", "onnx", "tflite"], student=deployed_sizes(kind)
+    )
+    write_wav(tmp_path / "a.wav", seed=3)
+    found = [
+        [*load_model(folder, form)(tmp_path / "a.wav").probabilities.values()]
+        for form in ("safetensors", "onnx", "tflite")
+    ]
+    for probabilities in found[1:]:
+        np.testing.assert_allclose(probabilities, found[0], atol=1e-4)
+
+
 def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_path, monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such primitive\n  in frame 17")
@@ -112,6 +180,51 @@ def test_a_format_that_cannot_hold_it_is_named_with_the_remedy(finished, tmp_pat
     trained = load_trained(finished, "1", "student")
     with pytest.raises(UserError, match=r"onnx cannot hold a student of kind 'toy'.* primitive$"):
         export(trained, tmp_path / "out", ["onnx"], None)
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_every_kind_is_a_preset_of_every_recipe_and_trained_as_by_its_authors(kind):
+    for name, recipe in systems.RECIPES.items():
+        for preset in ("", "logmel,", "whisper,", "logmel-from-whisper,"):
+            check_config(recipe.get_config(f"{preset}{kind}"))
+            config = systems.get_config(f"{kind},{name},{preset.rstrip(',')}")
+            check_config(config)
+            ours = recipe.get_config(preset.rstrip(","))
+            for part in ("frontend", "protocol", "corpus", "max_frames"):
+                assert config[part] == ours[part]
+
+
+RATES = {  # epoch -> rate
+    "timnet": {0: 1e-3, 499: 1e-3},
+    "dwformer": {
+        0: 5e-4,
+        1.5: 2.55e-4,
+        3: 5e-4,
+        9: 5e-4,
+        21: 5e-4,
+        44.99: 1e-5,
+        45: 5e-4,
+        93: 5e-4,
+    },
+    "shiftcnn": {0: 0, 2.5: 2.5e-4, 5: 5e-4, 52.5: 2.525e-4, 99.99: 5e-6},
+    "speechformer": {0: 5e-4, 60: 2.525e-4, 119.99: 5e-6},
+}
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_the_rates_are_those_of_the_authors(kind):
+    config, steps = systems.get_config(kind), 100
+    total = config.student.epochs * steps
+    schedule = make_schedule(config.optimizer, config.student.learning_rate, total)
+    for epoch, rate in RATES[kind].items():
+        assert schedule(round(epoch * steps)) == pytest.approx(rate, rel=1e-3, abs=1e-9)
+
+
+def test_a_system_or_a_recipe_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="there is no 'timmet': use one of timnet, dwformer"):
+        systems.get_config("timmet")
+    with pytest.raises(ValueError, match="there is no 'emodv': use one of iemocap"):
+        systems.get_config("timnet,emodv")
 
 
 def test_a_kind_is_a_preset_with_its_own_sizes(monkeypatch):

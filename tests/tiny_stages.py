@@ -24,6 +24,7 @@ from serkd_jax.stages.student import StudentStage
 B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3
 CONFIG = ConfigDict(
     {
+        "student": {"label_smoothing": 0.1},
         "contrastive": {
             "weight": 0.3,
             "temperature": 0.1,
@@ -151,7 +152,7 @@ def make_adapter(model):
 
 
 def student_stage(config=CONFIG, model=STUDENT, optimizer=OPTIMIZER):
-    stage = StudentStage(model, lambda _: student_variables(model), optimizer, config.contrastive)
+    stage = StudentStage(model, lambda _: student_variables(model), optimizer, config)
     return stepper(stage), lambda: stage.init(RNG, STATISTICS), make_batch
 
 

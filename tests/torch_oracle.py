@@ -174,16 +174,19 @@ def tensors(params):
     }
 
 
-def equation_2(output, labels, keys, key_labels, weight, temperature):
+def equation_2(output, labels, keys, key_labels, config):
     """λ L^sup + (1-λ) CE, with Eq. 3 as a loop over the anchors."""
     _, logits, projection = output
+    weight, temperature = config.contrastive.weight, config.contrastive.temperature
     contrastive = 0.0
     for z, label in zip(projection, labels, strict=True):
         log_likelihood = torch.log_softmax(keys @ z / temperature, 0)
         positive = key_labels == label
         if positive.any():
             contrastive = contrastive - log_likelihood[positive].mean() / len(labels)
-    return weight * contrastive + (1 - weight) * F.cross_entropy(logits, labels)
+    smoothing = config.student.label_smoothing
+    cross_entropy = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return weight * contrastive + (1 - weight) * cross_entropy
 
 
 def equation_4(output, adapted, teacher_hidden, teacher_logits, student_loss, config):
@@ -238,15 +241,13 @@ def standardized(inputs, lengths, statistics):
 def student_objective(net, params, batch, dictionary, config):
     """The student's output and Eq. 2, of training or (Eq. 11) of S'."""
     output = functional_call(net, params, (batch["features"], batch["length"]))
-    loss = equation_2(output, batch["label"], *dictionary, config.weight, config.temperature)
+    loss = equation_2(output, batch["label"], *dictionary, config)
     return output, loss
 
 
 def distillation_objective(nets, params, meta, batch, dictionary, config):
     """Eq. 4 of the student and its adapter against T'."""
-    output, loss = student_objective(
-        nets.student, params["student"], batch, dictionary, config.contrastive
-    )
+    output, loss = student_objective(nets.student, params["student"], batch, dictionary, config)
     adapted = functional_call(nets.adapter, params["adapter"], output[0])
     teacher_logits = functional_call(nets.meta, meta, batch["teacher_hidden"])
     return equation_4(

@@ -5,6 +5,16 @@ import jax
 import jax.numpy as jnp
 
 
+def valid_frames(features: jax.Array, num_frames: jax.Array) -> jax.Array:
+    """Returns (B, T) bool, True at the first `num_frames` (B,) frames of features (B, T, ...)."""
+    return jnp.arange(features.shape[1]) < num_frames[:, None]
+
+
+def zero_invalid(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns (B, ..., L, D) with 0 where `valid`, (B, L) or alike, is False."""
+    return x * valid[..., None].astype(x.dtype)
+
+
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the mean of (B, L, D) over the positions where `mask` (B, L) is True."""
     weights = mask.astype(x.dtype)
@@ -25,16 +35,19 @@ def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax
     """
     if count == 1:
         return frames, valid
-    whole = frames.shape[1] // count * count
+    share = average_groups(valid[..., None].astype(frames.dtype), count)
+    means = average_groups(frames, count) / jnp.maximum(share, 1 / count)
+    return means, share[..., 0] > 0
 
-    def average(x: jax.Array) -> jax.Array:
-        """Averages with 0 for missing frames at the end; pooling's own padding differs in ONNX."""
-        means = nn.avg_pool(x, window_shape=(count,), strides=(count,))
-        rest = x[:, whole:].sum(1, keepdims=True) / count
-        return means if whole == x.shape[1] else jnp.concatenate([means, rest], axis=1)
 
-    share = average(valid[..., None].astype(frames.dtype))
-    return average(frames) / jnp.maximum(share, 1 / count), share[..., 0] > 0
+def average_groups(x: jax.Array, count: int) -> jax.Array:
+    """Averages each group of `count` neighbours of (B, T, N), with 0 for those after the end."""
+    whole = x.shape[1] // count * count
+    rest = x[:, whole:].sum(1, keepdims=True) / count  # pooling's own padding differs in ONNX
+    if not whole:
+        return rest
+    means = nn.avg_pool(x, window_shape=(count,), strides=(count,))
+    return means if whole == x.shape[1] else jnp.concatenate([means, rest], axis=1)
 
 
 def standardize_series(features: jax.Array, valid: jax.Array) -> jax.Array:

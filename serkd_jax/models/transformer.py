@@ -304,16 +304,11 @@ class SelfAttention(nn.Module):
         Returns:
             (B, L, D) tokens.
         """
-        batch, length, width = x.shape
+        width = x.shape[-1]
         if width % self.num_heads:
             raise UserError(f"width {width} is not divisible by num_heads {self.num_heads}")
-        heads = (batch, length, self.num_heads, width // self.num_heads)
-        query, key, value = (
-            nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)(x)
-            .reshape(heads)
-            .swapaxes(1, 2)
-            for name, use_bias in (("q_proj", True), ("k_proj", self.key_bias), ("v_proj", True))
-        )
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        query, key, value = project_heads(x, self.num_heads, dense, self.key_bias)
         bias = self.bias(x, *inputs)
         if self.dropout and dropout_keys is not None:
             weights = attention_weights(query, key, None if mask is None else mask[:, None], bias)
@@ -321,14 +316,55 @@ class SelfAttention(nn.Module):
             out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         else:
             out = attend(query, key, value, mask, self.form, bias)
-        out = out.swapaxes(1, 2)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
+        return dense(width, name="out_proj")(join_heads(out))
 
 
-def mlp(x: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
-    """Applies linear layers `name_0`, `name_1`, ... with ReLU between; for compact methods."""
+def project_heads(
+    x: jax.Array, num_heads: int, dense: Callable[..., nn.Module], key_bias: bool = True
+) -> list[jax.Array]:
+    """Makes query, key and value (B, heads, L, D / heads) of (B, L, D); for compact methods.
+
+    Args:
+        x: (B, L, D) tokens.
+        num_heads: number of heads; must divide D.
+        dense: makes a linear layer.
+        key_bias: whether the keys have a bias.
+    """
+    heads = (*x.shape[:2], num_heads, x.shape[2] // num_heads)
+    return [
+        dense(x.shape[2], use_bias=use_bias, name=name)(x).reshape(heads).swapaxes(1, 2)
+        for name, use_bias in (("q_proj", True), ("k_proj", key_bias), ("v_proj", True))
+    ]
+
+
+def join_heads(x: jax.Array) -> jax.Array:
+    """Joins (B, heads, L, D / heads) to (B, L, D)."""
+    batch, heads, length, width = x.shape
+    return x.swapaxes(1, 2).reshape(batch, length, heads * width)
+
+
+def mlp(
+    x: jax.Array,
+    widths: Sequence[int],
+    name: str,
+    dropout: float = 0.0,
+    dropout_keys: jax.Array | None = None,
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+) -> jax.Array:
+    """Applies linear layers `name_0`, `name_1`, ... for compact methods.
+
+    Args:
+        x: (B, R) input of the first layer.
+        widths: the widths of the layers.
+        name: how their names begin.
+        dropout: dropout rate after the ReLU that is between the layers.
+        dropout_keys: (B,) keys, one per example; None turns dropout off.
+        kernel_init: the initializer of the kernels.
+    """
     for i, width in enumerate(widths):
-        x = nn.Dense(width, name=f"{name}_{i}")(nn.relu(x) if i else x)
+        if i:
+            x = Dropout(dropout, name=f"{name}_dropout_{i}")(nn.relu(x), dropout_keys)
+        x = nn.Dense(width, kernel_init=kernel_init, name=f"{name}_{i}")(x)
     return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -100,34 +101,45 @@ class QuizBatch(TypedDict):
 def make_optimizer(
     config: ConfigDict, learning_rate: float, total_steps: int
 ) -> optax.GradientTransformation:
-    """Makes AdamW with the config's weight decay, gradient clipping and schedule.
+    """Makes AdamW or SGD with the config's weight decay, gradient clipping and schedule.
 
     Args:
-        config: the config's `optimizer` part. `weight_decay` applies to what `decayed` says: only
+        config: the config's `optimizer` part. `name` is `adamw`, with `beta1` and `beta2`, or
+            `sgd`, whose momentum is `beta1`. `weight_decay` applies to what `decayed` says: only
             `kernels` (not biases, norms and embeddings) or `all`. `clip_norm` is the largest norm
             of the gradient, 0 for no clipping. `make_schedule` reads the other keys.
         learning_rate: the peak of the learning rate.
         total_steps: number of steps of the stage.
     """
-    schedule = make_schedule(config, learning_rate, total_steps)
+    make = {"adamw": make_adamw, "sgd": _make_sgd}[config.name]
+    optimizer = make(config, make_schedule(config, learning_rate, total_steps))
     if not config.clip_norm:
-        return make_adamw(config, schedule)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, schedule))
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 def make_schedule(config: ConfigDict, learning_rate: float, total_steps: int) -> optax.Schedule:
     """Makes the learning rate as a function of the number of steps taken.
 
     Args:
-        config: the config's `optimizer` part. `schedule` is `constant` or `cosine` (to zero at
-            `total_steps`); `warmup` is the share of the steps over which the rate rises from 0.
+        config: the config's `optimizer` part. `schedule` is `constant` or `cosine`; `warmup` is
+            the share of the steps over which the rate rises from 0. A cosine falls to the share
+            `final` of its peak, at `total_steps`, or first after the share `first_cycle` of them
+            and then, each time from the peak, after twice as many.
         learning_rate: the peak of the learning rate.
         total_steps: number of steps of the stage.
     """
     warmup_steps = round(config.warmup * total_steps)
     if config.schedule == "cosine":
-        end = max(total_steps, warmup_steps + 1)
-        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, end)
+        starts, cycle = [warmup_steps], max(total_steps - warmup_steps, 1)
+        if config.first_cycle:
+            cycle = max(round(config.first_cycle * total_steps), 1)
+        parts = [optax.linear_schedule(0.0, learning_rate, warmup_steps)]
+        while len(parts) == 1 or starts[-1] < total_steps:
+            parts.append(optax.cosine_decay_schedule(learning_rate, cycle, config.final))
+            starts.append(starts[-1] + cycle)
+            cycle *= 2
+        return optax.join_schedules(parts, starts[:-1])
     if config.schedule == "constant":
         if not warmup_steps:
             return optax.constant_schedule(learning_rate)
@@ -139,8 +151,23 @@ def make_adamw(
     config: ConfigDict, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """Makes AdamW with the config's `weight_decay` on the parameters that `decayed` names."""
-    mask = None if config.decayed == "all" else _kernels
-    return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=mask)
+    betas = config.beta1, config.beta2
+    return optax.adamw(
+        learning_rate, *betas, weight_decay=config.weight_decay, mask=_decayed(config)
+    )
+
+
+def _make_sgd(
+    config: ConfigDict, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Makes SGD with momentum, to whose gradient the weight decay is added, as in torch."""
+    decay = optax.add_decayed_weights(config.weight_decay, _decayed(config))
+    return optax.chain(decay, optax.sgd(learning_rate, config.beta1))
+
+
+def _decayed(config: ConfigDict) -> Callable[[Any], Any] | None:
+    """Returns the function that marks the parameters to be decayed; None means all."""
+    return None if config.decayed == "all" else _kernels
 
 
 def _kernels(params: Any) -> Any:

@@ -135,7 +135,7 @@ class CurriculumStage(Stage):
         policy: picks the tasks.
         optimizer: the optimiser of S'.
         policy_optimizer: the policy's optimiser.
-        config: the whole config, of which `contrastive` and `curriculum` are read.
+        config: the whole config, of which `student`, `contrastive` and `curriculum` are read.
         total_steps: number of steps of the stage, for the progress that the policy observes.
     """
 
@@ -266,7 +266,7 @@ class CurriculumStage(Stage):
                 self.student, params, state.batch_stats, batch, features, dropout_keys, axis
             )
             loss, metrics = student_objective(
-                out, batch["label"], keys, key_labels, state.queue, contrastive
+                out, batch["label"], keys, key_labels, state.queue, self.config
             )
             adapted = adapt(self.adapter, frozen.adapter_params, out.hidden)
             teacher_logits = self.classifier.apply({"params": frozen.meta_params}, adapted)

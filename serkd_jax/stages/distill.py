@@ -123,7 +123,7 @@ class DistillStage(Stage):
         classifier: T'.
         optimizer: the optimiser of the student and the adapter.
         meta_optimizer: the optimiser of T'.
-        config: the whole config, of which `contrastive`, `distill` and `meta` are read.
+        config: the whole config, of which `student`, `contrastive`, `distill` and `meta` are read.
     """
 
     name = "distill"
@@ -264,7 +264,7 @@ class DistillStage(Stage):
         """Returns Eq. 4 for the student's outputs, and its parts by name."""
         (out, hidden), config = outputs, self.config.distill
         student_loss, metrics = student_objective(
-            out, batch["label"], keys, key_labels, queue, self.config.contrastive
+            out, batch["label"], keys, key_labels, queue, self.config
         )
         soft = jnp.zeros(())
         if config.soft:  # the only term that reads θ_T'

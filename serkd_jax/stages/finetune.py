@@ -17,6 +17,7 @@ from serkd_jax import losses
 from serkd_jax.audio.waveform import FULL_SCALE
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.base import normalize_waveform
+from serkd_jax.models.frames import valid_frames
 from serkd_jax.models.teacher import Teacher, TeacherOutput
 from serkd_jax.stages.augmentation import example_keys, spec_augment
 from serkd_jax.stages.base import Batch, Stage, accuracy
@@ -119,8 +120,7 @@ class TeacherStage(Stage):
         """Returns the (B, T, N) float32 frames that the trained layers read, and their mask."""
         inputs, length = batch["inputs"], batch["length"]
         if self.embed is None:
-            mask = jnp.arange(inputs.shape[1]) < length[:, None]
-            return standardize(inputs, length, frozen), mask
+            return standardize(inputs, length, frozen), valid_frames(inputs, length)
         waveform = inputs.astype(jnp.float32) / FULL_SCALE
         if self.normalize:
             waveform = normalize_waveform(waveform, length)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from serkd_jax.models.frames import valid_frames
+
 FLOOR = 1e-3  # share of the median spread; smaller variation is rounding, not to be amplified
 
 
@@ -38,10 +40,11 @@ def standardize(features: jax.Array, num_frames: jax.Array, statistics: Statisti
     Returns:
         (B, T, N) float32, or float64 if the features or the statistics are.
     """
-    valid = jnp.arange(features.shape[1]) < num_frames[:, None]
+    valid = valid_frames(features, num_frames)
     precise = jnp.promote_types(features.dtype, jnp.float32)
     standard = (features.astype(precise) - statistics.mean) / statistics.spread
-    return jnp.where(valid[..., None], standard, 0)
+    # Not 0 alone, which the converter to ONNX takes for a float64.
+    return jnp.where(valid[..., None], standard, jnp.zeros_like(standard))
 
 
 def measure_statistics(

@@ -56,7 +56,7 @@ class StudentStage(Stage):
         student: S.
         new_student: key -> S's variables before the first step.
         optimizer: S's optimiser.
-        config: the config's `contrastive` part.
+        config: the whole config, of which `contrastive` and `student` are read.
     """
 
     name = "student"
@@ -76,7 +76,7 @@ class StudentStage(Stage):
             programs.student,
             programs.new_student,
             programs.make_optimizer("student"),
-            programs.config.contrastive,
+            programs.config,
         )
 
     def init(self, rng: jax.Array, statistics: Statistics) -> StudentState:
@@ -85,7 +85,7 @@ class StudentStage(Stage):
         return StudentState(
             params=variables["params"],
             opt_state=self.optimizer.init(variables["params"]),
-            **new_training(self.student, variables, statistics, self.config),
+            **new_training(self.student, variables, statistics, self.config.contrastive),
         )
 
     def step(
@@ -94,8 +94,9 @@ class StudentStage(Stage):
         """Takes a step on Eq. 2."""
         dropout_rng, mask_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         features = standardize(batch["inputs"], batch["length"], state.frozen)
+        contrastive = self.config.contrastive
         keys, key_labels = encode_keys(
-            self.student, state, features, batch, mask_rng, self.config, axis
+            self.student, state, features, batch, mask_rng, contrastive, axis
         )
         dropout_keys = example_keys(dropout_rng, batch["index"])
 
@@ -111,7 +112,7 @@ class StudentStage(Stage):
         grads, (metrics, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
         grads, metrics = parallel.device_mean((grads, metrics), axis)
         metrics["gradient_norm"] = optax.global_norm(grads)
-        state = descend(self, state, grads, batch_stats, keys, key_labels, self.config.momentum)
+        state = descend(self, state, grads, batch_stats, keys, key_labels, contrastive.momentum)
         return state, metrics
 
 
@@ -197,6 +198,14 @@ def student_objective(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes Eq. 2 (and Eq. 11) for one batch, against its keys and those in the queue.
 
+    Args:
+        out: the student's outputs.
+        labels: (B,) int, the batch's classes.
+        keys: the batch's keys, from all devices.
+        key_labels: the labels of `keys`.
+        queue: labelled keys of earlier batches.
+        config: the whole config.
+
     Returns:
         The loss, and its parts and the accuracy by name.
     """
@@ -205,10 +214,10 @@ def student_objective(
         labels,
         jnp.concatenate([keys, queue.keys]),
         jnp.concatenate([key_labels, queue.labels]),
-        config.temperature,
+        config.contrastive.temperature,
     )
-    cross_entropy = losses.cross_entropy(out.logits, labels)
-    loss = losses.student_loss(cross_entropy, contrastive, config.weight)
+    cross_entropy = losses.cross_entropy(out.logits, labels, config.student.label_smoothing)
+    loss = losses.student_loss(cross_entropy, contrastive, config.contrastive.weight)
     return loss, {
         "cross_entropy": cross_entropy,
         "contrastive": contrastive,

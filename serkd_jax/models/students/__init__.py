@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 STUDENTS = {
     "inverted": "serkd_jax.models.students.inverted:InvertedStudent",
     "convolutional": "serkd_jax.models.students.convolutional:ConvolutionalStudent",
+    "timnet": "serkd_jax.models.students.timnet:TimNet",
+    "dwformer": "serkd_jax.models.students.dwformer:DWFormer",
+    "shiftcnn": "serkd_jax.models.students.shiftcnn:ShiftCNN",
+    "shiftformer": "serkd_jax.models.students.shiftcnn:Shiftformer",
+    "shiftlstm": "serkd_jax.models.students.shiftcnn:ShiftLSTM",
+    "speechformer": "serkd_jax.models.students.speechformer:SpeechFormer",
 }
 
 

@@ -101,9 +101,23 @@ class Student(nn.Module):
         """
 
     @nn.nowrap
-    def classify_and_project(self, hidden: jax.Array) -> StudentOutput:
-        """Makes the output from h(., S), (B, R) in float32; call it in a compact `__call__`."""
-        logits = mlp(hidden, (*self.classifier_dims, self.num_classes), "classifier")
+    def classify_and_project(
+        self,
+        hidden: jax.Array,
+        dropout: float = 0.0,
+        dropout_keys: jax.Array | None = None,
+        kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+    ) -> StudentOutput:
+        """Makes the output from h(., S); call it in a compact `__call__`.
+
+        Args:
+            hidden: (B, R) h(., S), in float32.
+            dropout: dropout rate between the classifier's layers.
+            dropout_keys: (B,) keys, one per example; None turns dropout off.
+            kernel_init: the initializer of the classifier's kernels.
+        """
+        widths = (*self.classifier_dims, self.num_classes)
+        logits = mlp(hidden, widths, "classifier", dropout, dropout_keys, kernel_init)
         projection = None
         if self.projection_dims:
             projection = l2_normalize(mlp(hidden, self.projection_dims, "projection"))

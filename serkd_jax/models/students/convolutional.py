@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.frames import masked_mean
+from serkd_jax.models.frames import masked_mean, valid_frames, zero_invalid
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout, LayerNorm, exact_gelu, portable_gelu
 
@@ -38,7 +38,7 @@ class FrameEncoder(nn.Module):
         gelu = portable_gelu if self.portable else exact_gelu
         x = features
         for i in range(self.num_layers):
-            near = neighbourhoods(jnp.where(valid[..., None], x, 0), self.kernel)
+            near = neighbourhoods(zero_invalid(x, valid), self.kernel)
             added = nn.Dense(self.width, dtype=self.dtype, name=f"conv_{i}")(near)
             added = gelu(LayerNorm(dtype=self.dtype, name=f"norm_{i}")(added))
             x = x + added if i else added
@@ -88,7 +88,7 @@ class ConvolutionalStudent(Student):
         self, features: jax.Array, num_frames: jax.Array, dropout_keys: jax.Array | None = None
     ) -> StudentOutput:
         """See `Student`."""
-        valid = jnp.arange(features.shape[1]) < num_frames[:, None]
+        valid = valid_frames(features, num_frames)
         sizes = self.width, self.num_layers, self.kernel, self.outputs
         encoder = FrameEncoder(*sizes, self.dtype, self.portable, name="encoder")
         frames = encoder(features, valid)

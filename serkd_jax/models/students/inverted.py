@@ -11,6 +11,7 @@ from serkd_jax.models.frames import (
     masked_mean,
     sinusoidal_positions,
     standardize_series,
+    valid_frames,
 )
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout, EncoderLayer, exact_gelu, portable_gelu
@@ -82,7 +83,7 @@ class InvertedStudent(Student):
         self, features: jax.Array, num_frames: jax.Array, dropout_keys: jax.Array | None = None
     ) -> StudentOutput:
         """See `Student`."""
-        valid = jnp.arange(features.shape[1]) < num_frames[:, None]
+        valid = valid_frames(features, num_frames)
         if self.use_norm:
             features = standardize_series(features, valid)
         features, valid = average_frames(features, valid, self.time_pooling)
