@@ -147,7 +147,8 @@ def test_the_command_learns_to_predict_hidden_states_and_says_how_well(pretraine
 def student_of(folder, **changes):
     config = get_config()
     config.student = {"kind": "convolutional", "pretrained": str(folder), **SIZES}
-    config.student.update({"standardize": True, "learning_rate": 1e-3, "epochs": 1})
+    config.student.update({"standardize": True, "label_smoothing": 0.0})
+    config.student.update({"learning_rate": 1e-3, "epochs": 1})
     config.student.update({"classifier_dims": (6,), "projection_dims": (4,), "dropout": 0.1})
     config.student.update(changes)
     config.stages = "student"
