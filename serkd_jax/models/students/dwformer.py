@@ -96,8 +96,7 @@ def find_hot(score: jax.Array, num_frames: jax.Array, valid: jax.Array) -> jax.A
         valid: (B, T) bool, True at the frames that take part, which come first. Where padding takes
             part, too, the median is taken as if it had the lowest scores, whatever they are.
     """
-    # A score is at least the k-th of the sorted ones if more than k scores are at most as high.
-    # Sorting would be slower, and not every export format has it.
+    # A score is at least the k-th (from 0) of the sorted ones if more than k are at most as high.
     at_most = (score[:, None, :] <= score[:, :, None]) & valid[:, None, :]
     padding = valid.sum(1) - num_frames
     return 2 * (at_most.sum(2) - padding[:, None]) > num_frames[:, None]

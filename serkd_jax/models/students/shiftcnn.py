@@ -145,7 +145,7 @@ class ConvBlock(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel by itself, as a sum of products, which XLA does faster."""
+    """A convolution of each channel by itself, as a sum of products: faster on a CPU."""
 
     length: int
     dtype: DTypeLike | None
