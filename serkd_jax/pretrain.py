@@ -6,9 +6,10 @@ labels are not read. `--config.student.kind=convolutional --config.student.pretr
 students from it. A command that was killed resumes when it is started again.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,31 +19,29 @@ from ml_collections import ConfigDict
 from serkd_jax.distributed import parallel, processes
 from serkd_jax.errors import UserError, parse_flags
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "An encoder: a folder or a name on the hub.", allow_override=True
-)
-_REVISION = flags.DEFINE_string(
-    "revision", None, "Branch, tag or commit on the hub.", allow_override=True
-)
+if TYPE_CHECKING:
+    from serkd_jax.data.examples import Examples
+    from serkd_jax.encoders.frontends import SideBySide
+
+# `serkd_jax.features` and others have some of these flags, too; a process may import both.
+_define_text = functools.partial(flags.DEFINE_string, allow_override=True)
+_MODEL = _define_text("model", None, "An encoder: a folder or a name on the hub.")
+_REVISION = _define_text("revision", None, "Branch, tag or commit on the hub.")
+_INPUT = _define_text("input", None, "A folder of audio files, or a .csv or .jsonl manifest.")
+_DATA_DIR = _define_text("data_dir", None, "Folder to which the manifest's paths are relative.")
+_OUT = _define_text("out", None, "The folder to make.")
 _LAYER = flags.DEFINE_integer("layer", None, "The layer to predict.", allow_override=True)
-_INPUT = flags.DEFINE_string(
-    "input", None, "A folder of audio files, or a manifest.", allow_override=True
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder to which the manifest's paths are relative.", allow_override=True
-)
-_OUT = flags.DEFINE_string("out", None, "The folder to make.", allow_override=True)
 _MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 3.0, "Length at which files are cut.", allow_override=True
 )
-_NUM_MELS = flags.DEFINE_integer("num_mels", 64, "Number of log-mel bands.")
-_WIDTH = flags.DEFINE_integer("width", 192, "Channels of the small encoder.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", 4, "Its convolutions.")
-_KERNEL = flags.DEFINE_integer("kernel", 5, "Frames that a convolution sees.")
-_EPOCHS = flags.DEFINE_integer("epochs", 40, "Number of epochs.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Utterances in a step.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak of the learning rate.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of weights, batches and levels.")
+_NUM_MELS = flags.DEFINE_integer("num_mels", 64, "Number of log-mel bands.", 1, 256)
+_WIDTH = flags.DEFINE_integer("width", 192, "Channels of the small encoder.", 1, 4096)
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 4, "Its convolutions.", 1, 100)
+_KERNEL = flags.DEFINE_integer("kernel", 5, "Frames that a convolution sees, odd.", 1, 99)
+_EPOCHS = flags.DEFINE_integer("epochs", 40, "Number of epochs.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Utterances in a step.", 1, 65_536)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak of the learning rate.", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of weights, batches and levels.", 0, 2**31)
 
 HELD_OUT = 20  # one of so many utterances is for validation
 OPTIMIZER = {
@@ -69,97 +68,139 @@ def main(argv: list[str]) -> None:
 
 def _pretrain() -> None:
     # Slow to import, so only after the flags are parsed.
+    from serkd_jax.encoders.distilled import Distilled, Sizes, save_distilled
+    from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
+    from serkd_jax.stages.standardization import measure_statistics
+
+    if not 0.025 <= _MAX_SECONDS.value <= 3600:
+        raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
+    if _KERNEL.value % 2 == 0:
+        raise UserError(f"kernel is {_KERNEL.value}: use an odd number of frames")
+    bands, out = _NUM_MELS.value, Path(_OUT.value)
+    large = Pretrained(_MODEL.value, _REVISION.value, layer=_LAYER.value)
+    examples, skipped = _open_speech(SideBySide(LogMel(bands), large), out / "features")
+    count = len(examples.columns["length"])
+    held_out = max(count // HELD_OUT, 1)
+    if held_out == count:
+        raise UserError(f"{_INPUT.value} has only one utterance: name more speech")
+    rows = np.random.default_rng(_SEED.value).permutation(count)
+    held_out, rows = np.split(rows, [held_out])
+    members = np.isin(np.arange(count), rows)[None]
+    (statistics,) = measure_statistics(examples.chunks(), members)
+    sizes = Sizes(bands, _WIDTH.value, _NUM_LAYERS.value, _KERNEL.value, large.width)
+    _claim(out, dataclasses.asdict(sizes))
+    params, r2 = _train(sizes, examples, rows, held_out, statistics, out / "training")
+    if parallel.is_first_process():
+        about = {"predicts": large.settings, "utterances": len(rows), "r2": round(r2, 4)}
+        mean, spread = statistics.mean[:bands], statistics.spread[:bands]
+        save_distilled(out, Distilled(sizes, params, mean, spread), about)
+        print(f"{out} predicts {100 * r2:.1f} % of the variance of held-out hidden states.")
+        if skipped:
+            reason, number = skipped[0]["reason"], len(skipped)
+            print(f"{number} of {number + count} files were skipped, the first: {reason}")
+
+
+def _claim(out: Path, sizes: dict[str, int]) -> None:
+    """Refuses a folder in which another encoder was trained; that of other features is refused too.
+
+    Raises:
+        UserError: names what differs.
+    """
+    from serkd_jax.files import read_json, write_json
+
+    values = {"epochs": _EPOCHS, "batch_size": _BATCH_SIZE, "learning_rate": _LEARNING_RATE}
+    mine = sizes | {name: flag.value for name, flag in (values | {"seed": _SEED}).items()}
+    path = out / "settings.json"
+    if (out / "training").exists() and path.exists():
+        theirs = read_json(path, f"delete {out}")
+        if differ := [
+            f"{k}: {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v
+        ]:
+            raise UserError(
+                f"{out} holds another pretraining ({', '.join(differ)}): use another --out"
+            )
+    parallel.wait_for_processes("pretraining claimed")
+    if parallel.is_first_process():
+        write_json(path, mine)
+
+
+def _open_speech(frontend: "SideBySide", folder: Path) -> tuple["Examples", list[dict[str, str]]]:
+    """Extracts the features that are missing; returns the examples, and what was skipped."""
     from serkd_jax.audio.logmel import num_frames
     from serkd_jax.audio.waveform import SAMPLE_RATE
-    from serkd_jax.data.examples import predict_rows, stream_rows
     from serkd_jax.data.prepare import extract_features, open_unlabelled
     from serkd_jax.data.reader import describe
     from serkd_jax.data.sources import AudioFiles
-    from serkd_jax.encoders.distilled import Distilled, Sizes, save_distilled
-    from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
+
+    frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
+    source = AudioFiles(_INPUT.value, _DATA_DIR.value)
+    extract_features(source, frontend, frames, folder, skip_bad=True)
+    devices = parallel.choose_devices(0, {"batch_size": _BATCH_SIZE.value})
+    return open_unlabelled(folder, frames, devices), describe(folder).metadata["skipped"]
+
+
+def _train(
+    sizes: Any,
+    examples: "Examples",
+    rows: np.ndarray,
+    held_out: np.ndarray,
+    statistics: Any,
+    folder: Path,
+) -> tuple[Any, float]:
+    """Trains what remains; returns the parameters, and R² of the hidden states that are held out.
+
+    Args:
+        sizes: the sizes of the encoder.
+        examples: all utterances.
+        rows: those to train on.
+        held_out: those to validate on.
+        statistics: of the frames of `rows`.
+        folder: the folder for checkpoints and metrics.
+    """
+    from serkd_jax.data.examples import predict_rows, stream_rows
     from serkd_jax.models.students.convolutional import FrameEncoder
     from serkd_jax.stages.base import make_optimizer, make_schedule
     from serkd_jax.stages.imitation import Pretraining, PretrainState
-    from serkd_jax.stages.standardization import measure_statistics
     from serkd_jax.training import Training, train
 
-    out, seed = Path(_OUT.value), _SEED.value
-    if not 0.025 <= _MAX_SECONDS.value <= 3600:
-        raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
-    large = Pretrained(_MODEL.value, _REVISION.value, layer=_LAYER.value)
-    frontend = SideBySide(LogMel(_NUM_MELS.value), large)
-    sizes = Sizes(_NUM_MELS.value, _WIDTH.value, _NUM_LAYERS.value, _KERNEL.value, large.width)
-    frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
-    source = AudioFiles(_INPUT.value, _DATA_DIR.value)
-    extract_features(source, frontend, frames, out / "features", skip_bad=True)
-    devices = parallel.choose_devices(0, {"batch_size": _BATCH_SIZE.value})
-    examples = open_unlabelled(out / "features", frames, devices)
-    rows = np.random.default_rng(seed).permutation(len(examples.columns["length"]))
-    held_out, rows = np.split(rows, [max(len(rows) // HELD_OUT, 1)])
-    if not len(rows):
-        raise UserError(f"{_INPUT.value} has only one utterance: name more speech")
-    members = np.isin(np.arange(len(rows) + len(held_out)), rows)[None]
-    (statistics,) = measure_statistics(examples.chunks(), members)
-
-    steps_per_epoch = -(-len(rows) // _BATCH_SIZE.value)
-    optimizer = ConfigDict(OPTIMIZER)
-    schedule = optimizer, _LEARNING_RATE.value, _EPOCHS.value * steps_per_epoch
-    pretraining = Pretraining(
-        FrameEncoder(_WIDTH.value, _NUM_LAYERS.value, _KERNEL.value, large.width),
-        _NUM_MELS.value,
-        make_optimizer(*schedule),
-    )
-    resident = examples.read is None
+    batch, seed, devices = _BATCH_SIZE.value, _SEED.value, examples.devices
+    steps_per_epoch = -(-len(rows) // batch)
+    schedule = ConfigDict(OPTIMIZER), _LEARNING_RATE.value, _EPOCHS.value * steps_per_epoch
+    encoder = FrameEncoder(sizes.width, sizes.num_layers, sizes.kernel, sizes.outputs)
+    pretraining = Pretraining(encoder, sizes.num_mels, make_optimizer(*schedule))
+    resident, count = examples.read is None, min(32, steps_per_epoch)
     errors = parallel.compile_predict(pretraining.errors, devices, shared_data=resident)
 
     def validate(state: PretrainState) -> dict[str, float]:
         """The share of the held-out hidden states' variance that is predicted."""
-        found = predict_rows(errors, state, examples, held_out, _BATCH_SIZE.value)
-        return {"r2": 1 - float(found.mean())}
+        return {"r2": 1 - float(predict_rows(errors, state, examples, held_out, batch).mean())}
 
     def take(steps: range) -> tuple[Any, Any]:
-        numbers = [*steps, *[steps[-1]] * (count - len(steps))]
-        wanted = [stream_rows(rows, _BATCH_SIZE.value, range(k, k + 1), [seed]) for k in numbers]
-        return examples.take(np.concatenate(wanted))
+        taken = stream_rows(rows, batch, steps, [seed])
+        return examples.take(np.pad(taken, ((0, count - len(steps)), (0, 0)), mode="edge"))
 
-    count = min(32, steps_per_epoch)
-    state = train(
-        Training(
-            title="pretraining",
-            epochs=_EPOCHS.value,
-            steps_per_epoch=steps_per_epoch,
-            steps_per_dispatch=count,
-            devices=devices,
-            init=lambda: pretraining.init(jax.random.key(seed), statistics),
-            frozen=statistics,
-            steps=parallel.compile_steps(
-                lambda axis: functools.partial(pretraining.step, axis=axis),
-                devices,
-                shared_data=resident,
-            ),
-            take=take,
-            validate=validate,
-            selection_metric="last",
-            rng=jax.random.key(seed + 1),
-            learning_rate=make_schedule(*schedule),
-            shown="r2",
+    training = Training(
+        title="pretraining",
+        epochs=_EPOCHS.value,
+        steps_per_epoch=steps_per_epoch,
+        steps_per_dispatch=count,
+        devices=devices,
+        init=lambda: pretraining.init(jax.random.key(seed), statistics),
+        frozen=statistics,
+        steps=parallel.compile_steps(
+            lambda axis: functools.partial(pretraining.step, axis=axis),
+            devices,
+            shared_data=resident,
         ),
-        out / "training",
+        take=take,
+        validate=validate,
+        selection_metric="last",
+        rng=jax.random.key(seed + 1),
+        learning_rate=make_schedule(*schedule),
+        shown="r2",
     )
-    if parallel.is_first_process():
-        r2 = validate(state)["r2"]
-        about = {"predicts": large.settings, "utterances": len(rows), "r2": round(r2, 4)}
-        bands = slice(_NUM_MELS.value)
-        made = Distilled(
-            sizes, jax.device_get(state.params), statistics.mean[bands], statistics.spread[bands]
-        )
-        save_distilled(out, made, about)
-        print(f"{out} predicts {100 * r2:.1f} % of the variance of held-out hidden states.")
-        if skipped := describe(out / "features").metadata["skipped"]:
-            count = len(skipped) + len(rows) + len(held_out)
-            print(
-                f"{len(skipped)} of {count} files were skipped, the first: {skipped[0]['reason']}"
-            )
+    state = train(training, folder)
+    return jax.device_get(state.params), validate(state)["r2"]
 
 
 if __name__ == "__main__":

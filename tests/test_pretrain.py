@@ -106,6 +106,13 @@ def test_the_error_is_that_of_standardised_hidden_states_over_valid_frames():
     assert metrics["loss"] > 0
 
 
+def command_for(folder, model):
+    command = [sys.executable, "-m", "serkd_jax.pretrain", f"--model={model}", "--layer=1"]
+    command += [f"--input={folder / 'speech'}", f"--out={folder / 'out'}", "--max_seconds=0.5"]
+    command += [f"--num_mels={MELS}", "--width=6", "--num_layers=3", "--kernel=3", "--epochs=20"]
+    return command
+
+
 @pytest.fixture(scope="module")
 def pretrained(encoder_folder, tmp_path_factory):
     """What the command makes of sixteen recordings, and what it printed."""
@@ -113,16 +120,7 @@ def pretrained(encoder_folder, tmp_path_factory):
     for seed in range(16):
         write_wav(folder / "speech" / f"{seed}.wav", seed, 4000 + 500 * seed)
     (folder / "speech" / "broken.wav").write_text("not audio")
-    command = [sys.executable, "-m", "serkd_jax.pretrain", f"--model={encoder_folder('whisper')}"]
-    command += ["--layer=1", f"--input={folder / 'speech'}", f"--out={folder / 'out'}"]
-    command += [
-        f"--num_mels={MELS}",
-        "--width=6",
-        "--num_layers=3",
-        "--kernel=3",
-        "--epochs=20",
-        "--max_seconds=0.5",
-    ]
+    command = command_for(folder, encoder_folder("whisper"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return folder / "out", done.stdout
 
@@ -142,6 +140,15 @@ def test_the_command_learns_to_predict_hidden_states_and_says_how_well(pretraine
     found = load_distilled(folder)
     assert found.params["conv_0"]["kernel"].shape == (3 * MELS, 6)
     assert (len(found.sha256), found.sizes.width) == (16, 6)
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_pretraining_is_refused(pretrained, encoder_folder):
+    folder, _ = pretrained
+    command = command_for(folder.parent, encoder_folder("whisper"))
+    done = subprocess.run([*command, "--seed=4"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "holds another pretraining (seed: 0 -> 4): use" in done.stderr.splitlines()[-1]
 
 
 def student_of(folder, **changes):
