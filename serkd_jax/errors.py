@@ -5,7 +5,7 @@ import errno
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 LONGEST = 1000  # characters of a message
 
@@ -32,6 +32,17 @@ def some_of(names: Iterable[object], most: int = 10) -> str:
     names = [str(name) for name in names]
     shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def differences(
+    theirs: Mapping[str, object], mine: Mapping[str, object], keys: Iterable[str]
+) -> list[str]:
+    """Says of each key whose values differ what it was and what it is."""
+    return [
+        f"{key}: {theirs.get(key)} -> {mine.get(key)}"
+        for key in keys
+        if theirs.get(key) != mine.get(key)
+    ]
 
 
 def of_the_machine(error: BaseException | None) -> str:

@@ -32,7 +32,7 @@ from serkd_jax.data.sources import Frontend
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
-from serkd_jax.errors import UserError
+from serkd_jax.errors import UserError, differences
 from serkd_jax.files import locked, read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
@@ -567,9 +567,8 @@ def _claim_workdir(workdir: Path, config: ConfigDict, sources: dict[str, str], s
     mine = sources | settings_of(config)
     if any(workdir.glob("fold_*")) and path.exists():
         theirs = read_json(path, "delete the workdir, or use another --workdir")
-        differ = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
-        if differ:
-            changes = ", ".join(f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in differ[:5])
+        if differ := differences(theirs, mine, sorted(mine | theirs)):
+            changes = ", ".join(differ[:5])
             more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise UserError(
                 f"{workdir} holds checkpoints of another run ({changes}{more}). Use "

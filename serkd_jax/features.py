@@ -48,16 +48,12 @@ def main(argv: list[str]) -> None:
 
 def _extract() -> None:
     # Slow to import, so only after the flags are parsed.
-    from serkd_jax.audio.logmel import num_frames
-    from serkd_jax.audio.waveform import SAMPLE_RATE
-    from serkd_jax.data.prepare import extract_features
+    from serkd_jax.data.prepare import extract_features, frames_of
     from serkd_jax.data.sources import AudioFiles
     from serkd_jax.encoders.frontends import Pretrained, default_batching
 
     output = Path(_OUT.value)
-    if not 0.025 <= _MAX_SECONDS.value <= 3600:
-        raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
-    max_frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
+    max_frames = frames_of(_MAX_SECONDS.value)
     source = AudioFiles(_INPUT.value, _DATA_DIR.value)
     try:
         layers = [int(layer) for layer in str(_LAYER.value).split(",")]

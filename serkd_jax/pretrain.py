@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from serkd_jax.distributed import parallel, processes
-from serkd_jax.errors import UserError, parse_flags
+from serkd_jax.errors import UserError, differences, parse_flags
 
 if TYPE_CHECKING:
     from serkd_jax.data.examples import Examples
@@ -68,17 +68,17 @@ def main(argv: list[str]) -> None:
 
 def _pretrain() -> None:
     # Slow to import, so only after the flags are parsed.
+    from serkd_jax.data.prepare import frames_of
     from serkd_jax.encoders.distilled import Distilled, Sizes, save_distilled
     from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
     from serkd_jax.stages.standardization import measure_statistics
 
-    if not 0.025 <= _MAX_SECONDS.value <= 3600:
-        raise UserError(f"max_seconds is {_MAX_SECONDS.value:g}: use 0.025, one frame, to 3600")
+    frames = frames_of(_MAX_SECONDS.value)
     if _KERNEL.value % 2 == 0:
         raise UserError(f"kernel is {_KERNEL.value}: use an odd number of frames")
     bands, out = _NUM_MELS.value, Path(_OUT.value)
     large = Pretrained(_MODEL.value, _REVISION.value, layer=_LAYER.value)
-    examples, skipped = _open_speech(SideBySide(LogMel(bands), large), out / "features")
+    examples, skipped = _open_speech(SideBySide(LogMel(bands), large), frames, out / "features")
     count = len(examples.columns["length"])
     held_out = max(count // HELD_OUT, 1)
     if held_out == count:
@@ -113,9 +113,7 @@ def _claim(out: Path, sizes: dict[str, int]) -> None:
     path = out / "settings.json"
     if (out / "training").exists() and path.exists():
         theirs = read_json(path, f"delete {out}")
-        if differ := [
-            f"{k}: {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v
-        ]:
+        if differ := differences(theirs, mine, mine):
             raise UserError(
                 f"{out} holds another pretraining ({', '.join(differ)}): use another --out"
             )
@@ -124,15 +122,14 @@ def _claim(out: Path, sizes: dict[str, int]) -> None:
         write_json(path, mine)
 
 
-def _open_speech(frontend: "SideBySide", folder: Path) -> tuple["Examples", list[dict[str, str]]]:
+def _open_speech(
+    frontend: "SideBySide", frames: int, folder: Path
+) -> tuple["Examples", list[dict[str, str]]]:
     """Extracts the features that are missing; returns the examples, and what was skipped."""
-    from serkd_jax.audio.logmel import num_frames
-    from serkd_jax.audio.waveform import SAMPLE_RATE
     from serkd_jax.data.prepare import extract_features, open_unlabelled
     from serkd_jax.data.reader import describe
     from serkd_jax.data.sources import AudioFiles
 
-    frames = num_frames(round(_MAX_SECONDS.value * SAMPLE_RATE))
     source = AudioFiles(_INPUT.value, _DATA_DIR.value)
     extract_features(source, frontend, frames, folder, skip_bad=True)
     devices = parallel.choose_devices(0, {"batch_size": _BATCH_SIZE.value})

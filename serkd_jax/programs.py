@@ -221,14 +221,13 @@ class Programs:
         if not config.pretrained:
             return None
         found = load_distilled(config.pretrained)
-        frontend = {"num_mels": self.config.frontend.get("num_mels")}
         for name, value in asdict(found.sizes).items():
-            key = "frontend" if name in frontend else "student"
-            mine = (frontend | config.to_dict()).get(name)
+            part = "frontend" if name == "num_mels" else "student"
+            mine = self.config[part].get(name)
             if mine != value:
                 raise UserError(
-                    f"{config.pretrained} has {name} {value}, but {key}.{name} is {mine}: set "
-                    f"--config.{key}.{name}={value} (and student.kind=convolutional)"
+                    f"{config.pretrained} has {name} {value}, but {part}.{name} is {mine}: set "
+                    f"--config.{part}.{name}={value} (and student.kind=convolutional)"
                 )
         return found
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from serkd_jax.audio.logmel import num_frames
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.examples import Examples, are_resident
 from serkd_jax.data.reader import (
@@ -26,6 +28,7 @@ from serkd_jax.data.reader import (
 )
 from serkd_jax.data.sources import Frontend, RecordsSource, Source
 from serkd_jax.distributed import parallel
+from serkd_jax.errors import UserError, differences
 from serkd_jax.files import read_json, write_json
 
 SETTINGS, LOCK = "settings.json", "lock"  # files of an unfinished folder
@@ -76,18 +79,10 @@ def open_examples(
     Raises:
         RecordsError: the folder does not hold the table's utterances, or is damaged.
     """
-    if resident:
-        ids, inputs, lengths = load_arrays(folder, name, length)
-        columns, read = {"inputs": inputs}, None
-    else:
-        counted = {"features": "num_frames", "audio": "num_samples"}[name]
-        ids, lengths = load_lengths(folder, counted, length)
-        columns, read = {}, RandomReader(folder, name, length)
+    ids, examples = _open(folder, name, length, devices, resident)
     if not np.array_equal(ids, table.ids):  # everything is indexed by row
         raise RecordsError(f"{folder} does not hold the utterances of the records: delete it")
-    columns |= {"length": lengths, "label": table.labels}
-    columns |= {"index": np.arange(len(ids), dtype=np.int32)}
-    return Examples({}, devices, read).with_columns(**columns)
+    return examples.with_columns(label=table.labels)
 
 
 def open_unlabelled(folder: Path, length: int, devices: list[jax.Device]) -> Examples:
@@ -101,15 +96,36 @@ def open_unlabelled(folder: Path, length: int, devices: list[jax.Device]) -> Exa
     Raises:
         RecordsError: the folder is damaged.
     """
-    ids, lengths = load_lengths(folder, "num_frames", length)
-    columns = {"length": lengths, "index": np.arange(len(ids), dtype=np.int32)}
-    width = describe(folder).fields["features"].shape[1]
-    if not are_resident("auto", 2 * len(ids) * length * width, devices):
-        return Examples({}, devices, RandomReader(folder, "features", length)).with_columns(
-            **columns
-        )
-    inputs = load_arrays(folder, "features", length)[1]
-    return Examples({}, devices).with_columns(inputs=inputs, **columns)
+    described = describe(folder)
+    width = described.fields["features"].shape[1]
+    resident = are_resident("auto", 2 * described.num_examples * length * width, devices)
+    return _open(folder, "features", length, devices, resident)[1]
+
+
+def _open(
+    folder: Path, name: str, length: int, devices: list[jax.Device], resident: bool
+) -> tuple[np.ndarray, Examples]:
+    """Returns ids, and examples with inputs, lengths and numbers; see `open_examples`."""
+    if resident:
+        ids, inputs, lengths = load_arrays(folder, name, length)
+        columns, read = {"inputs": inputs}, None
+    else:
+        counted = {"features": "num_frames", "audio": "num_samples"}[name]
+        ids, lengths = load_lengths(folder, counted, length)
+        columns, read = {}, RandomReader(folder, name, length)
+    columns |= {"length": lengths, "index": np.arange(len(ids), dtype=np.int32)}
+    return ids, Examples({}, devices, read).with_columns(**columns)
+
+
+def frames_of(max_seconds: float) -> int:
+    """Returns the number of frames at which a command cuts recordings.
+
+    Raises:
+        UserError: that would be less than one, or more than an hour's.
+    """
+    if not 0.025 <= max_seconds <= 3600:
+        raise UserError(f"max_seconds is {max_seconds:g}: use 0.025, one frame, to 3600")
+    return num_frames(round(max_seconds * SAMPLE_RATE))
 
 
 def prepare_features(
@@ -232,10 +248,7 @@ def _claim(folder: Path, work: Path, settings: dict) -> Iterator[None]:
 
 
 def _check_settings(folder: Path, theirs: dict, mine: dict) -> None:
-    differ = [
-        f"{key}: {theirs.get(key)} -> {mine[key]}" for key in mine if theirs.get(key) != mine[key]
-    ]
-    if differ:
+    if differ := differences(theirs, mine, mine):
         raise RecordsError(
             f"{folder} holds features of other files or settings ({'; '.join(differ)}): "
             "name another folder, or delete this one"

@@ -17,6 +17,17 @@ REMEDY = "name a folder made by serkd_jax.pretrain, or make it again"
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The sizes of a `FrameEncoder`, and the number of log-mel bands that it reads."""
+
+    num_mels: int
+    width: int
+    num_layers: int
+    kernel: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class Distilled:
     """A small encoder.
 
@@ -28,22 +39,11 @@ class Distilled:
         sha256: hash of all on which the encoded frames depend.
     """
 
-    sizes: "Sizes"
+    sizes: Sizes
     params: dict[str, Any]
     mean: np.ndarray
     spread: np.ndarray
     sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a `FrameEncoder`, and the number of log-mel bands that it reads."""
-
-    num_mels: int
-    width: int
-    num_layers: int
-    kernel: int
-    outputs: int
 
 
 def save_distilled(folder: Path, distilled: Distilled, about: dict[str, Any]) -> None:

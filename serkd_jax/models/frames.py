@@ -15,6 +15,11 @@ def zero_invalid(x: jax.Array, valid: jax.Array) -> jax.Array:
     return x * valid[..., None].astype(x.dtype)
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns an array in float32, or as it is if it is more precise."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the mean of (B, L, D) over the positions where `mask` (B, L) is True."""
     weights = mask.astype(x.dtype)

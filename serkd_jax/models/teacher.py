@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from serkd_jax.errors import UserError
-from serkd_jax.models.frames import average_frames, masked_mean, sinusoidal_positions
+from serkd_jax.models.frames import (
+    at_least_float32,
+    average_frames,
+    masked_mean,
+    sinusoidal_positions,
+)
 from serkd_jax.models.transformer import LayerNorm, mlp
 
 
@@ -88,8 +93,7 @@ class Teacher(nn.Module):
                 "set teacher.patch_frames or use another front-end"
             )
         encoded, _ = self.encoder(frames, frame_mask, dropout_keys)
-        encoded = encoded.astype(jnp.promote_types(encoded.dtype, jnp.float32))
-        hidden = masked_mean(encoded, frame_mask)
+        hidden = masked_mean(at_least_float32(encoded), frame_mask)
         if self.projector:  # after the mean over frames, with which it commutes
             hidden = nn.Dense(self.projector, name="projector")(hidden)
         classifier = Classifier(self.num_classes, self.classifier_dims, name="classifier")

@@ -12,9 +12,11 @@ from jax.custom_derivatives import linear_call
 from jax.typing import DTypeLike
 
 from serkd_jax.errors import UserError
+from serkd_jax.models.frames import at_least_float32
 
 # The variance is mean((x - mean)²), as in torch; Flax's faster E[x²] - mean² cancels in float32.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
+TorchLayerNorm = functools.partial(LayerNorm, epsilon=1e-5)  # torch's default
 
 WEIGHTS_AT_ONCE = 2**20  # number of attention weights that fit a CPU's cache
 MASKED_LOGIT = -1e30  # softmax gives 0, but stays finite where every token is masked
@@ -27,7 +29,7 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     The computation is at least in float32. JAX's own GELU (see `portable_gelu`) uses erfc, which
     takes twice as long on a GPU.
     """
-    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    precise = at_least_float32(x)
     return (precise * _normal_cdf(precise)).astype(x.dtype)
 
 
@@ -39,7 +41,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 def _slope_of_gelu(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
     """Computes Φ(x) + x φ(x), so that the gradient keeps one array, where JAX would keep three."""
     (x,), (tangent,) = primals, tangents
-    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    precise = at_least_float32(x)
     density = jnp.exp(-0.5 * precise * precise) / (2 * jnp.pi) ** 0.5
     slope = _normal_cdf(precise) + precise * density
     return exact_gelu(x), tangent * slope.astype(x.dtype)

@@ -54,9 +54,8 @@ def _score_figure(comparison: Comparison) -> str:
         [100 * score.mean for score in shown],
         [tuple(100 * x for x in score.intervals[by]) for score in shown],
         [
-            [100 * run.scores[score.row][score.metric] for run in runs.values()]
-            for score in shown
-            if (runs := score.group.with_row(score.row))
+            [100 * run.scores[x.row][x.metric] for run in x.group.with_row(x.row).values()]
+            for x in shown
         ],
         [paper.ROWS.get(x.group.corpus, {}).get(x.row, {}).get(x.metric) for x in shown],
         f"{metrics}, %",

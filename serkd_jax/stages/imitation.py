@@ -14,6 +14,7 @@ from flax import struct
 
 from serkd_jax.audio.logmel import LOG_SCALE
 from serkd_jax.distributed import parallel
+from serkd_jax.models.frames import valid_frames
 from serkd_jax.models.students.convolutional import FrameEncoder
 from serkd_jax.stages.augmentation import example_keys
 from serkd_jax.stages.base import Batch
@@ -78,7 +79,7 @@ class Pretraining:
     def errors(self, state: PretrainState, batch: Batch) -> jax.Array:
         """Returns (B,), for each utterance the mean squared error over valid frames and widths."""
         frames = standardize(batch["inputs"], batch["length"], state.frozen)
-        valid = jnp.arange(frames.shape[1]) < batch["length"][:, None]
+        valid = valid_frames(frames, batch["length"])
         features, hidden = frames[..., : self.num_mels], frames[..., self.num_mels :]
         predicted = self.encoder.apply({"params": state.params}, features, valid)
         squared = jnp.square(predicted - hidden).mean(-1)

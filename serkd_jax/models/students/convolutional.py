@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.frames import masked_mean, valid_frames, zero_invalid
+from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout, LayerNorm, exact_gelu, portable_gelu
 
@@ -91,8 +91,7 @@ class ConvolutionalStudent(Student):
         valid = valid_frames(features, num_frames)
         sizes = self.width, self.num_layers, self.kernel, self.outputs
         encoder = FrameEncoder(*sizes, self.dtype, self.portable, name="encoder")
-        frames = encoder(features, valid)
-        frames = frames.astype(jnp.promote_types(frames.dtype, jnp.float32))
+        frames = at_least_float32(encoder(features, valid))
         mean = masked_mean(frames, valid)
         variance = masked_mean(jnp.square(frames - mean[:, None]), valid)
         hidden = jnp.concatenate([mean, jnp.sqrt(variance + 1e-5)], axis=-1)

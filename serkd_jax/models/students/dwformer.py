@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.frames import masked_mean, valid_frames
+from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import (
     MASKED_LOGIT,
     Dropout,
-    LayerNorm,
+    TorchLayerNorm,
     attention_logits,
     join_heads,
     project_heads,
 )
 
-Norm = functools.partial(LayerNorm, epsilon=1e-5)
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -70,20 +69,20 @@ class DWFormer(Student):
         valid = valid_frames(features, num_frames) | self.see_padding
         sizes = {"num_heads": self.num_heads, "mlp_dim": self.mlp_dim, "dropout": self.dropout}
         sizes |= {"dtype": self.dtype}
-        x = Norm(dtype=self.dtype, name="norm_0")(features)
+        x = TorchLayerNorm(dtype=self.dtype, name="norm_0")(features)
         x, received = GroupLayer(**sizes, name="layer")(x, valid, dropout_keys)
         score = masked_softmax(received, valid)
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.num_blocks):
             if i:
-                x = Norm(dtype=self.dtype, name=f"norm_{i}")(x)
+                x = TorchLayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
             hot = find_hot(score, num_frames, valid)
             weight = jnp.where(hot, 1, self.cold_weight)
             x, score = block(**sizes, name=f"blocks_{i}")(
                 x, find_windows(hot, valid), weight, dropout_keys
             )
             score = masked_softmax(score, valid)
-        hidden = masked_mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), valid)
+        hidden = masked_mean(at_least_float32(x), valid)
         return self.classify_and_project(hidden, self.classifier_dropout, dropout_keys, xavier)
 
 
@@ -150,7 +149,7 @@ class Block(nn.Module):
         layer = functools.partial(
             GroupLayer, self.num_heads, self.mlp_dim, self.dropout, self.dtype
         )
-        norm = functools.partial(Norm, dtype=self.dtype)
+        norm = functools.partial(TorchLayerNorm, dtype=self.dtype)
         x, received = layer(name="local")(norm(name="local_norm")(x), windows, dropout_keys)
         x *= weight[..., None].astype(x.dtype)
         same = windows[:, None, :] == windows[:, :, None]
@@ -187,7 +186,7 @@ class GroupLayer(nn.Module):
         """
         width = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
-        norm = functools.partial(Norm, dtype=self.dtype)
+        norm = functools.partial(TorchLayerNorm, dtype=self.dtype)
         of_heads = functools.partial(dense, bias_init=_small_uniform(width))
         query, key, value = project_heads(x, self.num_heads, of_heads)
         same = group[:, None, :, None] == group[:, None, None, :]

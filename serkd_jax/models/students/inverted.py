@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from serkd_jax.models.frames import (
+    at_least_float32,
     average_frames,
     masked_mean,
     sinusoidal_positions,
@@ -110,8 +111,7 @@ class InvertedStudent(Student):
                 attention_form="plain" if self.portable else "auto",
                 name=f"layers_{i}",
             )(tokens, mask, dropout_keys)
-        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
-        hidden = read_out(tokens, mask, self.readout)
+        hidden = read_out(at_least_float32(tokens), mask, self.readout)
         return self.classify_and_project(hidden)
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.frames import masked_mean, valid_frames, zero_invalid
+from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
 from serkd_jax.models.students.base import Student, StudentOutput, size
-from serkd_jax.models.transformer import LayerNorm, exact_gelu, portable_gelu
+from serkd_jax.models.transformer import TorchLayerNorm, exact_gelu, portable_gelu
 
 
 class ShiftStudent(Student):
@@ -49,7 +49,7 @@ class ShiftStudent(Student):
         valid = valid_frames(features, num_frames) | self.see_padding
         masks = Masks(self.time_mask, self.feature_mask, name="masks")
         x = self.encode(masks(features, valid.sum(1), dropout_keys), valid)
-        hidden = masked_mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), valid)
+        hidden = masked_mean(at_least_float32(x), valid)
         return self.classify_and_project(hidden)
 
     def encode(self, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ class ShiftCNN(ShiftStudent):
         blocks = [make_block(self.portable, self.dtype, name=f"blocks_{i}") for i in range(2)]
         x = zero_invalid(x, valid)
         x = zero_invalid(x + blocks[0](x), valid)
-        return _norm(self.dtype, "norm")(self.move(x, valid) + blocks[1](x))
+        return TorchLayerNorm(dtype=self.dtype, name="norm")(self.move(x, valid) + blocks[1](x))
 
 
 class Shiftformer(ShiftStudent):
@@ -91,7 +91,7 @@ class Shiftformer(ShiftStudent):
         for i in range(2):
             x = self.move(x, valid, both_ways=True)
             mlp = Pointwise(self.portable, self.dtype, name=f"mlp_{i}")
-            x = _norm(self.dtype, f"norm_{i}")(x + mlp(x))
+            x = TorchLayerNorm(dtype=self.dtype, name=f"norm_{i}")(x + mlp(x))
         return x
 
 
@@ -110,7 +110,7 @@ class ShiftLSTM(ShiftStudent):
             LSTM(width, reverse, self.dtype, name=name)(x, valid)
             for name, reverse in (("forward", False), ("backward", True))
         ]
-        return _norm(self.dtype, "norm")(jnp.concatenate(both, axis=-1))
+        return TorchLayerNorm(dtype=self.dtype, name="norm")(jnp.concatenate(both, axis=-1))
 
 
 def temporal_shift(x: jax.Array, fold: int, both_ways: bool = False) -> jax.Array:
@@ -127,10 +127,6 @@ def temporal_shift(x: jax.Array, fold: int, both_ways: bool = False) -> jax.Arra
     return jnp.concatenate([*parts, x[..., len(parts) * fold :]], axis=-1)
 
 
-def _norm(dtype: DTypeLike | None, name: str) -> nn.LayerNorm:
-    return LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
-
-
 class ConvBlock(nn.Module):
     """A depthwise convolution over seven frames, a norm, and two layers on each frame."""
 
@@ -141,7 +137,9 @@ class ConvBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, T, N) frames, 0 where they are padding, to (B, T, N)."""
         x = DepthwiseConv(7, self.dtype, name="depthwise")(x)
-        return Pointwise(self.portable, self.dtype, name="mlp")(_norm(self.dtype, "norm")(x))
+        return Pointwise(self.portable, self.dtype, name="mlp")(
+            TorchLayerNorm(dtype=self.dtype, name="norm")(x)
+        )
 
 
 class DepthwiseConv(nn.Module):

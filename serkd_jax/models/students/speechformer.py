@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from serkd_jax.models.frames import (
+    at_least_float32,
     average_groups,
     masked_mean,
     sinusoidal_positions,
@@ -20,13 +21,12 @@ from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import (
     MASKED_LOGIT,
     Dropout,
-    LayerNorm,
+    TorchLayerNorm,
     attention_weights,
     join_heads,
     project_heads,
 )
 
-Norm = functools.partial(LayerNorm, epsilon=1e-5)
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -108,7 +108,7 @@ class SpeechFormer(Student):
         layer = nn.remat(Layer) if self.remat else Layer
         for stage, count in enumerate(self.num_layers):
             positions = sinusoidal_positions(x.shape[1], width) if stage == 0 else None
-            x = Norm(dtype=self.dtype, name=f"norm_{stage}")(x)
+            x = TorchLayerNorm(dtype=self.dtype, name=f"norm_{stage}")(x)
             for i in range(count):
                 x = layer(
                     self.num_heads,
@@ -122,8 +122,8 @@ class SpeechFormer(Student):
             if stage < len(self.merges):
                 x, valid = merge(x, valid, num_words, self.merges[stage])
                 x = nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name=f"merge_{stage}")(x)
-                x = Norm(dtype=self.dtype, name=f"merge_norm_{stage}")(x)
-        hidden = masked_mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), valid)
+                x = TorchLayerNorm(dtype=self.dtype, name=f"merge_norm_{stage}")(x)
+        hidden = masked_mean(at_least_float32(x), valid)
         return self.classify_and_project(hidden, self.classifier_dropout, dropout_keys)
 
 
@@ -163,7 +163,7 @@ class Layer(nn.Module):
             dropout_keys: (B,) keys, one per example; None turns dropout off.
         """
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
-        norm = functools.partial(Norm, dtype=self.dtype)
+        norm = functools.partial(TorchLayerNorm, dtype=self.dtype)
 
         def drop(x: jax.Array, name: str) -> jax.Array:
             return Dropout(self.dropout, name=f"{name}_dropout")(x, dropout_keys)
@@ -228,8 +228,7 @@ def attend_to_words_and_neighbours(
         return x.reshape(*x.shape[:2], num_words, in_segment, *x.shape[3:])
 
     def softmax(logits: jax.Array, name: str) -> jax.Array:
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return drop(nn.softmax(logits).astype(value.dtype), name)
+        return drop(nn.softmax(at_least_float32(logits)).astype(value.dtype), name)
 
     with_word = [
         jnp.concatenate([word[:, :, :, None], segments(frames)], axis=3)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from serkd_jax.models.frames import masked_mean, valid_frames, zero_invalid
+from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout
 
@@ -117,7 +117,10 @@ class CausalConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over the valid frames of all devices, with the constants of Keras."""
+    """Batch normalisation over the valid frames of all devices, with the constants of Keras.
+
+    Flax's own weighs devices alike, however many valid frames each has.
+    """
 
     axis: str | None
 
@@ -128,7 +131,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
         running_variance = self.variable("batch_stats", "var", jnp.ones, width)
         mean, variance = running_mean.value, running_variance.value
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = at_least_float32(x)
         if training:
             weights = valid[..., None].astype(x.dtype)
             share = self._mean(weights)
