@@ -22,7 +22,9 @@ STUDENT = {
     "classifier_dims": [8],
     "variate_embedding": True,
     "use_norm": False,
+    "variates": 0,
     "time_pooling": 2,
+    "deviations": False,
 }
 
 

@@ -280,7 +280,7 @@ def test_a_folder_with_something_else_is_left_alone(workdir, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"time_pooling": 3},
+        {"time_pooling": 3, "variates": 4, "deviations": True},
         {"readout": "tokens", "norm": "post", "classifier_dims": []},
         {"readout": "flatten", "norm": "post"},
         {"readout": "tokens", "inverted": False, "classifier_dims": [8, 4]},

@@ -235,20 +235,35 @@ def test_only_a_variate_embedding_tells_the_encoder_the_variates_apart(features,
 
 
 @TOKENS
-@pytest.mark.parametrize("count", [2, 3])
-def test_time_pooling_averages_neighbouring_frames_that_are_valid(features, count, tokens):
+@pytest.mark.parametrize(("count", "deviations"), [(2, False), (3, False), (3, True), (0, True)])
+def test_time_points_are_means_and_deviations_of_neighbouring_frames_that_are_valid(
+    features, count, deviations, tokens
+):
     lengths = np.array([T, 5, 1])
     features = np.where(np.arange(T)[:, None] < lengths[:, None, None], features, 0)
-    points = -(-T // count)
-    pooled = np.zeros((B, points, N), np.float32)
-    for clip, length, means in zip(features, lengths, pooled, strict=True):
-        for i, start in enumerate(range(0, length, count)):
-            means[i] = clip[start : min(start + count, length)].mean(0)
+    pooled = np.zeros((2, B, -(-T // (count or T)), N), np.float32)
+    for clip, length, means, spreads in zip(features, lengths, *pooled, strict=True):
+        for i, start in enumerate(range(0, length, count or T)):
+            group = clip[start : min(start + (count or T), length)]
+            means[i], spreads[i] = group.mean(0), np.sqrt(group.var(0) + 1e-5)
+    axis = 1 if tokens.get("inverted", True) else 2
+    points = np.concatenate(pooled, axis) if deviations else pooled[0]
     student = InvertedStudent(3, **SIZES, **tokens)
-    params = random_params(student, pooled, lengths)
-    expected = student.apply({"params": params}, pooled, -(-lengths // count)).logits
-    pooling = student.clone(time_pooling=count)
+    params = random_params(student, points, lengths)
+    expected = student.apply({"params": params}, points, -(-lengths // (count or T))).logits
+    pooling = student.clone(time_pooling=count, deviations=deviations)
     actual = pooling.apply({"params": params}, features, lengths).logits
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_learned_variates_are_sums_of_the_features(features):
+    lengths = np.full(B, T)
+    student = InvertedStudent(3, **SIZES, variates=4, readout="flatten", deviations=True)
+    params = random_params(student, features, lengths)
+    sums = features @ params.pop("variates")["kernel"]
+    expected = student.clone(variates=0).apply({"params": params}, sums, lengths).logits
+    params |= {"variates": {"kernel": np.eye(4)}}
+    actual = student.apply({"params": params}, sums, lengths).logits
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 

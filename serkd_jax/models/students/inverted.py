@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from serkd_jax.models.frames import (
     at_least_float32,
     average_frames,
+    deviate_frames,
     masked_mean,
     sinusoidal_positions,
     standardize_series,
@@ -36,8 +37,12 @@ class InvertedStudent(Student):
         variate_embedding: whether a learned vector per variate is added to its token. Without it
             the model can tell variates apart only by their course in time.
         use_norm: whether to standardise every series over its valid frames, as in iTransformer.
+        variates: number of variates, which are learned sums of the features; 0, as in the paper,
+            takes the features themselves. The cost of attention grows with its square.
         time_pooling: number of frames averaged to a time point before the embedding; 1 in the
-            paper. With more, the embedding has fewer weights to learn from a small corpus.
+            paper, 0 for all frames of the recording. With more, the embedding has fewer weights to
+            learn from a small corpus.
+        deviations: whether a time point also has the standard deviation of its frames.
     """
 
     width: int = size(512, 2, 8192)
@@ -50,7 +55,9 @@ class InvertedStudent(Student):
     inverted: bool = size(True)
     variate_embedding: bool = size(False)
     use_norm: bool = size(False)
-    time_pooling: int = size(1, 1, 1000)
+    variates: int = size(0, 0, 8192)
+    time_pooling: int = size(1, 0, 1000)
+    deviations: bool = size(False)
 
     @property
     def description(self) -> str:
@@ -73,10 +80,12 @@ class InvertedStudent(Student):
                 "student.readout is variates, but its tokens are frames: use readout=tokens (or "
                 "flatten) where student.inverted is False"
             )
-        tokens = variates if self.inverted else math.ceil(frames / self.time_pooling)
+        time_points = math.ceil(frames / (self.time_pooling or frames))
+        tokens = (self.variates or variates) if self.inverted else time_points
         hidden = {"variates": tokens, "tokens": self.width, "flatten": tokens * self.width}
         read_by = [*self.classifier_dims, self.num_classes][0]
-        if max(tokens**2 * self.num_heads, hidden[self.readout] * read_by) > 2**28:
+        largest = tokens**2 * self.num_heads, hidden[self.readout] * read_by
+        if max(*largest, variates * self.variates) > 2**28:
             raise ValueError("the student is too large to be run")
 
     @nn.compact
@@ -85,9 +94,17 @@ class InvertedStudent(Student):
     ) -> StudentOutput:
         """See `Student`."""
         valid = valid_frames(features, num_frames)
+        if self.variates:
+            features = nn.Dense(self.variates, False, dtype=self.dtype, name="variates")(features)
         if self.use_norm:
             features = standardize_series(features, valid)
-        features, valid = average_frames(features, valid, self.time_pooling)
+        count = self.time_pooling or features.shape[1]
+        if self.deviations:
+            features = at_least_float32(features)
+            deviations = deviate_frames(features, valid, count)
+        features, valid = average_frames(features, valid, count)
+        if self.deviations:  # further time points of each variate, or further inputs of each frame
+            features = jnp.concatenate([features, deviations], axis=1 if self.inverted else 2)
         embed = nn.Dense(self.width, dtype=self.dtype, name="embed")
         if self.inverted:
             tokens, mask = embed(features.swapaxes(1, 2)), None
