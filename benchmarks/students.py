@@ -2,7 +2,8 @@
 
     python -m benchmarks.students --features=FOLDER --corpus=emodb --data_dir=DIR --out=FILE.jsonl
 
-With `--study=training` it compares ways to train: rate, warm-up, decay, steps, batch and dropout.
+With `--study=training` it compares ways to train: rate, warm-up, decay, steps, batch and dropout;
+with `--study=variates`, learned variates and deviations with the features themselves.
 
 `FOLDER` holds feature records; `--corpus` or `--manifest` gives their labels and speakers, as for
 `benchmarks.linear_probe`. The speakers are divided into five parts. Run k, with seed k, tests on
@@ -51,7 +52,9 @@ STUDENT = {
     "inverted": True,
     "readout": "flatten",
     "norm": "pre",
+    "variates": 0,
     "time_pooling": 10,
+    "deviations": False,
     "width": 32,
     "mlp_dim": 64,
     "num_heads": 1,
@@ -108,7 +111,7 @@ def main() -> None:
         corpus = read_corpus(options)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    kinds = list({"readout": readouts, "training": trainings}[options.study]())
+    kinds = list(STUDIES[options.study]())
     if options.only:
         kinds = [json.loads(options.only)]
         if unknown := kinds[0].keys() - (STUDENT | TRAINING).keys():
@@ -135,7 +138,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=8, help="take every K-th feature")
     parser.add_argument("--max_frames", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3, help="2 to 5")
-    parser.add_argument("--study", choices=("readout", "training"), default="readout")
+    parser.add_argument("--study", choices=STUDIES, default="readout")
     parser.add_argument(
         "--only", default="", help="one kind, as JSON: what differs from STUDENT and TRAINING"
     )
@@ -199,6 +202,25 @@ def trainings() -> Iterator[dict[str, Any]]:
         "dropout": (0.0, 0.4),
     }.items():
         yield from ({key: value} for value in values)
+
+
+def variates() -> Iterator[dict[str, Any]]:
+    """The student of the recipes' `:whisper`, its predecessor, and what lies between them."""
+    preset = {"variates": 64, "time_pooling": 0, "deviations": True, "num_layers": 1}
+    for changes in (
+        {},
+        {"variates": 32},
+        {"variates": 128},
+        {"deviations": False},
+        {"time_pooling": 25},
+        {"num_layers": 2},
+        {"variates": 0},
+        {"variates": 0, "time_pooling": 25, "deviations": False, "num_layers": 2},
+    ):
+        yield preset | changes | {"width": 16, "steps": 300}
+
+
+STUDIES = {"readout": readouts, "training": trainings, "variates": variates}
 
 
 def study(corpus: Corpus, kind: dict[str, Any]) -> dict[str, list]:

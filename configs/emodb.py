@@ -1,4 +1,4 @@
-"""EMO-DB: 535 German utterances, 7 classes, 10 speakers, two held out per fold.
+"""EMO-DB: 535 German utterances, 7 classes, 10 speakers, each held out in turn.
 
     python -m serkd_jax.main --config=configs/emodb.py:logmel \
         --config.data_dir=EMODB --workdir=runs/emodb
@@ -22,7 +22,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config = common.paper("iemocap")
     config.corpus = "emodb"
     config.max_frames = 100  # 2 s
-    config.protocol.groups_per_fold = 2
     config = common.with_preset(config, preset)
     for frontend in (config.frontend, config.teacher.frontend):
         if frontend.name == "whisper":

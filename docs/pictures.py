@@ -80,15 +80,18 @@ def draw_results(workdir: Path) -> None:
         color = ORANGE if names[place] == "linear probe" else BLUE
         axes.plot(dots, [place] * len(dots), "o", color=color, markersize=5, alpha=0.45)
         axes.plot([mean], [place], "D", color=color, markersize=8)
-        axes.text(95.2, place, f"{mean:.1f}", va="center", ha="right", weight="bold", color=color)
+        axes.text(104, place, f"{mean:.1f}", va="center", ha="right", weight="bold", color=color)
     axes.grid(axis="x", color="#d0d7de")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set(
-        xlim=(78, 95.5),
-        xlabel="unweighted accuracy, %: of all clips (diamond), and of each fold (dots)",
+        xlim=(min(map(min, folds)) - 2, 104.5),
+        xticks=range(80, 101, 5),
+        xlabel="unweighted accuracy, %: of all clips (diamond), and of each speaker (dots)",
     )
-    axes.set_title("EMO-DB, 7 emotions, speakers apart; features of Whisper-base", fontsize=11)
+    axes.set_title(
+        "EMO-DB, 7 emotions, each speaker unheard in turn; features of Whisper-base", fontsize=11
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     save(figure, "emodb.svg")

@@ -123,7 +123,7 @@ class Experiment:
             if "curriculum" in stages:
                 updated = self.train_updated_student(fold, distilled, hidden)
                 add_student(CurriculumStage, updated)
-            logits |= self._about_test(fold)
+            logits |= self.about_test(fold)
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
@@ -143,7 +143,7 @@ class Experiment:
         parallel.wait_for_processes(f"fold {fold.name} probe")
         if not arrays and parallel.is_first_process():
             decided = probe.probe_fold(self._probe_vectors, self.table.labels, fold)
-            arrays = self._about_test(fold) | {predictions.PROBE: decided}
+            arrays = self.about_test(fold) | {predictions.PROBE: decided}
             write_arrays(saved, **arrays)
         parallel.wait_for_processes(f"fold {fold.name} probed")
         return arrays
@@ -404,7 +404,7 @@ class Experiment:
         parallel.wait_for_processes(f"fold {fold.name} {kind.name} folder")
         return folder
 
-    def _about_test(self, fold: Fold) -> dict[str, np.ndarray]:
+    def about_test(self, fold: Fold) -> dict[str, np.ndarray]:
         """Returns what the fold's test utterances are; see `predictions.ABOUT`."""
         return {
             "ids": self.table.ids[fold.test],

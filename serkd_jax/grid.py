@@ -102,7 +102,8 @@ def load_experiments(place: str) -> dict[str, Changes]:
     spec.loader.exec_module(module)
     found = getattr(module, name.upper(), None)
     if not isinstance(found, dict):
-        known = [n.lower() for n, value in vars(module).items() if n.isupper() and value]
+        names = [n for n, value in vars(module).items() if n.isupper() and value]
+        known = [n.lower() for n in names if not n.startswith("_")]
         raise UserError(f"{file} has no experiments {name!r}: use one of {', '.join(known)}")
     return found
 

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from benchmarks import noise
 from exported_models import STUDENT, logits_by_hand, write_model
 from layouts import ROOT, SHARED, needs_corpora, write_wav
 from serkd_jax.data.corpora import Synthetic, make_corpus
@@ -24,6 +25,7 @@ from serkd_jax.encoders.frontends import Pretrained, make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import BATCH, export
+from serkd_jax.files import read_json
 from serkd_jax.predict import load_model
 from serkd_jax.results.intervals import bootstrap
 from serkd_jax.results.metrics import classification_metrics
@@ -326,3 +328,14 @@ def test_a_hubert_from_the_hub_is_named_and_a_local_one_comes_along(workdir, hub
     config = model_config(results, "1", "student", OnHub("facebook/some-hubert", "main"))
     assert config.frontend["model"] == "facebook/some-hubert"
     assert config.frontend["revision"] == "main"
+
+
+@pytest.mark.slow
+def test_without_noise_the_noise_benchmark_gives_the_scores_of_the_run(workdir):
+    """Here, since this needs a finished run."""
+    results = read_json(workdir / "results.json", "")
+    clean, white = noise.measure(workdir, 0.0).splitlines()[2:4]
+    scores = [100 * row["ua"] for row in results["overall"].values()]
+    told = [float(cell.split()[0]) for cell in clean.split("|")[2:-1]]
+    np.testing.assert_allclose(told, scores, atol=0.0501)
+    assert [cell.split()[0] for cell in white.split("|")[2:-1]] != [f"{x:.1f}" for x in told]

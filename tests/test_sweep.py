@@ -61,7 +61,11 @@ def test_values_are_separated_by_commas_outside_brackets(text, values):
         ("parse_seeds", "3-1", "use numbers and ranges"),
         ("parse_seeds", "a", "use numbers and ranges"),
         ("load_experiments", "nowhere.py:x", "use FILE.py:NAME"),
-        ("load_experiments", "configs/sweeps.py:nothing", "use one of table4, fig2, ablations"),
+        (
+            "load_experiments",
+            "configs/sweeps.py:nothing",
+            "use one of table4, table4_whisper, fig2",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_told(function, argument, told, monkeypatch):
