@@ -32,7 +32,7 @@ from serkd_jax.data.sources import Frontend, RecordsSource
 from serkd_jax.data.splits import Fold
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.experiment import Experiment, prepare_experiment
+from serkd_jax.experiment import ROWS, Experiment, prepare_experiment
 from serkd_jax.files import read_json
 from serkd_jax.results import intervals, predictions, probe
 from serkd_jax.stages.base import Stage
@@ -128,7 +128,8 @@ class Trained:
             variables = {"params": params, "batch_stats": state.batch_stats}
             learned = variables, experiment.statistics[self.fold.name]
             rows[row] = programs.student_predict(learned, features, test).logits
-        return experiment.about_test(self.fold) | rows
+        ordered = {row: rows[row] for row in ROWS if row in rows}
+        return experiment.about_test(self.fold) | ordered
 
     def probe(self, clean: np.ndarray, spoilt: np.ndarray) -> dict[str, np.ndarray]:
         """The decisions of a probe that is trained on clean vectors, all of them (n, 2 N)."""

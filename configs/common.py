@@ -217,8 +217,8 @@ def whisper(config: ConfigDict) -> ConfigDict:
     config.frontend = encoder(*WHISPER)
     config = small(config)
     config.teacher.update(WHISPER_TEACHER)
-    # Means and deviations over the recording of 64 learned variates: on validation speakers better
-    # than courses in time of all 512, and thirty times cheaper. See docs/student.md.
+    # Means and deviations over the recording of 64 learned variates: on validation speakers as good
+    # as the course in time of all 512, and seven times cheaper. See docs/student.md.
     config.student.update({"variates": 64, "time_pooling": 0, "deviations": True})
     config.student.update({"width": 16, "mlp_dim": 64, "num_heads": 1, "num_layers": 1})
     # Some 300 steps on 1,500 utterances; 750 do not improve the teacher.
