@@ -12,7 +12,6 @@ intervals by speaker where there are enough speakers.
 """
 
 import argparse
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +23,6 @@ from ml_collections import ConfigDict
 from scipy import signal
 
 from serkd_jax.audio.waveform import SAMPLE_RATE
-from serkd_jax.config import chosen_stages
 from serkd_jax.data import prepare
 from serkd_jax.data.corpora import corpus_of
 from serkd_jax.data.examples import Examples
@@ -32,13 +30,11 @@ from serkd_jax.data.sources import Frontend, RecordsSource
 from serkd_jax.data.splits import Fold
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
-from serkd_jax.experiment import ROWS, Experiment, prepare_experiment
+from serkd_jax.experiment import Experiment, prepare_experiment
 from serkd_jax.files import read_json
 from serkd_jax.results import intervals, predictions, probe
 from serkd_jax.stages.base import Stage
-from serkd_jax.stages.curriculum import CurriculumStage
-from serkd_jax.stages.distill import DistillStage
-from serkd_jax.stages.student import StudentStage
+from serkd_jax.stages.finetune import TeacherStage
 
 Noise = Callable[[np.ndarray], np.ndarray]  # waveform -> waveform, float32 (samples,)
 VOICES = 6  # of babble
@@ -76,105 +72,70 @@ def measure(workdir: Path, snr: float) -> str:
     cache = Path(config.cache_dir or workdir / "data")
     records = prepare.prepare_records(corpus_of(config), cache)
     own = make_frontend(config.teacher.frontend) if config.teacher.frontend.name else None
-    trained = [Trained(experiment, fold) for fold in experiment.folds]
+    trained = [(fold, experiment.train_fold(fold)[0]) for fold in experiment.folds]
     clean = probe.pool_all(experiment.features.chunks())
-    lines = []
-    for name, noise in noises(records, snr).items():
-        hear = partial(open_spoilt, experiment, records, cache, Spoilt(name, noise))
-        features = hear(experiment.frontend)
-        teachers = hear(own) if own else features
+
+    def decide(features: Examples, teachers: Examples) -> predictions.Predictions:
         pooled = probe.pool_all(features.chunks())
-        decided = {
-            models.fold.name: models.predict(features, teachers) | models.probe(clean, pooled)
-            for models in trained
+        return {
+            fold.name: predict(experiment, fold, states, features, teachers)
+            | {predictions.PROBE: probe_fold(clean, pooled, experiment.table.labels, fold)}
+            for fold, states in trained
         }
-        lines.append((name, decided))
+
+    lines = [("clean", decide(experiment.features, experiment.teacher_inputs))]
+    for name, noise in noises(records, snr).items():
+        hear = partial(open_spoilt, experiment, records, cache, name, noise)
+        features = hear(experiment.frontend)
+        lines.append((name, decide(features, hear(own) if own else features)))
     return table(lines)
 
 
-class Trained:
-    """The models of a fold of a finished run."""
-
-    def __init__(self, experiment: Experiment, fold: Fold):
-        self.experiment, self.fold = experiment, fold
-        stages = chosen_stages(experiment.config)
-        self.teacher = self.distilled = None
-        self.students: dict[str, tuple[type[Stage], Any]] = {}
-        if "teacher" in stages:
-            self.teacher, outputs = experiment.train_teacher(fold)
-        if "student" in stages:
-            self._add(StudentStage, experiment.train_student(fold))
-        if "distill" in stages:
-            self.distilled = experiment.distill(fold, self.teacher, outputs.hidden)
-            self._add(DistillStage, self.distilled)
-        if "curriculum" in stages:
-            found = experiment.train_updated_student(fold, self.distilled, outputs.hidden)
-            self._add(CurriculumStage, found)
-
-    def _add(self, kind: type[Stage], state: Any) -> None:
-        self.students[kind.student_row] = kind, state
-
-    def predict(self, features: Examples, teachers: Examples) -> dict[str, np.ndarray]:
-        """What the test utterances are, and the logits of every row."""
-        experiment, test, programs = self.experiment, self.fold.test, self.experiment.programs
-        rows = {}
-        if self.teacher:
-            out = programs.teacher_predict(self.teacher, teachers, test)
-            rows["teacher"] = out.logits
-        if self.distilled:
-            rows["meta_teacher"] = programs.classify(self.distilled.meta_params, out.hidden)
-        for row, (kind, state) in self.students.items():
-            params = kind.student_params(state.params)
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            learned = variables, experiment.statistics[self.fold.name]
-            rows[row] = programs.student_predict(learned, features, test).logits
-        ordered = {row: rows[row] for row in ROWS if row in rows}
-        return experiment.about_test(self.fold) | ordered
-
-    def probe(self, clean: np.ndarray, spoilt: np.ndarray) -> dict[str, np.ndarray]:
-        """The decisions of a probe that is trained on clean vectors, all of them (n, 2 N)."""
-        labels, test = self.experiment.table.labels, self.fold.test
-        rest = np.setdiff1d(np.arange(len(labels)), test)
-        vectors = np.concatenate([clean[rest], spoilt[test]])
-        both = np.concatenate([labels[rest], labels[test]])
-        rows = np.arange(len(vectors))
-        return {
-            predictions.PROBE: probe.decide(vectors, both, rows[: len(rest)], rows[len(rest) :])
-        }
+def predict(
+    experiment: Experiment,
+    fold: Fold,
+    states: dict[type[Stage], Any],
+    features: Examples,
+    teachers: Examples,
+) -> dict[str, np.ndarray]:
+    """What the test utterances are, and the logits of every row, from these inputs."""
+    teacher = None
+    if TeacherStage in states:
+        predict_teacher = experiment.programs.teacher_predict
+        teacher = predict_teacher(states[TeacherStage], teachers, fold.test)
+    return experiment.predict_test(fold, states, features, teacher)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spoilt:
-    """A kind of noise, by name."""
-
-    name: str
-    noise: Noise
+def probe_fold(clean: np.ndarray, spoilt: np.ndarray, labels: np.ndarray, fold: Fold) -> np.ndarray:
+    """The decisions on spoilt vectors (n, 2 N) of a probe that is trained on clean ones."""
+    vectors = clean.copy()
+    vectors[fold.test] = spoilt[fold.test]
+    return probe.probe_fold(vectors, labels, fold)
 
 
 class Hearing:
     """A front-end whose waveforms are spoilt first; see `serkd_jax.data.sources.Frontend`."""
 
-    def __init__(self, frontend: Frontend, spoilt: Spoilt):
-        self._frontend, self._spoilt = frontend, spoilt
+    def __init__(self, frontend: Frontend, name: str, noise: Noise):
+        self._frontend, self._noise = frontend, noise
         self.name, self.width = frontend.name, frontend.width
         self.num_devices, self.assumption = frontend.num_devices, frontend.assumption
-        self.settings = {**frontend.settings, "noise": spoilt.name}
-        self.fingerprint = f"{frontend.fingerprint} in {spoilt.name}"
+        self.settings = {**frontend.settings, "noise": name}
+        self.fingerprint = f"{frontend.fingerprint} in {name}"
 
     def __call__(
         self, waveforms: Sequence[np.ndarray], max_frames: int, groups: Sequence[int] | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See `Frontend`."""
-        spoilt = [self._spoilt.noise(waveform) for waveform in waveforms]
-        return self._frontend(spoilt, max_frames, groups)
+        return self._frontend([self._noise(x) for x in waveforms], max_frames, groups)
 
 
 def open_spoilt(
-    experiment: Experiment, records: Path, cache: Path, spoilt: Spoilt, frontend: Frontend
+    experiment: Experiment, records: Path, cache: Path, name: str, noise: Noise, frontend: Frontend
 ) -> Examples:
-    """The features of the whole corpus under a noise."""
+    """The features of the whole corpus under a noise; the cache knows them by its name."""
     frames, programs = experiment.config.max_frames, experiment.programs
-    folder = prepare.prepare_features(records, Hearing(frontend, spoilt), frames, cache)
+    folder = prepare.prepare_features(records, Hearing(frontend, name, noise), frames, cache)
     where = experiment.table, programs.devices, programs.resident
     return prepare.open_examples(folder, "features", frames, *where)
 
@@ -184,11 +145,10 @@ def noises(records: Path, snr: float) -> dict[str, Noise]:
     source = RecordsSource(records)
     voices = [clip.waveform for clip in source.read(range(len(source)), 2 * SAMPLE_RATE)]
     return {
-        "clean": lambda speech: speech,
         f"white noise, {snr:g} dB": lambda speech: add(speech, white(speech), snr),
-        f"babble, {snr:g} dB": lambda speech: add(speech, babble(speech, voices), snr),
+        f"babble of {VOICES}, {snr:g} dB": lambda speech: add(speech, babble(speech, voices), snr),
         "telephone": telephone,
-        "room": reverberate,
+        f"room, {DECAY:g} s": reverberate,
     }
 
 

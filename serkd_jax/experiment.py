@@ -100,35 +100,68 @@ class Experiment:
         if saved.exists():
             logits = read_arrays(saved, RETRAIN, ("ids", "label"))
         stages = chosen_stages(self.config)
-
-        def add_student(kind: type[Stage], state: Any) -> None:
-            out = self._student_outputs(fold, kind, state, test)
-            logits[kind.student_row] = out.logits
-            logits["vectors"] = predictions.principal_components(out.hidden)
-
         if any(row not in logits for kind in STAGES if kind.name in stages for row in kind.rows):
             if self._trains_students:
                 statistics = vars(self.statistics[fold.name])
                 write_arrays(self._directory(fold, "statistics.npz"), **statistics)
-            if "teacher" in stages:
-                teacher, teacher_out = self.train_teacher(fold)
-                hidden = teacher_out.hidden
-                logits["teacher"] = teacher_out.logits[test]
-            if "student" in stages:
-                add_student(StudentStage, self.train_student(fold))
-            if "distill" in stages:
-                distilled = self.distill(fold, teacher, hidden)
-                logits["meta_teacher"] = self.programs.classify(distilled.meta_params, hidden[test])
-                add_student(DistillStage, distilled)
-            if "curriculum" in stages:
-                updated = self.train_updated_student(fold, distilled, hidden)
-                add_student(CurriculumStage, updated)
-            logits |= self.about_test(fold)
+            states, teacher = self.train_fold(fold)
+            if teacher:
+                teacher = TeacherOutput(teacher.hidden[test], teacher.logits[test])
+            logits |= self.predict_test(fold, states, self.features, teacher)
             # All processes have looked for the file before it is written.
             parallel.wait_for_processes(f"fold {fold.name} predicted")
             write_arrays(saved, **logits)
         order = (*predictions.NO_ROWS, *ROWS)
         return {name: logits[name] for name in order if name in logits}
+
+    def train_fold(self, fold: Fold) -> tuple[dict[type[Stage], Any], TeacherOutput | None]:
+        """Trains the chosen stages of a fold, or loads those that are finished.
+
+        Returns:
+            The state of each stage, in the order of training; and the teacher's hidden vectors and
+            logits of every utterance, if there is a teacher.
+        """
+        stages, states, teacher = chosen_stages(self.config), {}, None
+        if "teacher" in stages:
+            states[TeacherStage], teacher = self.train_teacher(fold)
+        if "student" in stages:
+            states[StudentStage] = self.train_student(fold)
+        if "distill" in stages:
+            states[DistillStage] = self.distill(fold, states[TeacherStage], teacher.hidden)
+        if "curriculum" in stages:
+            distilled = states[DistillStage]
+            states[CurriculumStage] = self.train_updated_student(fold, distilled, teacher.hidden)
+        return states, teacher
+
+    def predict_test(
+        self,
+        fold: Fold,
+        states: Mapping[type[Stage], Any],
+        features: Examples,
+        teacher: TeacherOutput | None,
+    ) -> dict[str, np.ndarray]:
+        """Predicts the test utterances of a fold.
+
+        Args:
+            fold: the fold.
+            states: from `train_fold`.
+            features: the students' inputs.
+            teacher: the teacher's hidden vectors and logits of the test utterances.
+
+        Returns:
+            As `run_fold`.
+        """
+        logits = {}
+        for kind, state in states.items():
+            if kind is TeacherStage:
+                logits["teacher"] = teacher.logits
+            if kind is DistillStage:
+                logits["meta_teacher"] = self.programs.classify(state.meta_params, teacher.hidden)
+            if kind.student_row:
+                out = self._student_outputs(fold, kind, state, features, fold.test)
+                logits[kind.student_row] = out.logits
+                logits["vectors"] = predictions.principal_components(out.hidden)
+        return logits | self._about_test(fold)
 
     def probe_fold(self, fold: Fold) -> dict[str, np.ndarray]:
         """Trains the linear probe on what the fold does not test on, in the first process alone.
@@ -143,7 +176,7 @@ class Experiment:
         parallel.wait_for_processes(f"fold {fold.name} probe")
         if not arrays and parallel.is_first_process():
             decided = probe.probe_fold(self._probe_vectors, self.table.labels, fold)
-            arrays = self.about_test(fold) | {predictions.PROBE: decided}
+            arrays = self._about_test(fold) | {predictions.PROBE: decided}
             write_arrays(saved, **arrays)
         parallel.wait_for_processes(f"fold {fold.name} probed")
         return arrays
@@ -332,7 +365,8 @@ class Experiment:
             if logits:
                 predicted = logits(state, fold.validation)
             else:
-                predicted = self._student_outputs(fold, kind, state, fold.validation).logits
+                out = self._student_outputs(fold, kind, state, self.features, fold.validation)
+                predicted = out.logits
             num_classes = len(self.table.class_names)
             scores = classification_metrics(labels, predicted.argmax(-1), num_classes)
             loss = float(losses.cross_entropy(predicted, labels))
@@ -368,12 +402,12 @@ class Experiment:
             return train(training, folder)
 
     def _student_outputs(
-        self, fold: Fold, kind: type[Stage], state: Any, rows: np.ndarray
+        self, fold: Fold, kind: type[Stage], state: Any, features: Examples, rows: np.ndarray
     ) -> StudentOutput:
         """Returns the outputs for the utterances `rows` of the student in a stage's state."""
         variables = {"params": kind.student_params(state.params), "batch_stats": state.batch_stats}
         trained = variables, self.statistics[fold.name]
-        return self.programs.student_predict(trained, self.features, rows)
+        return self.programs.student_predict(trained, features, rows)
 
     def _stream(
         self, fold: Fold, kind: type[Stage], steps: range, part: str = "train", size: int = 0
@@ -404,7 +438,7 @@ class Experiment:
         parallel.wait_for_processes(f"fold {fold.name} {kind.name} folder")
         return folder
 
-    def about_test(self, fold: Fold) -> dict[str, np.ndarray]:
+    def _about_test(self, fold: Fold) -> dict[str, np.ndarray]:
         """Returns what the fold's test utterances are; see `predictions.ABOUT`."""
         return {
             "ids": self.table.ids[fold.test],

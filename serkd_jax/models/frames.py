@@ -44,14 +44,14 @@ def average_frames(frames: jax.Array, valid: jax.Array, count: int) -> tuple[jax
     return means, share[..., 0] > 0
 
 
-def deviate_frames(frames: jax.Array, valid: jax.Array, count: int) -> jax.Array:
-    """Returns the standard deviations of the groups whose means `average_frames` returns.
+def deviate_frames(frames: jax.Array, valid: jax.Array, means: jax.Array, count: int) -> jax.Array:
+    """Returns the standard deviations of the groups whose means `average_frames` returned.
 
     They are at least 0.003, so that their gradient is finite; 0 where no frame is valid.
     """
-    means, group_valid = average_frames(frames, valid, count)
     means = jnp.repeat(means, count, axis=1)[:, : frames.shape[1]]
-    variances, _ = average_frames(jnp.square(zero_invalid(frames - means, valid)), valid, count)
+    squares = jnp.square(zero_invalid(frames - means, valid))
+    variances, group_valid = average_frames(squares, valid, count)
     return zero_invalid(jnp.sqrt(variances + 1e-5), group_valid)
 
 

@@ -101,20 +101,20 @@ class InvertedStudent(Student):
         count = self.time_pooling or features.shape[1]
         if self.deviations:
             features = at_least_float32(features)
-            deviations = deviate_frames(features, valid, count)
-        features, valid = average_frames(features, valid, count)
+        points, points_valid = average_frames(features, valid, count)
         if self.deviations:  # further time points of each variate, or further inputs of each frame
-            features = jnp.concatenate([features, deviations], axis=1 if self.inverted else 2)
+            deviations = deviate_frames(features, valid, points, count)
+            points = jnp.concatenate([points, deviations], axis=1 if self.inverted else 2)
         embed = nn.Dense(self.width, dtype=self.dtype, name="embed")
         if self.inverted:
-            tokens, mask = embed(features.swapaxes(1, 2)), None
+            tokens, mask = embed(points.swapaxes(1, 2)), None
             if self.variate_embedding:
-                shape = (features.shape[2], self.width)
+                shape = (points.shape[2], self.width)
                 variates = self.param("variate_embedding", nn.initializers.normal(0.5), shape)
                 tokens += variates.astype(tokens.dtype)
         else:
-            tokens, mask = embed(features), valid
-            tokens += sinusoidal_positions(features.shape[1], self.width).astype(tokens.dtype)
+            tokens, mask = embed(points), points_valid
+            tokens += sinusoidal_positions(points.shape[1], self.width).astype(tokens.dtype)
         tokens = Dropout(self.dropout)(tokens, dropout_keys)
         layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
         for i in range(self.num_layers):
