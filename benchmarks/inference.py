@@ -30,6 +30,7 @@ from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import (
     FILES,
+    FRONTEND,
     VERSION,
     ModelConfig,
     parse_config,
@@ -100,10 +101,10 @@ def in_process(run: Callable, *arguments: object) -> Cost:
 
 
 def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int) -> Cost:
-    """Cost of an exported student; the paper's gets ready features, as HuBERT is common to all."""
+    """Cost of an exported student; one whose encoder is not in the folder gets ready features."""
     config, rng = read_config(folder), np.random.default_rng(0)
     front_end = 0.0
-    if config.frontend["name"] == "logmel":
+    if config.frontend["name"] == "logmel" or (folder / FRONTEND).is_dir():
         waveforms = list(rng.normal(0, 0.1, (batch, num_samples(config.max_frames))))
         waveforms = [waveform.astype(np.float32) for waveform in waveforms]
         featurize = load_frontend(folder, config)

@@ -235,6 +235,19 @@ def logmel_from_whisper(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def device(config: ConfigDict) -> ConfigDict:
+    """A convolutional log-mel student for a device, taught by a teacher on Whisper's features.
+
+    It is meant to start from `serkd_jax.pretrain`: add ``--config.student.pretrained=FOLDER``.
+    """
+    config = with_student(logmel_from_whisper(config), "convolutional")
+    config.frontend.num_mels = 64
+    config.student.update({"classifier_dims": (128,), "epochs": 10})
+    config.distill.epochs = 10
+    config.curriculum.update({"learning_rate": 3e-5, "epochs": 4})
+    return config
+
+
 def small(config: ConfigDict) -> ConfigDict:
     """Models from scratch on features, for a CPU and a few hundred to a few thousand utterances."""
     config.teacher = ConfigDict(
@@ -304,6 +317,7 @@ def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
     This is one of the presets, a kind of student, or both, as in ``:whisper,inverted``.
     """
     presets = {"logmel": logmel, "whisper": whisper, "logmel-from-whisper": logmel_from_whisper}
+    presets |= {"device": device}
     presets |= {kind: partial(with_student, kind=kind) for kind in STUDENTS}
     for name in filter(None, preset.split(",")):
         if name not in presets:

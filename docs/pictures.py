@@ -1,7 +1,10 @@
-"""The pictures of the README: ``python docs/pictures.py --emodb=W``, from the root.
+"""The pictures of the README and of docs/evidence.md, drawn from the root of the repository.
+
+    python docs/pictures.py --emodb=W --tradeoff=tradeoff.json
 
 ``pipeline.svg`` is a drawing; ``emodb.svg`` shows the folds in the workdir ``W`` of a finished run
-of ``configs/emodb.py:whisper`` beside the linear probe of the same folds.
+of ``configs/emodb.py:whisper`` beside the linear probe of the same folds; ``tradeoff.svg`` shows
+what ``benchmarks.tradeoff`` measured.
 """
 
 import argparse
@@ -97,6 +100,50 @@ def draw_results(workdir: Path) -> None:
     save(figure, "emodb.svg")
 
 
+# Front-end -> its colour and name; row -> marker, fill and name.
+FRONT_ENDS = {"whisper": (BLUE, "features of Whisper-base"), "logmel": (ORANGE, "log-mel frames")}
+MARKERS = {
+    "linear_probe": ("s", "none", "linear probe"),
+    "student": ("o", "none", "student, undistilled"),
+    "updated_student": ("o", "full", "updated student"),
+    "updated_student, int8": ("^", "full", "updated student, int8"),
+}
+
+
+def draw_tradeoff(table: Path) -> None:
+    """UA over the real-time factor of every model, with intervals by speaker."""
+    rows = json.loads(table.read_text())["rows"]
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    for row in (row for row in rows if row["row"] in MARKERS):
+        color, _ = FRONT_ENDS[row["frontend"]]
+        marker, fill, _ = MARKERS[row["row"]]
+        ua, (low, high) = 100 * row["ua"], (100 * x for x in row["interval"])
+        axes.errorbar(
+            row["seconds"], ua, [[ua - low], [high - ua]], fmt=marker, fillstyle=fill, color=color,
+            markersize=7, elinewidth=0.8, alpha=0.85,
+        )  # fmt: skip
+        if row["row"] == "updated_student" and row["frontend"] == "logmel":
+            name = f"{row['parameters'] / 1e6:.2g}M"
+            axes.annotate(name, (row["seconds"], ua), (7, 4), textcoords="offset points", color=INK)
+    for color, name in FRONT_ENDS.values():
+        axes.plot([], [], "-", color=color, label=name)
+    for marker, fill, name in MARKERS.values():
+        axes.plot([], [], marker, fillstyle=fill, color=INK, label=name)
+    axes.set(
+        xscale="log",
+        xlabel="seconds on one core for a second of audio, front-end included",
+        ylabel="unweighted accuracy, %",
+    )
+    axes.set_title(
+        "EMO-DB, 7 emotions, each speaker unheard in turn; 95 % intervals by speaker", fontsize=11
+    )
+    axes.grid(color="#d0d7de")
+    axes.legend(loc="lower right", fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    save(figure, "tradeoff.svg")
+
+
 def save(figure: plt.Figure, name: str) -> None:
     """On white, for dark pages, too; text stays text."""
     figure.tight_layout()
@@ -107,6 +154,7 @@ def save(figure: plt.Figure, name: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emodb", type=Path, help="workdir of configs/emodb.py:whisper")
+    parser.add_argument("--tradeoff", type=Path, help="written by benchmarks.tradeoff")
     given = parser.parse_args()
     mpl.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "serkd", "font.family": "sans-serif"}
@@ -114,3 +162,5 @@ if __name__ == "__main__":
     draw_pipeline()
     if given.emodb:
         draw_results(given.emodb)
+    if given.tradeoff:
+        draw_tradeoff(given.tradeoff)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from serkd_jax.deploy import folder as files
 from serkd_jax.deploy.backends import at_most, load_classifier
-from serkd_jax.deploy.card import Checked, write_card
+from serkd_jax.deploy.card import UNTOLD, Checked, Told, write_card
 from serkd_jax.deploy.formats import write_format
 from serkd_jax.deploy.trained import STUDENT_ROWS, Trained, load_test_inputs, load_trained
 from serkd_jax.encoders.checkpoint import save_encoder
@@ -36,6 +36,12 @@ _FORMAT = flags.DEFINE_list(
     f"all, or some of {', '.join(files.FILES)}; the first is always written.",
 )
 _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Cache of the features, if not the run's own.")
+_CARD = {
+    "name": flags.DEFINE_string("name", "", "The model's name on its card."),
+    "data": flags.DEFINE_string("data", "", "What the corpus is, for the card: 'nEMO (Polish)'."),
+    "license": flags.DEFINE_string("license", "", "Licence of the weights, as the hub has it."),
+    "terms": flags.DEFINE_string("terms", "", "Sentences about that licence, for the card."),
+}
 _CHECK = flags.DEFINE_bool("check", True, "Run every format on the fold's test utterances.")
 
 
@@ -49,7 +55,7 @@ def main(argv: list[str]) -> None:
     with told_in_one_line():
         trained = load_trained(Path(_WORKDIR.value), _FOLD.value, _ROW.value)
         inputs = load_test_inputs(trained, _CACHE_DIR.value) if _CHECK.value else None
-        export(trained, out, formats, inputs)
+        export(trained, out, formats, inputs, Told(**{k: flag.value for k, flag in _CARD.items()}))
     print((out / files.CARD).read_text().partition("## Files\n\n")[2].partition("\n\n## ")[0])
     print(f"Written to {out}")
 
@@ -59,6 +65,7 @@ def export(
     folder: Path,
     formats: Sequence[str],
     test_inputs: tuple[np.ndarray, np.ndarray] | None,
+    told: Told = UNTOLD,
 ) -> list[Checked]:
     """Writes the folder: configuration, weights, model card, and the requested formats.
 
@@ -69,6 +76,7 @@ def export(
         formats: names in `FILES`; safetensors is always written.
         test_inputs: inputs of the fold's test utterances, from `load_test_inputs`; None to check
             nothing.
+        told: what the card cannot know from the run.
 
     Returns:
         How each format compares on the test utterances.
@@ -94,7 +102,7 @@ def export(
     for form in files.FILES.keys() - wanted:  # they may have other weights
         (folder / files.FILES[form]).unlink(missing_ok=True)
     checked = list(_check(trained, folder, wanted, *test_inputs)) if test_inputs else []
-    write_file(folder / files.CARD, write_card(trained, folder, checked))
+    write_file(folder / files.CARD, write_card(trained, folder, checked, told))
     return checked
 
 

@@ -13,12 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from benchmarks import noise
+from benchmarks import noise, tradeoff
 from exported_models import STUDENT, logits_by_hand, write_model
 from layouts import ROOT, SHARED, needs_corpora, write_wav
 from serkd_jax.data.corpora import Synthetic, make_corpus
 from serkd_jax.data.prepare import prepare_features, prepare_records
 from serkd_jax.deploy.backends import at_most, load_classifier
+from serkd_jax.deploy.card import Told
 from serkd_jax.deploy.folder import FILES, read_config
 from serkd_jax.deploy.trained import STUDENT_ROWS, load_test_inputs, load_trained, model_config
 from serkd_jax.encoders.frontends import Pretrained, make_frontend
@@ -27,6 +28,7 @@ from serkd_jax.experiment import prepare_experiment
 from serkd_jax.export import BATCH, export
 from serkd_jax.files import read_json
 from serkd_jax.predict import load_model
+from serkd_jax.results.comparison import group_runs, read_run
 from serkd_jax.results.intervals import bootstrap
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.results.predictions import read_predictions
@@ -339,3 +341,39 @@ def test_without_noise_the_noise_benchmark_gives_the_scores_of_the_run(workdir):
     told = [float(cell.split()[0]) for cell in clean.split("|")[2:-1]]
     np.testing.assert_allclose(told, scores, atol=0.0501)
     assert [cell.split()[0] for cell in white.split("|")[2:-1]] != [f"{x:.1f}" for x in told]
+
+
+@pytest.mark.slow
+def test_the_tradeoff_has_the_scores_of_the_run_and_of_its_int8_exports(workdir, exported):
+    (group,) = group_runs([read_run(workdir)])
+    lines = {line["row"]: line for line in tradeoff.measure(group, 0.0)}
+    rows = ["linear_probe", "student", "distilled_student", "updated_student"]
+    assert list(lines) == [*rows, "updated_student, int8"]
+    results = read_json(workdir / "results.json", "")
+    assert all(lines[row]["ua"] == results["overall"][row]["ua"] for row in rows)
+    assert lines["linear_probe"]["parameters"] == 0  # log-mel
+    assert 0 < lines["linear_probe"]["seconds"] < lines["updated_student, int8"]["seconds"]
+    # The export compares every format on the utterances of the second fold.
+    folder, checked, _ = exported
+    (int8,) = (each for each in checked if each.form == "onnx-int8")
+    logits = tradeoff.classify_test(workdir, "2", "updated_student")
+    label = read_predictions(workdir)["2"]["label"]
+    scores = classification_metrics(label, logits.argmax(-1), logits.shape[1])
+    assert scores["ua"] == int8.ua
+    stored = load_file(folder / "model.safetensors")
+    weights = [x.size for name, x in stored.items() if not name.startswith("statistics")]
+    assert lines["updated_student, int8"]["parameters"] == sum(weights)
+
+
+def test_the_card_says_what_its_user_tells(workdir, exported, tmp_path):
+    trained = load_trained(workdir, "2", "updated_student")
+    told = Told("tiny", "vowels of nobody", "cc-by-nc-sa-4.0", "Share alike.")
+    export(trained, tmp_path / "told", [], None, told)
+    card = huggingface_hub.ModelCard.load(tmp_path / "told" / "README.md")
+    assert (card.data.model_name, card.data.license) == ("tiny", "cc-by-nc-sa-4.0")
+    assert "license_name" not in card.data.to_dict()
+    words = " ".join(card.text.split())
+    assert "Trained on vowels of nobody;" in words
+    assert "licensed under cc-by-nc-sa-4.0. Share alike." in words
+    untold = " ".join((exported[0] / "README.md").read_text().split())
+    assert "name the licence that fits above" in untold

@@ -36,23 +36,37 @@ class Scores(NamedTuple):
     values: dict[str, tuple[float, float, float]]  # metric -> value and interval
 
 
-def write_card(trained: Trained, folder: Path, checked: Sequence[Checked]) -> str:
+class Told(NamedTuple):
+    """What only the user knows; whatever is empty is said as far as the run tells it."""
+
+    name: str = ""  # of the model
+    data: str = ""  # what the corpus is, as in "trained on ..."
+    license: str = ""  # of the weights, as the hub abbreviates it
+    terms: str = ""  # sentences about the licence
+
+
+UNTOLD = Told()
+
+
+def write_card(
+    trained: Trained, folder: Path, checked: Sequence[Checked], told: Told = UNTOLD
+) -> str:
     """Returns the text of the card for the files in `folder`."""
     labels, config = trained.config.labels, trained.config
-    corpus, row = trained.results["corpus"], trained.row.replace("_", " ")
+    corpus, row = told.data or trained.results["corpus"], trained.row.replace("_", " ")
     scores = _scores(trained)
-    name = f"serkd-{corpus}-{config.frontend['name']}"
+    name = told.name or f"serkd-{trained.results['corpus']}-{config.frontend['name']}"
     front_matter = ModelCardData(
         library_name="serkd-jax",
-        license="other",
-        license_name=f"terms-of-{corpus}",
+        license=told.license or "other",
+        license_name=None if told.license else f"terms-of-{trained.results['corpus']}",
         pipeline_tag="audio-classification",
         tags=["speech-emotion-recognition", "knowledge-distillation", "jax", *_runtimes(folder)],
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="audio-classification",
-                dataset_type=corpus,
+                dataset_type=trained.results["corpus"],
                 dataset_name=f"{corpus}, test part of fold {trained.fold}",
                 metric_type={"ua": "recall", "wa": "accuracy", "wf1": "f1"}[metric],
                 metric_name=METRICS[metric],
@@ -118,9 +132,16 @@ education is forbidden (Regulation 2024/1689, Article 5), and elsewhere people m
 
 ## Licence
 
-The code is Apache-2.0. The weights come from {corpus}{_weights_of(trained)}, whose terms apply;
-read them before you pass the weights on, and name the licence that fits above.
+{_paragraph(_licence(trained, corpus, told))}
 """
+
+
+def _licence(trained: Trained, corpus: str, told: Told) -> str:
+    source = f"The code is Apache-2.0. The weights come from {corpus}{_weights_of(trained)}, whose "
+    if told.license:
+        return f"{source}terms apply; they are licensed under {told.license}. {told.terms}"
+    advice = "read them before you pass the weights on, and name the licence that fits above"
+    return f"{source}terms apply; {advice}. {told.terms}"
 
 
 def _paragraph(text: str) -> str:
