@@ -1,14 +1,15 @@
-"""UA of a finished run's models under noise that they were not trained on.
+"""UA of finished runs' models under noise that they were not trained on.
 
-    python -m benchmarks.noise --workdir=W
+    python -m benchmarks.noise --workdir W W ...
 
-`W` is the workdir of a finished run whose teacher, if any, reads features. The test utterances of
-every fold are spoilt, their features computed again, and each row of the results predicted anew;
+Each `W` is the workdir of a finished run whose teacher, if any, reads features; they should differ
+in their seed alone, and their mean is told. The test utterances of every fold are spoilt, their
+features computed again, and each row of the results predicted anew;
 the linear probe, trained on clean features, stands beside them. The noises are white noise and
 babble (six recordings of the corpus at once) at `--snr` dB, a telephone's band (300 to 3400
 Hz, sampled at 8 kHz), and a room whose reverberation decays by 60 dB in 0.6 s. They depend only on
-the recording, so that each model and each run hears the same. The table has UA in %, with 95 %
-intervals by speaker where there are enough speakers.
+the recording, so that each model and each run hears the same. The tables have UA in %, and paired
+differences of rows, with 95 % intervals by speaker where there are enough speakers.
 """
 
 import argparse
@@ -38,14 +39,21 @@ from serkd_jax.stages.finetune import TeacherStage
 
 Noise = Callable[[np.ndarray], np.ndarray]  # waveform -> waveform, float32 (samples,)
 VOICES = 6  # of babble
+# Rows whose differences are told: the first less the second.
+COMPARED = (
+    ("updated_student", "student"),
+    ("updated_student", "teacher"),
+    ("updated_student", predictions.PROBE),
+)
 DECAY = 0.6  # seconds, in which a room's reverberation decays by 60 dB
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     options = parse_options()
     try:
-        print(measure(options.workdir, options.snr))
+        heard = [measure(workdir, options.snr) for workdir in options.workdir]
+        print(tables(heard))
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
@@ -53,13 +61,15 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
+    parser.add_argument(
+        "--workdir", type=Path, nargs="+", required=True, help="of finished runs of several seeds"
+    )
     parser.add_argument("--snr", type=float, default=10.0, help="dB, of white noise and babble")
     return parser.parse_args()
 
 
-def measure(workdir: Path, snr: float) -> str:
-    """The table of a run, as Markdown.
+def measure(workdir: Path, snr: float) -> dict[str, predictions.Predictions]:
+    """What a run's models, and the linear probe, decide in each noise, and in none.
 
     Raises:
         UserError: the run is not finished, or its teacher reads waveforms.
@@ -83,12 +93,12 @@ def measure(workdir: Path, snr: float) -> str:
             for fold, states in trained
         }
 
-    lines = [("clean", decide(experiment.features, experiment.teacher_inputs))]
+    heard = {"clean": decide(experiment.features, experiment.teacher_inputs)}
     for name, noise in noises(records, snr).items():
         hear = partial(open_spoilt, experiment, records, cache, name, noise)
         features = hear(experiment.frontend)
-        lines.append((name, decide(features, hear(own) if own else features)))
-    return table(lines)
+        heard[name] = decide(features, hear(own) if own else features)
+    return heard
 
 
 def predict(
@@ -194,19 +204,37 @@ def reverberate(speech: np.ndarray) -> np.ndarray:
     return signal.fftconvolve(speech, echoes)[: len(speech)].astype(np.float32)
 
 
-def table(lines: Sequence[tuple[str, predictions.Predictions]]) -> str:
-    """A line for each noise, a column for each model."""
-    rows = list(predictions.score(lines[0][1])["overall"])
-    head = [["noise", *(row.replace("_", " ") for row in rows)], ["---"] * (1 + len(rows))]
-    cells = [[name, *(_ua(decided, row) for row in rows)] for name, decided in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in head + cells)
+def tables(heard: Sequence[dict[str, predictions.Predictions]]) -> str:
+    """What `measure` returned for each seed: a line for each noise, a column for each row."""
+    scores, draws = {}, {}
+    for name in heard[0]:
+        found = [predictions.score(each[name])["overall"] for each in heard]
+        drawn = [intervals.resample(each[name], "speaker") for each in heard]
+        scores[name] = {row: np.mean([each[row]["ua"] for each in found]) for row in found[0]}
+        draws[name] = {row: np.mean([each[row]["ua"] for each in drawn], 0) for row in drawn[0]}
+    rows = list(scores["clean"])
+    of_rows = [
+        [name, *(_told(scores[name][row], draws[name][row]) for row in rows)] for name in scores
+    ]
+    pairs = [pair for pair in COMPARED if set(pair) <= set(rows)]
+    of_pairs = [
+        [name, *(_told(scores[name][a] - scores[name][b], draws[name][a] - draws[name][b], "+")
+                 for a, b in pairs)]
+        for name in scores
+    ]  # fmt: skip
+    names = [f"{a} − {b}" for a, b in pairs]
+    return f"{_markdown(['noise', *rows], of_rows)}\n\n{_markdown(['noise', *names], of_pairs)}"
 
 
-def _ua(decided: predictions.Predictions, row: str) -> str:
-    score = predictions.score(decided)["overall"][row]["ua"]
-    low, high = intervals.bootstrap(decided, "speaker")[row]["ua"]
-    span = "" if np.isnan(low) else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * score:.1f}{span}"
+def _told(value: float, drawn: np.ndarray, sign: str = "") -> str:
+    low, high = intervals.interval(drawn)
+    span = "" if np.isnan(low) else f" ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+    return f"{100 * value:{sign}.1f}{span}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = [name.replace("_", " ") for name in head]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 if __name__ == "__main__":

@@ -336,11 +336,18 @@ def test_a_hubert_from_the_hub_is_named_and_a_local_one_comes_along(workdir, hub
 def test_without_noise_the_noise_benchmark_gives_the_scores_of_the_run(workdir):
     """Here, since this needs a finished run."""
     results = read_json(workdir / "results.json", "")
-    clean, white = noise.measure(workdir, 0.0).splitlines()[2:4]
-    scores = [100 * row["ua"] for row in results["overall"].values()]
+    heard = noise.measure(workdir, 0.0)
+    first, second = noise.tables([heard, heard]).split("\n\n")
+    clean, white = first.splitlines()[2:4]
+    scores = {row: 100 * each["ua"] for row, each in results["overall"].items()}
     told = [float(cell.split()[0]) for cell in clean.split("|")[2:-1]]
-    np.testing.assert_allclose(told, scores, atol=0.0501)
+    np.testing.assert_allclose(told, [*scores.values()], atol=0.0501)
     assert [cell.split()[0] for cell in white.split("|")[2:-1]] != [f"{x:.1f}" for x in told]
+    head, _, line, *_ = second.splitlines()
+    differences = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
+    for name, difference in zip(head.split("|")[2:-1], differences, strict=True):
+        a, b = (scores[row.strip().replace(" ", "_")] for row in name.split("−"))
+        assert difference == pytest.approx(a - b, abs=0.0501)
 
 
 @pytest.mark.slow

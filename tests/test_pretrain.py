@@ -10,9 +10,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from absl import flags
 
+import serkd_jax.pretrain  # noqa: F401 (its flags)
+from configs import common
 from layouts import ROOT, write_wav
 from serkd_jax.audio.logmel import log_mel, num_frames
+from serkd_jax.config import check_config
 from serkd_jax.encoders.distilled import CONFIG, WEIGHTS, load_distilled
 from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
 from serkd_jax.errors import UserError
@@ -140,6 +144,16 @@ def test_the_command_learns_to_predict_hidden_states_and_says_how_well(pretraine
     found = load_distilled(folder)
     assert found.params["conv_0"]["kernel"].shape == (3 * MELS, 6)
     assert (len(found.sha256), found.sizes.width) == (16, 6)
+
+
+def test_the_preset_for_devices_takes_what_the_command_makes_by_default():
+    config = common.with_preset(common.paper(), "device")
+    config.corpus = "emodb"
+    check_config(config)
+    made = {name: flags.FLAGS[name].default for name in ("width", "num_layers", "kernel")}
+    assert {name: config.student[name] for name in made} == made
+    assert config.frontend.num_mels == flags.FLAGS["num_mels"].default
+    assert config.student.outputs == 512  # as Whisper-base's hidden states
 
 
 @pytest.mark.slow
