@@ -4,12 +4,16 @@ Each is a dictionary of labels and of what they change in the recipe.
 """
 
 _NOT_INVERTED = {"student.inverted": False, "student.readout": "tokens"}
-# The inverted student of `:whisper` has one time point; a student whose tokens are frames needs
-# several.
+# The inverted student of `:whisper` has one time point and narrow tokens, one for each variate. A
+# student whose tokens are frames needs several time points, and the teacher's width.
 _NOT_INVERTED_WHISPER = _NOT_INVERTED | {
     "student.variates": 0,
     "student.time_pooling": 25,
     "student.deviations": False,
+    "student.width": 128,
+    "student.mlp_dim": 256,
+    "student.num_heads": 4,
+    "student.num_layers": 2,
 }
 
 # Table 4, and Fig. 3: the student alone.
