@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from serkd_jax.audio.logmel import fingerprint, num_samples
+from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.deploy.backends import load_classifier, load_frontend
 from serkd_jax.deploy.folder import (
@@ -104,7 +105,7 @@ def student_cost(folder: Path, form: str, batch: int, seconds: float, cores: int
     """Cost of an exported student; one whose encoder is not in the folder gets ready features."""
     config, rng = read_config(folder), np.random.default_rng(0)
     front_end = 0.0
-    if config.frontend["name"] == "logmel" or (folder / FRONTEND).is_dir():
+    if config.frontend["name"] in SPECTRAL or (folder / FRONTEND).is_dir():
         waveforms = list(rng.normal(0, 0.1, (batch, num_samples(config.max_frames))))
         waveforms = [waveform.astype(np.float32) for waveform in waveforms]
         featurize = load_frontend(folder, config)

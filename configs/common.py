@@ -209,6 +209,13 @@ def logmel(config: ConfigDict) -> ConfigDict:
     return small(config)
 
 
+def mfcc(config: ConfigDict) -> ConfigDict:
+    """Changes a recipe to 39 MFCC and models trained from scratch, without downloads."""
+    config.frontend = ConfigDict({"name": "mfcc", "num_coefficients": 39})
+    config.contrastive.max_frequency_mask = 5
+    return small(config)
+
+
 def whisper(config: ConfigDict) -> ConfigDict:
     """Changes a recipe to features of a middle layer of Whisper-base (a download of some 0.3 GB).
 
@@ -317,7 +324,7 @@ def with_preset(config: ConfigDict, preset: str) -> ConfigDict:
     This is one of the presets, a kind of student, or both, as in ``:whisper,inverted``.
     """
     presets = {"logmel": logmel, "whisper": whisper, "logmel-from-whisper": logmel_from_whisper}
-    presets |= {"device": device}
+    presets |= {"device": device, "mfcc": mfcc}
     presets |= {kind: partial(with_student, kind=kind) for kind in STUDENTS}
     for name in filter(None, preset.split(",")):
         if name not in presets:

@@ -3,10 +3,11 @@
     python -m serkd_jax.main --config=configs/systems.py:dwformer,emodb,whisper \
         --config.data_dir=EMODB --workdir=runs/dwformer
 
-After the system comes the recipe of a corpus with its presets; without one, it is IEMOCAP's with
-HuBERT-large. The records, features and folds are the recipe's. The sizes, loss, optimiser,
-schedule, batch size and epochs are the system's, but its epoch is picked on the validation part,
-not on the test part as in most of the public codes. docs/systems.md says more.
+After the system comes the recipe of a corpus with its presets; without one, it is IEMOCAP's.
+Without a preset the features are those of the recipe, HuBERT-large's; TIM-Net's are MFCC. The
+records, features and folds are the recipe's. The sizes, loss, optimiser, schedule, batch size and
+epochs are the system's, but its epoch is picked on the validation part, not on the test part as in
+most of the public codes. docs/systems.md says more.
 """
 
 from collections.abc import Callable
@@ -59,6 +60,10 @@ TRAININGS: dict[str, Callable[[ConfigDict], None]] = {
 }
 
 
+# The preset whose features a system reads, if not the recipe's.
+FRONT_ENDS = {"timnet": "mfcc"}
+
+
 def with_system(config: ConfigDict, name: str) -> ConfigDict:
     """Changes a recipe to a system: its student and its training, on the recipe's own folds."""
     config = common.with_student(config, name)
@@ -80,4 +85,4 @@ def get_config(preset: str = "") -> ConfigDict:
     for given, known in ((name, TRAININGS), (recipe, RECIPES)):
         if given not in known:
             raise ValueError(f"there is no {given!r}: use one of {', '.join(known)}")
-    return with_system(RECIPES[recipe].get_config(rest), name)
+    return with_system(RECIPES[recipe].get_config(rest or FRONT_ENDS.get(name, "")), name)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from serkd_jax.audio import logmel
+from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.errors import UserError
 from serkd_jax.models.students import STUDENTS, find_student
 from serkd_jax.models.students.base import Rule, Student, check_sizes, rule
@@ -30,7 +30,7 @@ _FRONTEND = {
     "layer": (_are_layers, "a number, or a list of numbers"),
     "dtype": _one_of("float32", "bfloat16"),
     "pad_to_30s": _SWITCH,
-    "num_mels": rule(1, 1, logmel.FFT_LENGTH // 2),
+    **{each.size: rule(1, 1, each.most) for each in SPECTRAL.values()},
 }
 # What the keys of a recipe may hold. The student's sizes are not here; its kind declares them.
 KEYS = {

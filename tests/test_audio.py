@@ -6,11 +6,12 @@ import sys
 import av
 import numpy as np
 import pytest
+import scipy.fft
 import soundfile
 from transformers import audio_utils
 
 from layouts import encode_aac, peak_hz, tone, write_mp4
-from serkd_jax.audio import decoding
+from serkd_jax.audio import decoding, mfcc
 from serkd_jax.audio.decoding import read_audio
 from serkd_jax.audio.logmel import num_frames, num_samples
 from serkd_jax.audio.waveform import AudioError, to_float, to_int16
@@ -313,6 +314,27 @@ def test_log_mel_equals_its_definition(num_samples):
     assert features.dtype == np.float16
     assert features.shape == (num_frames(num_samples), 80)
     np.testing.assert_allclose(features, log_mel_by_definition(waveform), atol=1e-3)
+
+
+@pytest.mark.parametrize("num_samples", [400, 719, 720, 16_000, 17_123])
+def test_mfcc_are_the_cosine_transform_of_the_levels_of_mel_bands(num_samples):
+    waveform = np.random.default_rng(1).normal(0, 0.1, num_samples).astype(np.float32)
+    waveform *= np.linspace(0, 1, num_samples)  # so that some bands fall below the range
+    waveform[: num_samples // 2] *= 1e-5
+    ((_, features),) = frontends.Mfcc(39)([waveform], 1000)
+    assert features.dtype == np.float16
+    assert features.shape == (num_frames(num_samples), 39)
+    filters = audio_utils.mel_filter_bank(1025, 128, 0.0, 8000.0, 16_000, "slaney", "slaney")
+    window = np.hanning(mfcc.WINDOW + 1)[:-1]
+    padded = np.pad(waveform, mfcc.WINDOW)
+    levels = []
+    for t in range(num_frames(num_samples)):
+        start = mfcc.WINDOW + 320 * t + 200 - mfcc.WINDOW // 2
+        power = np.abs(np.fft.rfft(padded[start : start + mfcc.WINDOW] * window, 2048)) ** 2
+        levels.append(power @ filters)
+    levels = audio_utils.power_to_db(np.array(levels), 1.0, 1e-10, 80.0)
+    expected = scipy.fft.dct(levels, norm="ortho", axis=-1)[:, :39]
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=0.05)
 
 
 def test_log_mel_band_follows_the_tone():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serkd_jax.audio import logmel
+from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.deploy.folder import CONFIG, FILES, FRONTEND, REMEDY, ModelConfig
 from serkd_jax.errors import UserError
 
@@ -269,16 +269,15 @@ _LOADERS = {
 
 
 def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
-    """Loads the front-end of an exported folder: log-mel in NumPy, or an encoder in JAX.
+    """Loads the front-end of an exported folder: a spectrum in NumPy, or an encoder in JAX.
 
     Raises:
         UserError: the encoder is missing, or is not the one with which the model was trained.
     """
     name = config.frontend["name"]
-    if name == "logmel":
-        return lambda waveforms: pad_features(
-            [logmel.log_mel(waveform, config.num_features) for waveform in waveforms], config
-        )
+    if name in SPECTRAL:
+        compute, width = SPECTRAL[name].compute, config.num_features
+        return lambda waveforms: pad_features([compute(each, width) for each in waveforms], config)
     try:
         from serkd_jax.encoders.frontends import Pretrained
     except ImportError as error:

@@ -9,6 +9,7 @@ import jax
 from huggingface_hub import EvalResult, ModelCardData
 
 from serkd_jax.audio.logmel import FRAME_RATE
+from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.data.tables import markdown_cell
 from serkd_jax.deploy.backends import make_student
 from serkd_jax.deploy.folder import FILES
@@ -154,8 +155,8 @@ def _runtimes(folder: Path) -> list[str]:
 
 def _frontend(trained: Trained) -> str:
     frontend = trained.config.frontend
-    if frontend["name"] == "logmel":
-        return f"{frontend['num_mels']} log-mel bands"
+    if spectral := SPECTRAL.get(frontend["name"]):
+        return f"{frontend[spectral.size]} {spectral.words}"
     return f"{_layers(frontend['layer'])} of {_encoder(frontend)}"
 
 
@@ -173,7 +174,7 @@ def _encoder(frontend: Mapping) -> str:
 
 def _weights_of(trained: Trained) -> str:
     frontend = trained.config.frontend
-    return "" if frontend["name"] == "logmel" else f" and {_encoder(frontend)}"
+    return "" if frontend["name"] in SPECTRAL else f" and {_encoder(frontend)}"
 
 
 def _kind(trained: Trained) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serkd_jax.audio import logmel
+from serkd_jax.audio.spectral import SPECTRAL
+from serkd_jax.audio.waveform import SAMPLE_RATE
 from serkd_jax.data.tables import is_class_name
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.hub import download
@@ -72,7 +73,7 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Returns the text of `config.json`."""
-        known = {"format": VERSION, "labels": list(self.labels), "sample_rate": logmel.SAMPLE_RATE}
+        known = {"format": VERSION, "labels": list(self.labels), "sample_rate": SAMPLE_RATE}
         sizes = {"max_frames": self.max_frames, "num_features": self.num_features}
         parts = {"frontend": self.frontend, "student": self.student, "trained": self.trained}
         return json.dumps(sealed(known | sizes | parts), indent=1) + "\n"
@@ -138,8 +139,8 @@ def parse_config(given: Any) -> ModelConfig:
         raise ValueError("a label is not a name")
     if len(set(labels)) < len(labels):
         raise ValueError("two labels are the same")
-    if given.get("sample_rate") != logmel.SAMPLE_RATE:
-        raise ValueError(f"sample_rate is not {logmel.SAMPLE_RATE}")
+    if given.get("sample_rate") != SAMPLE_RATE:
+        raise ValueError(f"sample_rate is not {SAMPLE_RATE}")
     _check({key: given.get(key) for key in _MODEL}, _MODEL, "config")
     student, frontend = given.get("student"), given.get("frontend")
     if given["max_frames"] * given["num_features"] > 2**26:
@@ -163,11 +164,13 @@ def _check(values: Any, rules: Mapping[str, _Rule], where: str) -> None:
 
 def _check_frontend(frontend: Any, num_features: int) -> None:
     name = frontend.get("name") if isinstance(frontend, dict) else None
-    if name == "logmel":
-        if frontend.get("num_mels") != num_features or num_features > logmel.FFT_LENGTH // 2:
-            raise ValueError("frontend.num_mels is not num_features, or more than 256")
-        if frontend.get("fingerprint") != logmel.fingerprint(num_features):
-            raise ValueError("it was made with another version of the log-mel front-end")
+    if name in SPECTRAL:
+        spectral = SPECTRAL[name]
+        if frontend.get(spectral.size) != num_features or num_features > spectral.most:
+            size = f"frontend.{spectral.size}"
+            raise ValueError(f"{size} is not num_features, or more than {spectral.most}")
+        if frontend.get("fingerprint") != spectral.fingerprint(num_features):
+            raise ValueError(f"it was made with another version of the {name} front-end")
     elif name in ENCODERS:
         model, revision = frontend.get("model"), frontend.get("revision")
         if model is not None and not (isinstance(model, str) and _HUB_NAME.fullmatch(model)):
@@ -184,4 +187,5 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
         if not isinstance(frontend.get("fingerprint"), str):
             raise ValueError("frontend.fingerprint is not text")
     else:
-        raise ValueError(f"frontend.name is neither logmel nor one of {', '.join(ENCODERS)}")
+        known = ", ".join((*SPECTRAL, *ENCODERS))
+        raise ValueError(f"frontend.name is not one of {known}")

@@ -15,37 +15,35 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from serkd_jax.audio import logmel
 from serkd_jax.audio.logmel import FRAME_RATE, HOP, num_frames, num_samples
+from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.distributed import parallel
 from serkd_jax.encoders import ENCODERS
 from serkd_jax.encoders.checkpoint import Checkpoint, load_encoder
 from serkd_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class LogMel:
-    """Log-mel frames, computed on the CPU; see `serkd_jax.audio.logmel.log_mel`."""
+class WithoutModel:
+    """A front-end of `serkd_jax.audio.spectral`, computed on the CPU."""
 
-    num_mels: int = 80
-    name: ClassVar[str] = "logmel"
+    name: ClassVar[str]
     num_devices: ClassVar[int] = 1
     assumption: ClassVar[str] = ""
 
     @property
     def width(self) -> int:
-        """Number of mel bands."""
-        return self.num_mels
+        """Number of values in a frame."""
+        return getattr(self, SPECTRAL[self.name].size)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Name and number of mel bands."""
-        return {"name": self.name, "num_mels": self.num_mels}
+        """Name and width, as in a recipe."""
+        return {"name": self.name, SPECTRAL[self.name].size: self.width}
 
     @property
     def fingerprint(self) -> str:
         """A string of all settings on which the features depend."""
-        return logmel.fingerprint(self.num_mels)
+        return SPECTRAL[self.name].fingerprint(self.width)
 
     def __call__(
         self,
@@ -55,7 +53,26 @@ class LogMel:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See `serkd_jax.data.sources.Frontend`; each waveform is processed on its own."""
         for i, waveform in enumerate(waveforms):
-            yield i, logmel.log_mel(waveform[: num_samples(max_frames)], self.num_mels)
+            yield i, SPECTRAL[self.name].compute(waveform[: num_samples(max_frames)], self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogMel(WithoutModel):
+    """Log-mel frames; see `serkd_jax.audio.logmel.log_mel`."""
+
+    num_mels: int = 80
+    name: ClassVar[str] = "logmel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mfcc(WithoutModel):
+    """Mel-frequency cepstral coefficients; see `serkd_jax.audio.mfcc.mfcc`."""
+
+    num_coefficients: int = 39
+    name: ClassVar[str] = "mfcc"
+
+
+SPECTRA = {kind.name: kind for kind in (LogMel, Mfcc)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,21 +385,23 @@ def _unstack(
             yield int(clip), hidden[k, row, : num_frames[clip]].copy()  # frees the padding
 
 
-def make_frontend(config: ConfigDict, devices: Sequence[jax.Device] = ()) -> LogMel | Pretrained:
+def make_frontend(
+    config: ConfigDict, devices: Sequence[jax.Device] = ()
+) -> WithoutModel | Pretrained:
     """Makes a front-end from the `frontend` part of a config.
 
     Args:
-        config: `name` is `logmel` or a kind of encoder; the other keys are attributes of `LogMel`
-            or `Pretrained`.
+        config: `name` is `logmel`, `mfcc` or a kind of encoder; the other keys are attributes of
+            `LogMel`, `Mfcc` or `Pretrained`.
         devices: the devices on which an encoder computes; empty means all local devices.
     """
     settings = config.to_dict()
     name = settings.pop("name")
-    if name not in ("logmel", *ENCODERS):
-        raise UserError(f"frontend.name is {name!r}: use one of logmel, {', '.join(ENCODERS)}")
+    if name not in (known := (*SPECTRA, *ENCODERS)):
+        raise UserError(f"frontend.name is {name!r}: use one of {', '.join(known)}")
     try:
-        if name == "logmel":
-            return LogMel(**settings)
+        if name in SPECTRA:
+            return SPECTRA[name](**settings)
         return Pretrained(**settings, kind=name, devices=tuple(devices))
     except TypeError as error:
         raise UserError(f"frontend {name}: {error}; use the {name} part of a recipe") from error
