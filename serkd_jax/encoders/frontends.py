@@ -302,22 +302,22 @@ class Pretrained:
 
     @cached_property
     def _encode(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        options = {"pad_to_30s": True} if self.pad_to_30s else {}
-
-        def encode(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-            output = self.checkpoint.encode(params, *batch, self.dtype, **options)
-            states = [
-                output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-                for layer in self.layers
-            ]
-            if len(states) == 1:
-                return states[0].astype(jnp.float16)
-            return jnp.stack(states).astype(jnp.float32).mean(0).astype(jnp.float16)
-
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(self.dtype)), self.checkpoint.params)
         params = parallel.replicate(params, self._devices)
-        compiled = parallel.compile_map(encode, self._devices)
+        compiled = parallel.compile_map(self.encode, self._devices)
         return lambda waveforms, lengths: compiled(params, (waveforms, lengths))
+
+    def encode(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The features, float16 (B, T, N), of waveforms (B, samples) with their lengths (B,)."""
+        options = {"pad_to_30s": True} if self.pad_to_30s else {}
+        output = self.checkpoint.encode(params, *batch, self.dtype, **options)
+        states = [
+            output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+            for layer in self.layers
+        ]
+        if len(states) == 1:
+            return states[0].astype(jnp.float16)
+        return jnp.stack(states).astype(jnp.float32).mean(0).astype(jnp.float16)
 
     def __call__(
         self,

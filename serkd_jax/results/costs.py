@@ -1,5 +1,6 @@
-"""What the deployed student costs, with the encoder that it needs: parameters and time."""
+"""What the deployed student costs, with its encoder: parameters, time, and operations."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.interpreters import partial_eval
 
 from serkd_jax.audio.logmel import num_samples
 from serkd_jax.audio.waveform import SAMPLE_RATE
@@ -34,7 +37,9 @@ def measure_costs(
 
     Returns:
         `device`; `params`, with those of the front-end's `encoder`; `seconds` of `frontend` and
-        `student` for each second of audio (real-time factors), the least of three times.
+        `student` for each second of audio (real-time factors), the least of three times; and their
+        `operations` (see `count_operations`) for each second, where a front-end without a model has
+        none.
     """
     rng = np.random.default_rng(0)  # the time does not depend on what is heard
     waveform = rng.normal(0, 0.1, num_samples(max_frames)).astype(np.float32)
@@ -49,6 +54,11 @@ def measure_costs(
 
     seconds = len(waveform) / SAMPLE_RATE
     checkpoint = getattr(frontend, "checkpoint", None)
+    of_frontend = 0
+    if checkpoint:
+        batch = waveform[None], np.array([len(waveform)], np.int32)
+        of_frontend = count_operations(frontend.encode, checkpoint.params, batch)
+    of_student = count_operations(student, features, np.array([max_frames], np.int32))
     return {
         "device": jax.devices()[0].device_kind,
         "params": params | {"encoder": checkpoint.num_parameters if checkpoint else 0},
@@ -56,7 +66,39 @@ def measure_costs(
             "frontend": _least_time(hear) / seconds,
             "student": _least_time(classify) / seconds,
         },
+        "operations": {"frontend": of_frontend / seconds, "student": of_student / seconds},
     }
+
+
+def count_operations(function: Callable, *arguments: Any) -> int:
+    """Counts the multiplications and additions of matrix products and convolutions, in loops, too.
+
+    Compilers count the body of a loop once, and what does not contribute to the result not at all;
+    this leaves out the latter as well.
+    """
+    traced = jax.make_jaxpr(function)(*arguments).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return _count(needed)
+
+
+def _count(program: Jaxpr) -> int:
+    return sum(map(_count_equation, program.eqns))
+
+
+def _count_equation(equation: JaxprEqn) -> int:
+    settings, output = equation.params, equation.outvars[0].aval
+    shapes = [x.aval.shape for x in equation.invars]
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = settings["dimension_numbers"]
+        return 2 * output.size * math.prod(shapes[0][i] for i in contracted)
+    if equation.primitive.name == "conv_general_dilated":
+        outputs = shapes[1][settings["dimension_numbers"].rhs_spec[0]]
+        return 2 * output.size * math.prod(shapes[1]) // outputs
+    inner = [
+        value for value in settings.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    ]
+    times = settings["length"] if equation.primitive.name == "scan" else 1
+    return times * sum(_count(getattr(each, "jaxpr", each)) for each in inner)
 
 
 def write_costs(workdir: Path, measure: Callable[[], dict[str, Any]]) -> None:
