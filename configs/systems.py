@@ -60,13 +60,21 @@ TRAININGS: dict[str, Callable[[ConfigDict], None]] = {
 }
 
 
-# The preset whose features a system reads, if not the recipe's.
-FRONT_ENDS = {"timnet": "mfcc"}
+# The front-end of a system that does not read an encoder's frames.
+FRONT_ENDS = {"timnet": {"name": "mfcc", "num_coefficients": 39}}
 
 
-def with_system(config: ConfigDict, name: str) -> ConfigDict:
-    """Changes a recipe to a system: its student and its training, on the recipe's own folds."""
+def with_system(config: ConfigDict, name: str, own_input: bool = False) -> ConfigDict:
+    """Changes a recipe to a system: its student and its training, on the recipe's own folds.
+
+    Args:
+        config: the recipe.
+        name: a kind of student.
+        own_input: whether the system reads what its authors gave it, and not the recipe's features.
+    """
     config = common.with_student(config, name)
+    if own_input and name in FRONT_ENDS:
+        config.frontend = ConfigDict(FRONT_ENDS[name])
     config.stages = "student"
     config.contrastive.weight = 0.0
     config.student.standardize = False
@@ -75,6 +83,7 @@ def with_system(config: ConfigDict, name: str) -> ConfigDict:
     plain = {"weight_decay": 0.0, "decayed": "kernels", "clip_norm": 0.0, "warmup": 0.0}
     config.optimizer.update(plain)
     TRAININGS[name](config)
+    config.contrastive.queue_size = config.batch_size  # without weight it does nothing
     return config
 
 
@@ -85,4 +94,4 @@ def get_config(preset: str = "") -> ConfigDict:
     for given, known in ((name, TRAININGS), (recipe, RECIPES)):
         if given not in known:
             raise ValueError(f"there is no {given!r}: use one of {', '.join(known)}")
-    return with_system(RECIPES[recipe].get_config(rest or FRONT_ENDS.get(name, "")), name)
+    return with_system(RECIPES[recipe].get_config(rest), name, own_input=not rest)

@@ -285,7 +285,9 @@ class Experiment:
         """Measures what the student costs, with new weights: time does not depend on them."""
         variables = self.programs.new_student(jax.random.key(0))
         student = jax.jit(partial(self.programs.student.apply, variables))
+        deployed = {k: x for k, x in variables["params"].items() if k[:11] != "projection_"}
         params = self.programs.count_parameters()
+        params |= {"deployed": sum(x.size for x in jax.tree.leaves(deployed))}
         return costs.measure_costs(self.frontend, student, self.config.max_frames, params)
 
     @cached_property

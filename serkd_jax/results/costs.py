@@ -33,7 +33,7 @@ def measure_costs(
         frontend: the front-end of the student's features.
         student: (features (1, T, N), lengths (1,)) -> outputs.
         max_frames: T.
-        params: parameter counts of `teacher` and `student`.
+        params: parameter counts: `teacher`, `student`, and `deployed`, without its projection.
 
     Returns:
         `device`; `params`, with those of the front-end's `encoder`; `seconds` of `frontend` and

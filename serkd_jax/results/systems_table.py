@@ -1,0 +1,108 @@
+"""Tables 8 and 9 from runs of the systems: scores and costs beside what the paper prints."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from serkd_jax.errors import UserError
+from serkd_jax.files import read_json
+from serkd_jax.results import costs, paper
+from serkd_jax.results.comparison import Group, Run, group_runs
+from serkd_jax.results.intervals import METRICS, interval, resample
+from serkd_jax.results.metrics import TITLES
+from serkd_jax.results.predictions import PROBE
+from serkd_jax.results.typeset import Table
+
+NONE = "–"
+M = 2**20  # the unit of the paper's counts; see docs/paper.md
+
+
+class System(NamedTuple):
+    """What a compared system is called, and what its public code lets it see of the test part."""
+
+    name: str
+    leak: str
+
+
+SYSTEMS = {  # by the kind of student
+    "timnet": System("TIM-Net", "speakers of the test part"),
+    "dwformer": System("DWFormer", "the epoch's choice (IEMOCAP)"),
+    "shiftcnn": System("ShiftCNN", "the epoch's choice"),
+    "shiftformer": System("Shiftformer", "the epoch's choice"),
+    "shiftlstm": System("ShiftLSTM", "the epoch's choice"),
+    "speechformer": System("SpeechFormer++", "the epoch's choice"),
+}
+OUR_ROWS = ("student", "updated_student")
+HEADER = ["system", "reads", "parameters", "M", "with encoder, M", "operations", "with encoder"]
+HEADER += ["time", "with front-end", "seeds", *TITLES.values(), "paper", "leak"]
+NOTES = [
+    "M is 2^20. Operations are millions, and times milliseconds on the machine of the run, for a "
+    "second of audio. Scores are in %, the mean over seeds with its 95 % interval, by speaker if "
+    "there are enough. Paper: what Table 8 (IEMOCAP) or 9 (MELD) prints, on the corpus of that "
+    "name; leak: what of the test part the system's public code uses in training."
+]
+
+
+def systems_table(runs: Sequence[Run]) -> Table:
+    """Makes the table; runs that differ in their seed alone are one line.
+
+    Args:
+        runs: finished runs of one corpus, of systems and of ours.
+    """
+    lines, probes = [], {}
+    for group in group_runs(runs):
+        config = group.first.results["config"]
+        kind, reads = config["student"]["kind"], config["frontend"]["name"]
+        scores, cost = _scores(group), _cost(group.first)
+        if kind in SYSTEMS:
+            lines.append([SYSTEMS[kind].name, reads, *cost, *scores["student"], *_told(kind)])
+        else:
+            for row in (row for row in OUR_ROWS if row in scores):
+                name = f"ours, {row.replace('_', ' ')}"
+                lines.append([name, reads, *cost, *scores[row], NONE, "none"])
+        if PROBE in scores:
+            probes[reads] = ["linear probe", reads, *[NONE] * len(cost), *scores[PROBE]]
+    lines += [[*probe, NONE, "none"] for probe in probes.values()]
+    return Table("systems", "Systems", HEADER, lines, NOTES)
+
+
+def _scores(group: Group) -> dict[str, list[str]]:
+    """Row -> number of seeds, and each metric with its interval."""
+    runs = [*group.runs.values()]
+    draws = [resample(run.predictions, "speaker") for run in runs]
+    if np.isnan(next(iter(draws[0].values()))["ua"]).all():
+        draws = [resample(run.predictions, "utterance") for run in runs]
+    told = {}
+    for row in group.rows:
+        told[row] = [str(len(runs))]
+        for metric in METRICS:
+            mean = np.mean([run.scores[row][metric] for run in runs])
+            low, high = interval(np.mean([each[row][metric] for each in draws], axis=0))
+            told[row].append(f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+    return told
+
+
+def _cost(run: Run) -> list[str]:
+    """Parameters, operations and times of the deployed student, without and with its front-end."""
+    try:
+        cost = read_json(run.workdir / costs.NAME, "", ("params", "seconds", "operations"))
+    except UserError:
+        return [NONE] * 7
+    count, encoder = cost["params"]["deployed"], cost["params"]["encoder"]
+    cells = [f"{count:,}", f"{count / M:.2f}", f"{(count + encoder) / M:.2f}"]
+    for key, unit, digits in (("operations", 1e-6, 0), ("seconds", 1e3, 2)):
+        alone, both = cost[key]["student"], sum(cost[key].values())
+        cells += [f"{unit * alone:,.{digits}f}", f"{unit * both:,.{digits}f}"]
+    return cells
+
+
+def _told(kind: str) -> list[str]:
+    """What the paper prints of a system, and its leak."""
+    name, leak = SYSTEMS[kind]
+    printed = []
+    for corpus, methods in paper.BASELINES.items():
+        if found := methods.get(name):
+            scores = [f"{TITLES[key]} {found[key]}" for key in METRICS if key in found]
+            printed.append(f"{corpus}: {found['params']} M, {', '.join(scores)}")
+    return ["; ".join(printed) or NONE, leak]

@@ -1,0 +1,89 @@
+"""Tables 8 and 9 under one protocol: each system, and ours, on the same records and folds.
+
+    python -m serkd_jax.systems --config=configs/emodb.py:whisper --config.data_dir=EMODB \
+        --workdir=runs/systems --systems=all --seeds=0-2
+
+Call it in the root of the repository. Each system of `configs/systems.py` is trained as by its
+authors, on the input that they gave it, under the recipe's protocol; `ours` is the recipe itself.
+Each run has a workdir below `--workdir`; they share records and features. A command that was
+stopped goes on when it is started again. Then a table is printed, and written as `systems.md`.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from serkd_jax.config import check_config
+from serkd_jax.distributed import parallel, processes
+from serkd_jax.errors import UserError, parse_flags
+
+OURS = "ours"
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe that the systems follow.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for the runs and what they share.", allow_override=True
+)
+_SYSTEMS = flags.DEFINE_list("systems", ["all"], f"all, or some of the systems and {OURS}.")
+_SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "What to change in the systems' recipes, such as student.epochs=2.",
+    allow_override=True,
+)
+_SEEDS = flags.DEFINE_string("seeds", "0", "Seeds of each, such as 0-2.", allow_override=True)
+
+
+def main(argv: list[str]) -> None:
+    """Trains what remains, and writes the table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    processes.run(_train_systems)
+
+
+def _train_systems() -> None:
+    # Slow to import, so only after the flags are parsed.
+    from configs.systems import TRAININGS, with_system
+    from serkd_jax import grid
+    from serkd_jax.files import write_file
+    from serkd_jax.results.comparison import read_runs
+    from serkd_jax.results.systems_table import systems_table
+    from serkd_jax.results.typeset import markdown
+
+    out, known = Path(_WORKDIR.value), [*TRAININGS, OURS]
+    chosen = known if _SYSTEMS.value == ["all"] else _SYSTEMS.value
+    if unknown := [name for name in chosen if name not in known]:
+        raise UserError(f"there is no system {unknown[0]!r}: use all, or {', '.join(known)}")
+    changes = {key: value for key, (value, *_) in map(grid.parse_values, _SET.value)}
+    configs = {}
+    for seed in grid.parse_seeds(_SEEDS.value):
+        for name in chosen:
+            config = grid.configure(_CONFIG.value, {"seed": seed}, out)
+            if name != OURS:
+                config = grid.configure(with_system(config, name, own_input=True), changes, out)
+            check_config(config)
+            configs[f"{name},seed={seed}"] = config
+    failed = {}
+    for name, config in tqdm(
+        configs.items(), "systems", unit="run", disable=not parallel.is_first_process()
+    ):
+        try:
+            grid.run(config, out / name)
+        except UserError as error:
+            failed[name] = str(error)
+            tqdm.write(f"run {name}: {error}", file=sys.stderr)
+    if parallel.is_first_process():
+        runs, _ = read_runs(out / name for name in configs if name not in failed)
+        if runs:
+            text = markdown(systems_table(runs))
+            write_file(out / "systems.md", text)
+            print(text)
+    if failed:
+        raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)

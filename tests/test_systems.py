@@ -1,0 +1,84 @@
+"""The command that makes Tables 8 and 9, and the operations that it tells."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layouts import ROOT
+from serkd_jax.files import read_json
+from serkd_jax.results.comparison import read_runs
+from serkd_jax.results.costs import count_operations
+from serkd_jax.results.systems_table import systems_table
+from tiny_students import count
+
+
+def test_operations_are_those_of_products_and_convolutions_that_the_result_needs():
+    x, kernel = jnp.ones((3, 4, 5)), jnp.ones((5, 6))
+
+    def product(x):
+        unused = x @ x.swapaxes(1, 2)
+        del unused
+        return jax.nn.relu(x @ kernel)
+
+    assert count_operations(jax.jit(product), x) == 2 * 3 * 4 * 5 * 6
+
+    def loop(x):
+        return jax.lax.scan(lambda carry, _: (carry @ jnp.ones((5, 5)), None), x, None, 7)[0]
+
+    assert count_operations(loop, x) == 7 * 2 * 3 * 4 * 5 * 5
+    convolution = nn.Conv(6, (3,), padding="VALID", feature_group_count=2)
+    inputs = jnp.ones((2, 9, 4))
+    params = convolution.init(jax.random.key(0), inputs)
+    # 7 positions, 6 outputs, each of 3 frames of the 2 channels of its group
+    assert count_operations(convolution.apply, params, inputs) == 2 * 2 * 7 * 6 * 3 * 2
+
+
+def run(workdir, *options):
+    command = [sys.executable, "-m", "serkd_jax.systems", "--config=tests/tiny_config.py"]
+    command += [f"--workdir={workdir}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def cells_of(text, name):
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.slow
+def test_one_command_trains_the_systems_and_ours_and_makes_their_table(tmp_path):
+    options = "--systems=timnet,ours", "--set=student.epochs=2", "--config.stages=student"
+    done = run(tmp_path, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "systems.md").read_text()
+    assert text in done.stdout
+    timnet = cells_of(text, "TIM-Net")
+    parameters, _ = count("timnet", 4, 24, 39, num_levels=8)
+    assert timnet[1:3] == ["mfcc", f"{parameters:,}"]
+    assert timnet[3] == f"{parameters / 2**20:.2f}" == timnet[4]
+    assert timnet[-2:] == [
+        "iemocap: 0.12 M, UA 69.41, WA 68.2",
+        "speakers of the test part",
+    ]
+    results = read_json(tmp_path / "timnet,seed=0" / "results.json", "")
+    assert timnet[10].startswith(f"{100 * results['overall']['student']['ua']:.1f} (")
+    assert results["config"]["selection_metric"] == "ua"
+    ours = read_json(tmp_path / "ours,seed=0" / "results.json", "")["overall"]["student"]
+    assert cells_of(text, "ours, student")[10].startswith(f"{100 * ours['ua']:.1f} (")
+    assert text.count("| linear probe |") == 2  # of each front-end
+    (tmp_path / "timnet,seed=0" / "costs.json").write_text("{}")  # as of another version
+    runs, _ = read_runs([tmp_path])
+    table = systems_table(runs)
+    (line,) = (line for line in table.rows if line[0] == "TIM-Net")
+    assert line[2:9] == ["–"] * 7
+    assert np.isfinite(float(line[10].split()[0]))
+
+
+def test_an_unknown_system_is_named_with_those_that_there_are(tmp_path):
+    done = run(tmp_path, "--systems=timmet")
+    assert done.returncode == 1
+    assert "there is no system 'timmet': use all, or timnet, dwformer" in done.stderr
