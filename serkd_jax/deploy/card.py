@@ -83,6 +83,12 @@ def write_card(
         f"most {config.max_frames / FRAME_RATE:g} s, to {len(labels)} classes: "
         f"{', '.join(map(markdown_cell, labels))}."
     )
+    use = _paragraph(
+        "For research on speech emotion recognition and distillation, and for prototypes whose "
+        "users know about it. The labels are what annotators heard, or actors were asked to play, "
+        f"in {corpus}; another language, microphone, age or way of speaking can give any label. "
+        "The model was not tested on these, nor for equal error rates across groups of people."
+    )
     run = trained.results["config"]
     protocol = _paragraph(
         f"Trained on {corpus}; folds by {run['protocol']['split_by']}, "
@@ -121,10 +127,7 @@ expect other speakers to differ by more. Chance UA is {100 / len(labels):.1f} %.
 
 ## Use
 
-For research on speech emotion recognition and distillation, and for prototypes whose users know
-about it. The labels are what annotators heard, or actors were asked to play, in {corpus}; another
-language, microphone, age or way of speaking can give any label. The model was not tested on these,
-nor for equal error rates across groups of people.
+{use}
 
 A voice does not show what a person feels. Do not use this to judge people in hiring, school,
 policing, health, credit or insurance. In the European Union, inferring emotions at work and in
