@@ -12,6 +12,7 @@ PACKAGE = ROOT / "serkd_jax"
 COMMANDS = (
     "main",
     "sweep",
+    "systems",
     "compare",
     "records",
     "features",
