@@ -1,10 +1,8 @@
 """The pictures of the README and of docs/evidence.md, drawn from the root of the repository.
 
-    python docs/pictures.py --emodb=W --tradeoff=tradeoff.json
+    python docs/pictures.py --tradeoff=tradeoff.json
 
-``pipeline.svg`` is a drawing; ``emodb.svg`` shows the folds in the workdir ``W`` of a finished run
-of ``configs/emodb.py:whisper`` beside the linear probe of the same folds; ``tradeoff.svg`` shows
-what ``benchmarks.tradeoff`` measured.
+``pipeline.svg`` is a drawing; ``tradeoff.svg`` shows what ``benchmarks.tradeoff`` measured.
 """
 
 import argparse
@@ -69,39 +67,9 @@ def draw_pipeline() -> None:
     save(figure, "pipeline.svg")
 
 
-def draw_results(workdir: Path) -> None:
-    """UA of every row, a dot for each fold and a diamond for all."""
-    results = json.loads((workdir / "results.json").read_text())
-    rows = {row.replace("_", " "): scores["ua"] for row, scores in results["overall"].items()}
-    folds = [
-        [100 * fold[row]["ua"] for fold in results["folds"].values()] for row in results["overall"]
-    ]
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    names, means = [*rows], [100 * ua for ua in rows.values()]
-    places = range(len(names))
-    for place, mean, dots in zip(places, means, folds, strict=True):
-        color = ORANGE if names[place] == "linear probe" else BLUE
-        axes.plot(dots, [place] * len(dots), "o", color=color, markersize=5, alpha=0.45)
-        axes.plot([mean], [place], "D", color=color, markersize=8)
-        axes.text(104, place, f"{mean:.1f}", va="center", ha="right", weight="bold", color=color)
-    axes.grid(axis="x", color="#d0d7de")
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    axes.set(
-        xlim=(min(map(min, folds)) - 2, 104.5),
-        xticks=range(80, 101, 5),
-        xlabel="unweighted accuracy, %: of all clips (diamond), and of each speaker (dots)",
-    )
-    axes.set_title(
-        "EMO-DB, 7 emotions, each speaker unheard in turn; features of Whisper-base", fontsize=11
-    )
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    save(figure, "emodb.svg")
-
-
 # Front-end -> its colour and name; row -> marker, fill and name.
 FRONT_ENDS = {"whisper": (BLUE, "features of Whisper-base"), "logmel": (ORANGE, "log-mel frames")}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # ms
 MARKERS = {
     "linear_probe": ("s", "none", "linear probe"),
     "student": ("o", "none", "student, undistilled"),
@@ -112,31 +80,36 @@ MARKERS = {
 
 def draw_tradeoff(table: Path) -> None:
     """UA over the real-time factor of every model, with intervals by speaker."""
-    rows = json.loads(table.read_text())["rows"]
+    rows = [row for row in json.loads(table.read_text())["rows"] if row["row"] in MARKERS]
+    probes = {row["frontend"]: row for row in rows if row["row"] == "linear_probe"}  # one of each
+    students = [row for row in rows if row["row"] != "linear_probe"]
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    for row in (row for row in rows if row["row"] in MARKERS):
+    for row in (*probes.values(), *students):
         color, _ = FRONT_ENDS[row["frontend"]]
         marker, fill, _ = MARKERS[row["row"]]
-        ua, (low, high) = 100 * row["ua"], (100 * x for x in row["interval"])
+        time, ua, (low, high) = 1e3 * row["seconds"], 100 * row["ua"], row["interval"]
         axes.errorbar(
-            row["seconds"], ua, [[ua - low], [high - ua]], fmt=marker, fillstyle=fill, color=color,
-            markersize=7, elinewidth=0.8, alpha=0.85,
+            time, ua, [[ua - 100 * low], [100 * high - ua]], fmt=marker, fillstyle=fill,
+            color=color, markersize=7, elinewidth=0.8, alpha=0.85,
         )  # fmt: skip
         if row["row"] == "updated_student" and row["frontend"] == "logmel":
-            name = f"{row['parameters'] / 1e6:.2g}M"
-            axes.annotate(name, (row["seconds"], ua), (7, 4), textcoords="offset points", color=INK)
+            name, above = f"{row['parameters'] / 1e6:.2f}M", {"textcoords": "offset points"}
+            axes.annotate(name, (time, 100 * high), (0, 5), ha="center", color=INK, **above)
     for color, name in FRONT_ENDS.values():
         axes.plot([], [], "-", color=color, label=name)
     for marker, fill, name in MARKERS.values():
         axes.plot([], [], marker, fillstyle=fill, color=INK, label=name)
     axes.set(
         xscale="log",
-        xlabel="seconds on one core for a second of audio, front-end included",
+        xticks=TICKS,
+        xticklabels=TICKS,
+        xlabel="milliseconds on one core for a second of audio, front-end included",
         ylabel="unweighted accuracy, %",
     )
     axes.set_title(
         "EMO-DB, 7 emotions, each speaker unheard in turn; 95 % intervals by speaker", fontsize=11
     )
+    axes.minorticks_off()
     axes.grid(color="#d0d7de")
     axes.legend(loc="lower right", fontsize=9)
     for side in ("top", "right"):
@@ -153,14 +126,11 @@ def save(figure: plt.Figure, name: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--emodb", type=Path, help="workdir of configs/emodb.py:whisper")
     parser.add_argument("--tradeoff", type=Path, help="written by benchmarks.tradeoff")
     given = parser.parse_args()
     mpl.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "serkd", "font.family": "sans-serif"}
     )
     draw_pipeline()
-    if given.emodb:
-        draw_results(given.emodb)
     if given.tradeoff:
         draw_tradeoff(given.tradeoff)
