@@ -86,14 +86,14 @@ def _count(program: Jaxpr) -> int:
 
 
 def _count_equation(equation: JaxprEqn) -> int:
-    settings, output = equation.params, equation.outvars[0].aval
-    shapes = [x.aval.shape for x in equation.invars]
+    settings, shapes = equation.params, [x.aval.shape for x in equation.invars]
+    size = sum(math.prod(x.aval.shape) for x in equation.outvars)
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = settings["dimension_numbers"]
-        return 2 * output.size * math.prod(shapes[0][i] for i in contracted)
+        return 2 * size * math.prod(shapes[0][i] for i in contracted)
     if equation.primitive.name == "conv_general_dilated":
         outputs = shapes[1][settings["dimension_numbers"].rhs_spec[0]]
-        return 2 * output.size * math.prod(shapes[1]) // outputs
+        return 2 * size * math.prod(shapes[1]) // outputs
     inner = [
         value for value in settings.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")
     ]
