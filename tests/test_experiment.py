@@ -215,8 +215,8 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("examples", "disk", "auto or device or records"),
         ("dtype", "float16", "float32 or bfloat16"),
         ("student.num_heads", 3, "not divisible"),
-        ("frontend.name", "mfcc", "logmel, hubert, wav2vec2, wavlm, whisper"),
-        ("teacher.frontend.name", "mfcc", "logmel, hubert"),
+        ("frontend.name", "fbank", "logmel, mfcc, hubert, wav2vec2, wavlm, whisper"),
+        ("teacher.frontend.name", "fbank", "logmel, mfcc, hubert"),
         ("teacher.model", "/no/such/model", "/no/such/model"),
     ],
 )

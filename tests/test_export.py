@@ -32,6 +32,7 @@ from serkd_jax.results.comparison import group_runs, read_run
 from serkd_jax.results.intervals import bootstrap
 from serkd_jax.results.metrics import classification_metrics
 from serkd_jax.results.predictions import read_predictions
+from serkd_jax.results.systems_table import systems_table
 from serkd_jax.stages.standardization import Statistics
 from tiny_config import get_config
 
@@ -360,6 +361,10 @@ def test_the_tradeoff_has_the_scores_of_the_run_and_of_its_int8_exports(workdir,
     assert all(lines[row]["ua"] == results["overall"][row]["ua"] for row in rows)
     assert lines["linear_probe"]["parameters"] == 0  # log-mel
     assert 0 < lines["linear_probe"]["seconds"] < lines["updated_student, int8"]["seconds"]
+    told = {line[0]: line for line in systems_table([read_run(workdir)]).rows}
+    for row in ("student", "updated_student"):
+        ua = told[f"ours, {row.replace('_', ' ')}"][10]
+        assert ua.startswith(f"{100 * results['overall'][row]['ua']:.1f} (")
     # The export compares every format on the utterances of the second fold.
     folder, checked, _ = exported
     (int8,) = (each for each in checked if each.form == "onnx-int8")

@@ -50,9 +50,8 @@ def cells_of(text, name):
 
 
 @pytest.mark.slow
-def test_one_command_trains_the_systems_and_ours_and_makes_their_table(tmp_path):
-    options = "--systems=timnet,ours", "--set=student.epochs=2", "--config.stages=student"
-    done = run(tmp_path, *options)
+def test_one_command_trains_a_system_and_makes_the_table(tmp_path):
+    done = run(tmp_path, "--systems=timnet", "--set=student.epochs=1")
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "systems.md").read_text()
     assert text in done.stdout
@@ -67,9 +66,7 @@ def test_one_command_trains_the_systems_and_ours_and_makes_their_table(tmp_path)
     results = read_json(tmp_path / "timnet,seed=0" / "results.json", "")
     assert timnet[10].startswith(f"{100 * results['overall']['student']['ua']:.1f} (")
     assert results["config"]["selection_metric"] == "ua"
-    ours = read_json(tmp_path / "ours,seed=0" / "results.json", "")["overall"]["student"]
-    assert cells_of(text, "ours, student")[10].startswith(f"{100 * ours['ua']:.1f} (")
-    assert text.count("| linear probe |") == 2  # of each front-end
+    assert cells_of(text, "linear probe")[1] == "mfcc"
     (tmp_path / "timnet,seed=0" / "costs.json").write_text("{}")  # as of another version
     runs, _ = read_runs([tmp_path])
     table = systems_table(runs)
