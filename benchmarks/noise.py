@@ -4,12 +4,12 @@
 
 Each `W` is the workdir of a finished run whose teacher, if any, reads features; they should differ
 in their seed alone, and their mean is told. The test utterances of every fold are spoilt, their
-features computed again, and each row of the results predicted anew;
-the linear probe, trained on clean features, stands beside them. The noises are white noise and
-babble (six recordings of the corpus at once) at `--snr` dB, a telephone's band (300 to 3400
-Hz, sampled at 8 kHz), and a room whose reverberation decays by 60 dB in 0.6 s. They depend only on
-the recording, so that each model and each run hears the same. The tables have UA in %, and paired
-differences of rows, with 95 % intervals by speaker where there are enough speakers.
+features computed again, and each row of the results predicted anew; the linear probe, trained on
+clean features, stands beside them. The noises are white noise and babble (six recordings of the
+corpus at once) at `--snr` dB, a telephone's band (300 to 3400 Hz, sampled at 8 kHz), and a room
+whose reverberation decays by 60 dB in 0.6 s. They depend only on the recording, so that each model
+and each run hears the same. The tables have UA in %, and paired differences of rows, with 95 %
+intervals by speaker where there are enough speakers.
 """
 
 import argparse
@@ -208,10 +208,9 @@ def tables(heard: Sequence[dict[str, predictions.Predictions]]) -> str:
     """What `measure` returned for each seed: a line for each noise, a column for each row."""
     scores, draws = {}, {}
     for name in heard[0]:
-        found = [predictions.score(each[name])["overall"] for each in heard]
-        drawn = [intervals.resample(each[name], "speaker") for each in heard]
-        scores[name] = {row: np.mean([each[row]["ua"] for each in found]) for row in found[0]}
-        draws[name] = {row: np.mean([each[row]["ua"] for each in drawn], 0) for row in drawn[0]}
+        found = intervals.mean_of_seeds([each[name] for each in heard])
+        scores[name] = {row: metrics["ua"][0] for row, metrics in found.items()}
+        draws[name] = {row: metrics["ua"][1] for row, metrics in found.items()}
     rows = list(scores["clean"])
     of_rows = [
         [name, *(_told(scores[name][row], draws[name][row]) for row in rows)] for name in scores

@@ -31,8 +31,8 @@ from serkd_jax.errors import UserError
 from serkd_jax.export import export
 from serkd_jax.files import write_json
 from serkd_jax.results.comparison import Group, group_runs, read_runs
-from serkd_jax.results.intervals import interval, resample
-from serkd_jax.results.predictions import PROBE, score
+from serkd_jax.results.intervals import interval, mean_of_seeds
+from serkd_jax.results.predictions import PROBE
 
 FLOAT, INT8 = "onnx", "onnx-int8"
 
@@ -83,8 +83,7 @@ def measure(group: Group, seconds: float) -> list[dict[str, Any]]:
     of_row = {PROBE: (encoder, front_end)}
     of_row |= dict.fromkeys(reversed(students), (encoder + student, front_end + float_time))
     of_row |= {int8: (encoder + student, front_end + int8_time)}
-    scores = [score(each)["overall"] for each in decided]
-    draws = [resample(each, "speaker") for each in decided]
+    scores = mean_of_seeds(decided)
     return [
         {
             "frontend": trained.config.frontend["name"],
@@ -93,11 +92,11 @@ def measure(group: Group, seconds: float) -> list[dict[str, Any]]:
             "parameters": parameters,
             "seconds": time,
             "seeds": len(decided),
-            "ua": float(np.mean([each[row]["ua"] for each in scores])),
-            "interval": interval(np.mean([each[row]["ua"] for each in draws], axis=0)),
+            "ua": scores[row]["ua"][0],
+            "interval": interval(scores[row]["ua"][1]),
         }
         for row, (parameters, time) in of_row.items()
-        if all(row in each for each in scores)
+        if row in scores
     ]
 
 

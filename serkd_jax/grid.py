@@ -4,11 +4,13 @@ import ast
 import importlib.util
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from serkd_jax.config import leaves, settings_of
 from serkd_jax.distributed import parallel
@@ -134,6 +136,28 @@ def shard(names: list[str], part: str) -> list[str]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"--shard={part}: use i/n, such as 2/4 for the second of four parts")
     return names[int(found[1]) - 1 :: int(found[2])]
+
+
+def run_all(configs: Mapping[str, ConfigDict], out: Path, title: str) -> list[str]:
+    """Does what remains of several runs, each in the folder of its name in `out`.
+
+    Returns:
+        The names of those that failed; why, is told at once.
+    """
+    failed = []
+    for name in tqdm(configs, title, unit="run", disable=not parallel.is_first_process()):
+        try:
+            run(configs[name], out / name)
+        except UserError as error:
+            failed.append(name)
+            tqdm.write(f"run {name}: {error}", file=sys.stderr)
+    return failed
+
+
+def refuse_failures(failed: Sequence[str]) -> None:
+    """Raises an error that names the runs that failed, if any did."""
+    if failed:
+        raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

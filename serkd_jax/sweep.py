@@ -13,12 +13,10 @@ four parts; parts may run at the same time, on machines that share RUNS (for a S
 `--shard=$SLURM_ARRAY_TASK_ID/4` with `--array=1-4`).
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from serkd_jax.config import check_config
 from serkd_jax.distributed import parallel, processes
@@ -58,18 +56,11 @@ def _sweep() -> None:
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
     mine = grid.shard(list(configs), _SHARD.value)
-    failed = {}
-    for name in tqdm(mine, desc="sweep", unit="run", disable=not parallel.is_first_process()):
-        try:
-            grid.run(configs[name], out / name)
-        except UserError as error:
-            failed[name] = str(error)
-            tqdm.write(f"run {name}: {error}", file=sys.stderr)
+    failed = grid.run_all({name: configs[name] for name in mine}, out, "sweep")
     if parallel.is_first_process():
         done = f"{len(mine) - len(failed)} of {len(mine)} runs are finished"
         print(f"{done}: python -m serkd_jax.compare {out} --out={out}/comparison")
-    if failed:
-        raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
+    grid.refuse_failures(failed)
 
 
 if __name__ == "__main__":

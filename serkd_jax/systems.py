@@ -9,12 +9,10 @@ Each run has a workdir below `--workdir`; they share records and features. A com
 stopped goes on when it is started again. Then a table is printed, and written as `systems.md`.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from serkd_jax.config import check_config
 from serkd_jax.distributed import parallel, processes
@@ -65,23 +63,14 @@ def _train_systems() -> None:
                 config = grid.configure(with_system(config, name, own_input=True), changes, out)
             check_config(config)
             configs[f"{name},seed={seed}"] = config
-    failed = {}
-    for name, config in tqdm(
-        configs.items(), "systems", unit="run", disable=not parallel.is_first_process()
-    ):
-        try:
-            grid.run(config, out / name)
-        except UserError as error:
-            failed[name] = str(error)
-            tqdm.write(f"run {name}: {error}", file=sys.stderr)
+    failed = grid.run_all(configs, out, "systems")
     if parallel.is_first_process():
         runs, _ = read_runs(out / name for name in configs if name not in failed)
         if runs:
             text = markdown(systems_table(runs))
             write_file(out / "systems.md", text)
             print(text)
-    if failed:
-        raise UserError(f"{len(failed)} run(s) failed: {', '.join(failed)}; the others are kept")
+    grid.refuse_failures(failed)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,29 @@ def bootstrap(
     }
 
 
+def mean_of_seeds(
+    runs: Sequence[Predictions], by: str = "speaker"
+) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
+    """The scores of several seeds' predictions of the same utterances.
+
+    Returns:
+        row -> metric -> the mean over the seeds, and that of each draw of `resample`, (draws,); of
+        the rows that all seeds have.
+    """
+    scores, draws = [score(run)["overall"] for run in runs], [resample(run, by) for run in runs]
+    return {
+        row: {
+            metric: (
+                float(np.mean([each[row][metric] for each in scores])),
+                np.mean([each[row][metric] for each in draws], axis=0),
+            )
+            for metric in METRICS
+        }
+        for row in scores[0]
+        if all(row in each for each in scores)
+    }
+
+
 def resample(
     predictions: Predictions, by: str = "utterance", draws: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, np.ndarray]]:

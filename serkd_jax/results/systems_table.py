@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_json
 from serkd_jax.results import costs, paper
 from serkd_jax.results.comparison import Group, Run, group_runs
-from serkd_jax.results.intervals import METRICS, interval, resample
+from serkd_jax.results.intervals import LEAST_SPEAKERS, METRICS, interval, mean_of_seeds
 from serkd_jax.results.metrics import TITLES
-from serkd_jax.results.predictions import PROBE
+from serkd_jax.results.predictions import PROBE, count_speakers
 from serkd_jax.results.typeset import Table
 
 NONE = "–"
@@ -70,15 +68,13 @@ def systems_table(runs: Sequence[Run]) -> Table:
 def _scores(group: Group) -> dict[str, list[str]]:
     """Row -> number of seeds, and each metric with its interval."""
     runs = [*group.runs.values()]
-    draws = [resample(run.predictions, "speaker") for run in runs]
-    if np.isnan(next(iter(draws[0].values()))["ua"]).all():
-        draws = [resample(run.predictions, "utterance") for run in runs]
+    few = count_speakers(group.first.predictions) < LEAST_SPEAKERS
+    found = mean_of_seeds([run.predictions for run in runs], "utterance" if few else "speaker")
     told = {}
-    for row in group.rows:
+    for row, scores in found.items():
         told[row] = [str(len(runs))]
-        for metric in METRICS:
-            mean = np.mean([run.scores[row][metric] for run in runs])
-            low, high = interval(np.mean([each[row][metric] for each in draws], axis=0))
+        for mean, draws in scores.values():
+            low, high = interval(draws)
             told[row].append(f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})")
     return told
 
