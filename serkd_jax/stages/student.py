@@ -174,8 +174,12 @@ def encode_keys(
     """Computes the momentum encoder's keys for the SpecAugmented features of all devices.
 
     Returns:
-        Keys (B, P) and their labels (B,), where B is the size of the global batch.
+        Keys (B, P) and their labels (B,), where B is the size of the global batch. The keys are 0
+        if the contrastive loss has no weight, since nothing reads them then.
     """
+    if not config.weight:
+        keys = jnp.zeros((len(batch["label"]), student.projection_dims[-1]))
+        return parallel.device_gather((keys, batch["label"]), axis)
     masked = spec_augment(
         example_keys(rng, batch["index"]),
         features,
@@ -209,13 +213,15 @@ def student_objective(
     Returns:
         The loss, and its parts and the accuracy by name.
     """
-    contrastive = losses.supervised_contrastive(
-        out.projection,
-        labels,
-        jnp.concatenate([keys, queue.keys]),
-        jnp.concatenate([key_labels, queue.labels]),
-        config.contrastive.temperature,
-    )
+    contrastive = jnp.zeros(())
+    if config.contrastive.weight:
+        contrastive = losses.supervised_contrastive(
+            out.projection,
+            labels,
+            jnp.concatenate([keys, queue.keys]),
+            jnp.concatenate([key_labels, queue.labels]),
+            config.contrastive.temperature,
+        )
     cross_entropy = losses.cross_entropy(out.logits, labels, config.student.label_smoothing)
     loss = losses.student_loss(cross_entropy, contrastive, config.contrastive.weight)
     return loss, {
