@@ -76,7 +76,7 @@ def shiftlstm(params, x):
         part = params[name]
         weights |= {f"weight_ih_l0{end}": part["input"]["kernel"].T}
         weights |= {f"weight_hh_l0{end}": part["kernel"].T}
-        weights |= {f"bias_ih_l0{end}": part["input"]["bias"], f"bias_hh_l0{end}": torch.zeros(32)}
+        weights |= {f"bias_ih_l0{end}": part["input"]["bias"], f"bias_hh_l0{end}": part["bias"]}
     lstm.load_state_dict(weights)
     return norm(params["norm"], lstm(shifted(x, 2))[0])
 
