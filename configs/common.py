@@ -80,11 +80,12 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     )
     # Which epoch is kept: the best ua, wa or wf1 on the validation part, or the last one; ours.
     config.selection_metric = "ua" if iemocap else "wf1"
+    config.patience = 0  # end a stage after so many epochs without a better one; 0: never
 
     config.batch_size = 32
     config.optimizer = ConfigDict(  # everything except the name is ours
         {
-            "name": "adamw",  # or sgd
+            "name": "adamw",  # or adam, sgd: their decay is added to the gradient
             "beta1": 0.9,  # with sgd, the momentum
             "beta2": 0.999,
             "weight_decay": 0.01,
@@ -130,6 +131,7 @@ def paper(table3: str = "iemocap") -> ConfigDict:
             "norm": "pre",  # ours; or post
             "standardize": True,  # features, by mean and spread of the training part: ours
             "label_smoothing": 0.0,  # share of the target that all classes get alike
+            "focus": 0.0,  # of the focal loss: its exponent; 0 is cross-entropy
             "width": 512,
             "mlp_dim": 1792,
             "num_heads": 8,
@@ -315,6 +317,12 @@ def with_student(config: ConfigDict, kind: str) -> ConfigDict:
     kept = {key: config.student[key] for key in STUDENT_SETTINGS}
     defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
     config.student = ConfigDict(defaults | kept | {"kind": kind})
+    beside = find_student(kind).beside
+    if beside and "model" in config.frontend:
+        encoder = config.frontend
+        config.frontend = ConfigDict(encoder.to_dict() | {"beside": beside})
+        if config.teacher.input == "features" and not config.teacher.frontend.name:
+            config.teacher.frontend = encoder  # without what is beside it
     return config
 
 

@@ -49,6 +49,13 @@ def speechformer(config: ConfigDict) -> None:
     config.optimizer.update({"name": "sgd", "schedule": "cosine", "final": 0.01})
 
 
+def camser(config: ConfigDict) -> None:
+    """AdamW at a constant rate, until eight epochs bring nothing."""
+    config.batch_size, config.patience = 64, 8
+    config.student.update({"learning_rate": 1e-5, "epochs": 100})
+    config.optimizer.update({"weight_decay": 0.01, "decayed": "all", "schedule": "constant"})
+
+
 # How each kind of student is trained, if not as ours.
 TRAININGS: dict[str, Callable[[ConfigDict], None]] = {
     "timnet": timnet,
@@ -57,6 +64,7 @@ TRAININGS: dict[str, Callable[[ConfigDict], None]] = {
     "shiftformer": shiftcnn,
     "shiftlstm": shiftcnn,
     "speechformer": speechformer,
+    "camser": camser,
 }
 
 

@@ -30,7 +30,8 @@ _FRONTEND = {
     "layer": (_are_layers, "a number, or a list of numbers"),
     "dtype": _one_of("float32", "bfloat16"),
     "pad_to_30s": _SWITCH,
-    **{each.size: rule(1, 1, each.most) for each in SPECTRAL.values()},
+    "beside": _one_of("", *SPECTRAL),
+    **{each.size: rule(1, each.least, each.most) for each in SPECTRAL.values()},
 }
 # What the keys of a recipe may hold. The student's sizes are not here; its kind declares them.
 KEYS = {
@@ -49,6 +50,7 @@ KEYS = {
     "frontend.name": _TEXT,
     "max_frames": rule(1, 1, 10_000),
     "selection_metric": _one_of("ua", "wa", "wf1", "last"),
+    "patience": _EPOCHS,
     "batch_size": _BATCH,
     "protocol.split_by": _one_of("speaker", "session", "fold", "split", "random", "file"),
     "protocol.groups_per_fold": rule(1, 1, 10**6),
@@ -59,7 +61,7 @@ KEYS = {
     "protocol.quiz": _PART,
     "protocol.speakers_apart": _SWITCH,
     "protocol.seed": rule(0, 0, 2**32 - 1),
-    "optimizer.name": _one_of("adamw", "sgd"),
+    "optimizer.name": _one_of("adamw", "adam", "sgd"),
     "optimizer.beta1": _PART,
     "optimizer.beta2": rule(0.0, 0, 0.999999),
     "optimizer.weight_decay": _RATE,
@@ -87,6 +89,7 @@ KEYS = {
     "student.standardize": _SWITCH,
     "student.pretrained": _TEXT,
     "student.label_smoothing": _PART,
+    "student.focus": rule(0.0, 0, 100),
     "student.learning_rate": _RATE,
     "student.epochs": _EPOCHS,
     "contrastive.weight": _SHARE,
@@ -139,7 +142,7 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
     "teacher.num_heads": rule(1, 1, 256),
 }
 # The keys of the config's `student` part that are not sizes of its kind.
-STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "label_smoothing")
+STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "label_smoothing", "focus")
 STUDENT_SETTINGS += ("learning_rate", "epochs")
 # Config keys that say where and how a run is carried out, not what it computes.
 PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")

@@ -397,6 +397,7 @@ class Experiment:
             selection_metric=self.config.selection_metric,
             rng=jax.random.fold_in(rng, 2),
             learning_rate=self.programs.learning_rate(kind.name),
+            patience=self.config.patience,
             profile=self.profile and fold is self.folds[0],
         )
         folder = self._stage_folder(fold, kind)

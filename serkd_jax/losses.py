@@ -10,18 +10,24 @@ import jax.numpy as jnp
 from serkd_jax.errors import UserError
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, focus: float = 0.0
+) -> jax.Array:
     """Returns the mean cross-entropy: Eq. 1, and the second term of Eqs. 2 and 11.
 
     Args:
         logits: (B, C) float.
         labels: (B,) int.
         smoothing: share of the target that all classes get alike.
+        focus: γ of the focal loss (Lin et al. 2017): an example with the probability p of its class
+            has the weight (1 - p)^γ, which is not differentiated.
     """
-    loss = -true_class_log_probability(logits, labels).mean()
+    true = true_class_log_probability(logits, labels)
+    if focus:
+        true *= jax.lax.stop_gradient((1 - jnp.exp(true)) ** focus)
     if not smoothing:
-        return loss
-    return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean()
+        return -true.mean()
+    return -(1 - smoothing) * true.mean() - smoothing * jax.nn.log_softmax(logits).mean()
 
 
 def true_class_log_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from serkd_jax.errors import UserError, differences, parse_flags
 
 if TYPE_CHECKING:
     from serkd_jax.data.examples import Examples
-    from serkd_jax.encoders.frontends import SideBySide
+    from serkd_jax.encoders.frontends import Pretrained
 
 # `serkd_jax.features` and others have some of these flags, too; a process may import both.
 _define_text = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -70,7 +70,7 @@ def _pretrain() -> None:
     # Slow to import, so only after the flags are parsed.
     from serkd_jax.data.prepare import frames_of
     from serkd_jax.encoders.distilled import Distilled, Sizes, save_distilled
-    from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
+    from serkd_jax.encoders.frontends import LogMel, Pretrained
     from serkd_jax.stages.standardization import measure_statistics
 
     frames = frames_of(_MAX_SECONDS.value)
@@ -78,7 +78,8 @@ def _pretrain() -> None:
         raise UserError(f"kernel is {_KERNEL.value}: use an odd number of frames")
     bands, out = _NUM_MELS.value, Path(_OUT.value)
     large = Pretrained(_MODEL.value, _REVISION.value, layer=_LAYER.value)
-    examples, skipped = _open_speech(SideBySide(LogMel(bands), large), frames, out / "features")
+    beside = dataclasses.replace(large, beside=LogMel(bands))
+    examples, skipped = _open_speech(beside, frames, out / "features")
     count = len(examples.columns["length"])
     held_out = max(count // HELD_OUT, 1)
     if held_out == count:
@@ -123,7 +124,7 @@ def _claim(out: Path, sizes: dict[str, int]) -> None:
 
 
 def _open_speech(
-    frontend: "SideBySide", frames: int, folder: Path
+    frontend: "Pretrained", frames: int, folder: Path
 ) -> tuple["Examples", list[dict[str, str]]]:
     """Extracts the features that are missing; returns the examples, and what was skipped."""
     from serkd_jax.data.prepare import extract_features, open_unlabelled

@@ -51,6 +51,7 @@ class Training:
             for the last epoch.
         rng: the stage's key, into which the step folds the step number.
         learning_rate: number of steps taken -> learning rate of the next one.
+        patience: number of epochs without a better one after which the stage ends; 0 for never.
         profile: whether to trace some steps.
         shown: the validation metric, a share, that the progress bar shows.
     """
@@ -68,6 +69,7 @@ class Training:
     selection_metric: str
     rng: jax.Array
     learning_rate: Callable[[int], float]
+    patience: int = 0
     profile: bool = False
     shown: str = "ua"
 
@@ -88,7 +90,7 @@ def train(run: Training, directory: Path) -> Any:
     template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     with preemption.heeded(), _checkpoint_manager(directory) as checkpoints:
         done = checkpoints.latest_step() or 0
-        if done < run.epochs * run.steps_per_epoch:
+        if done < run.epochs * run.steps_per_epoch and not _lost_patience(run, checkpoints, done):
             if done:
                 state, history = _restore(checkpoints, run.title, done, template)
                 state = state.replace(frozen=run.frozen)
@@ -140,11 +142,20 @@ def _train_epochs(
                 score = epoch if by_last else row[f"validation/{run.selection_metric}"]
                 history, start, begun = {}, time.monotonic(), steps.stop
                 _save(checkpoints, steps.stop, state, history, {"score": float(score)})
+                if _lost_patience(run, checkpoints, steps.stop):
+                    return
             if preemption.noticed():
                 if into_epoch:
                     _save(checkpoints, steps.stop, state, history, None)
                 checkpoints.wait_until_finished()
                 raise preemption.Preempted(f"{run.title}: step {steps.stop} is saved")
+
+
+def _lost_patience(run: Training, checkpoints: ocp.CheckpointManager, done: int) -> bool:
+    """Returns whether the best of the saved epochs, the last of equals, is too long ago."""
+    if not run.patience or (best := checkpoints.best_step()) is None:
+        return False
+    return done - best >= run.patience * run.steps_per_epoch
 
 
 def _dispatches(run: Training, done: int) -> Iterator[range]:

@@ -337,6 +337,30 @@ def test_mfcc_are_the_cosine_transform_of_the_levels_of_mel_bands(num_samples):
     np.testing.assert_allclose(features, expected, rtol=1e-3, atol=0.05)
 
 
+@pytest.mark.parametrize("num_samples", [400, 719, 720, 16_000, 17_123])
+def test_spectra_are_two_spectra_and_two_cepstra_around_the_centre_of_each_frame(num_samples):
+    """As librosa computes them every 10 ms with a window of 2,048 samples, after pre-emphasis."""
+    waveform = np.random.default_rng(1).normal(0, 0.1, num_samples).astype(np.float32)
+    waveform *= np.linspace(0, 1, num_samples) ** 8  # so that some are below the range
+    ((_, features),) = frontends.Spectra()([waveform], 1000)
+    assert features.dtype == np.float16
+    assert features.shape == (num_frames(num_samples), 480)
+    emphasized = np.array([x - 0.97 * waveform[max(i - 1, 0)] for i, x in enumerate(waveform)])
+    padded = np.pad(emphasized, 2048)
+    filters = audio_utils.mel_filter_bank(1025, 128, 0.0, 8000.0, 16_000, "slaney", "htk")
+    amplitudes, powers = [], []
+    for t in range(num_frames(num_samples)):
+        for centre in (320 * t + 120, 320 * t + 280):
+            short, long = (padded[2048 + centre - n // 2 :][:n] for n in (640, 2048))
+            amplitudes.append(np.abs(np.fft.rfft(short * np.hamming(641)[:-1], 800)))
+            powers.append(np.abs(np.fft.rfft(long * np.hanning(2049)[:-1])) ** 2 @ filters)
+    levels = audio_utils.amplitude_to_db(np.array(amplitudes), np.max(amplitudes), 1e-5, 80.0)
+    mel = audio_utils.power_to_db(np.array(powers), 1.0, 1e-10, 80.0)
+    cepstra = scipy.fft.dct(mel, norm="ortho", axis=-1)[:, :40]
+    expected = [levels[:, :200].reshape(-1, 400), cepstra.reshape(-1, 80)]
+    np.testing.assert_allclose(features, np.hstack(expected), rtol=1e-3, atol=0.05)
+
+
 def test_log_mel_band_follows_the_tone():
     low, high = (logmel(sine(hz, 1), 50).mean(0).argmax() for hz in (300, 3000))
     centres = audio_utils.mel_to_hertz(

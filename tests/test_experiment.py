@@ -176,7 +176,7 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
     ("key", "value", "message"),
     [
         ("meta.order", "third_order", "first_order or none"),
-        ("optimizer.name", "lion", "adamw or sgd"),
+        ("optimizer.name", "lion", "adamw or adam or sgd"),
         ("optimizer.schedule", "linear", "constant or cosine"),
         ("optimizer.decayed", "biases", "kernels or all"),
         ("student.readout", "mean", "variates or tokens or flatten"),
@@ -215,8 +215,8 @@ def test_a_refused_config_does_not_claim_the_workdir(tmp_path, monkeypatch):
         ("examples", "disk", "auto or device or records"),
         ("dtype", "float16", "float32 or bfloat16"),
         ("student.num_heads", 3, "not divisible"),
-        ("frontend.name", "fbank", "logmel, mfcc, hubert, wav2vec2, wavlm, whisper"),
-        ("teacher.frontend.name", "fbank", "logmel, mfcc, hubert"),
+        ("frontend.name", "fbank", "logmel, mfcc, spectra, hubert, wav2vec2, wavlm, whisper"),
+        ("teacher.frontend.name", "fbank", "logmel, mfcc, spectra, hubert"),
         ("teacher.model", "/no/such/model", "/no/such/model"),
     ],
 )

@@ -78,6 +78,18 @@ def test_cross_entropy_of_equation_1_equals_torch_for_mild_and_for_extreme_logit
     )
 
 
+def test_a_focal_loss_weighs_examples_by_what_they_lack_and_does_not_differentiate_it(arrays):
+    labels = torch.tensor(arrays["labels"])
+
+    def focal(logits):
+        true = torch.log_softmax(logits, 1)[torch.arange(len(labels)), labels]
+        return -((1 - true.exp().detach()) ** 0.5 * true).mean()
+
+    assert_equals_torch(
+        lambda x: losses.cross_entropy(x, arrays["labels"], focus=0.5), focal, arrays["a"]
+    )
+
+
 def equation_3(anchors, labels, candidates, candidate_labels, tau):
     """The paper's sums, divided by the number of anchors; float64 holds every exponential."""
     total = 0.0

@@ -405,7 +405,10 @@ def test_a_name_on_the_hub_goes_through_the_same_code(folder, model, tmp_path, m
         ({"student": None}, "student.kind is not one of inverted"),
         ({"student": {"kind": {}}}, "student.kind is not one of inverted"),
         ({"frontend": {"name": "logmel", "num_mels": 8, "fingerprint": "v0"}}, "another version"),
-        ({"frontend": {"name": "../../etc"}}, "frontend.name is not one of logmel, mfcc, hubert"),
+        (
+            {"frontend": {"name": "../../etc"}},
+            "frontend.name is not one of logmel, mfcc, spectra, hubert",
+        ),
         ({"frontend": {"name": "hubert", "model": "../../etc"}}, "not a name on the hub"),
         ({"frontend": {"name": "hubert", "model": "/etc/passwd"}}, "not a name on the hub"),
         ({"frontend": {"name": "hubert", "model": "a/.."}}, "not a name on the hub"),

@@ -1,5 +1,6 @@
 """The convolutional student, and its pretraining on the hidden states of a large encoder."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from layouts import ROOT, write_wav
 from serkd_jax.audio.logmel import log_mel, num_frames
 from serkd_jax.config import check_config
 from serkd_jax.encoders.distilled import CONFIG, WEIGHTS, load_distilled
-from serkd_jax.encoders.frontends import LogMel, Pretrained, SideBySide
+from serkd_jax.encoders.frontends import LogMel, Pretrained
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
 from serkd_jax.files import read_json, write_json
@@ -232,10 +233,10 @@ def test_a_student_of_other_sizes_is_refused_with_both(pretrained, tmp_path, cha
         prepare_experiment(student_of(pretrained[0], **changes), tmp_path)
 
 
-def test_two_front_ends_side_by_side_give_the_frames_of_both(encoder_folder):
+def test_a_front_end_beside_an_encoder_puts_its_frames_before_the_hidden_states(encoder_folder):
     first, second = LogMel(MELS), Pretrained(encoder_folder("whisper"), layer=1)
     clips = [0.1 * noise(n, seed=n) for n in (4000, 9000, 6500)]
-    both = SideBySide(first, second)
+    both = dataclasses.replace(second, beside=first)
     assert both.width == MELS + second.width
     found = dict(both(clips, 20))
     alone = dict(second(clips, 20))

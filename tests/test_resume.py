@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -131,3 +132,41 @@ def test_a_run_told_to_end_in_the_middle_of_an_epoch_goes_on_from_the_last_step(
     assert epochs_logged(student) == 0
     assert start(tmp_path / "run", corpus, *flags).wait() == 0
     assert_same_bits(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_stage_ends_when_its_patience_does_and_a_resumed_one_with_it(tmp_path):
+    scores, taken = [0.1, 0.5, 0.5, 0.3, 0.4, 0.9], []
+
+    def steps(state, data, rows, count, rng):
+        taken.append(int(state.step))
+        return state.replace(step=state.step + count), {"loss": np.zeros(1)}
+
+    def validate(state):
+        return {"loss": 0.0, "ua": scores[int(state.step) // 2 - 1]}
+
+    def run(folder, epochs):
+        stage = training.Training(
+            title="stage",
+            epochs=epochs,
+            steps_per_epoch=2,
+            steps_per_dispatch=1,
+            devices=jax.devices()[:1],
+            init=lambda: TeacherState(np.int32(0), {}, {}, None),
+            frozen=None,
+            steps=steps,
+            take=lambda steps: (None, None),
+            validate=validate,
+            selection_metric="ua",
+            rng=None,
+            learning_rate=lambda step: 0.1,
+            patience=2,
+        )
+        return int(training.train(stage, folder).step), taken.copy(), taken.clear()
+
+    folder = tmp_path / "stage"
+    assert run(folder, 6)[:2] == (6, [*range(10)]), "the best is the last of equals"
+    assert run(folder, 6)[:2] == (6, [])
+    other = tmp_path / "ended"
+    assert run(other, 4)[:2] == (6, [*range(8)])
+    assert run(other, 6)[:2] == (6, [8, 9])
+    assert epochs_logged(other) == epochs_logged(folder) == 5

@@ -335,6 +335,7 @@ def test_uniform_sampling_takes_any_task_and_changes_nothing_else():
         ("adamw", "kernels", "cosine", 1.0),
         ("adamw", "all", "cosine", 1.0),
         ("adamw", "all", "constant", 0.0),
+        ("adam", "kernels", "cosine", 1.0),
         ("sgd", "kernels", "constant", 1.0),
     ],
 )
@@ -362,6 +363,7 @@ def test_the_optimizer_is_torchs_of_clipped_gradients_at_the_scheduled_rate(
     ]
     make = {
         "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.95)),
+        "adam": partial(torch.optim.Adam, betas=(0.8, 0.95)),
         "sgd": partial(torch.optim.SGD, momentum=0.8),
     }
     reference = make[name](groups)

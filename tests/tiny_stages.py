@@ -24,7 +24,7 @@ from serkd_jax.stages.student import StudentStage
 B, T, N, D, H, C, P, K = 16, 12, 16, 8, 16, 3, 8, 3
 CONFIG = ConfigDict(
     {
-        "student": {"label_smoothing": 0.1},
+        "student": {"label_smoothing": 0.1, "focus": 0.0},
         "contrastive": {
             "weight": 0.3,
             "temperature": 0.1,

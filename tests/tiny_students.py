@@ -23,6 +23,15 @@ TINY = {
         "word_frames": 10,
         "classifier_dims": (7,),
     },
+    "camser": {
+        "bins": 2,
+        "coefficients": 1,
+        "segment_frames": 4,
+        "image": (64, 64),
+        "lstm_width": 3,
+        "width": 16,
+        "classifier_dims": (7,),
+    },
 }
 
 SYSTEMS = tuple(TINY)  # those of others, each with a recipe

@@ -60,14 +60,17 @@ def log_mel(waveform: np.ndarray, num_mels: int) -> np.ndarray:
 
 
 @functools.cache
-def mel_filters(num_mels: int, fft_length: int = FFT_LENGTH, min_hz: float = MIN_HZ) -> np.ndarray:
-    """Makes triangular filters on Slaney's mel scale (Slaney 1998), of equal area, up to 8 kHz.
+def mel_filters(
+    num_mels: int, fft_length: int = FFT_LENGTH, min_hz: float = MIN_HZ, htk: bool = False
+) -> np.ndarray:
+    """Makes triangular filters of equal area up to 8 kHz, on Slaney's mel scale or that of HTK.
 
     Returns:
         float64 (fft_length // 2 + 1, num_mels).
     """
-    ends = _hertz_to_mel(np.array([min_hz, SAMPLE_RATE / 2]))
-    corners = _mel_to_hertz(np.linspace(*ends, num_mels + 2))
+    to_mel, to_hertz = HTK if htk else SLANEY
+    ends = to_mel(np.array([min_hz, SAMPLE_RATE / 2]))
+    corners = to_hertz(np.linspace(*ends, num_mels + 2))
     bins = np.linspace(0, SAMPLE_RATE / 2, fft_length // 2 + 1)[:, None]
     rising = (bins - corners[:-2]) / np.diff(corners)[:-1]
     falling = (corners[2:] - bins) / np.diff(corners)[1:]
@@ -84,3 +87,7 @@ def _hertz_to_mel(hertz: np.ndarray) -> np.ndarray:
 def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
     above = 1000 * np.exp(np.log(6.4) / 27 * (mel - 15))
     return np.where(mel < 15, 200 * mel / 3, above)
+
+
+SLANEY = _hertz_to_mel, _mel_to_hertz  # Slaney 1998
+HTK = lambda hertz: 2595 * np.log10(1 + hertz / 700), lambda mel: 700 * (10 ** (mel / 2595) - 1)

@@ -42,9 +42,13 @@ def mfcc(waveform: np.ndarray, num_coefficients: int) -> np.ndarray:
     hann = np.hanning(WINDOW + 1)[:-1]
     power = np.abs(np.fft.rfft(frames * hann, FFT_LENGTH)) ** 2
     mel = power @ logmel.mel_filters(BANDS, FFT_LENGTH, 0.0)
-    levels = 10 * np.log10(np.maximum(mel, MIN_POWER))
-    levels = np.maximum(levels, levels.max() - RANGE)
-    return (levels @ cosines(num_coefficients)).astype(np.float16)
+    return (decibels(mel) @ cosines(num_coefficients)).astype(np.float16)
+
+
+def decibels(power: np.ndarray) -> np.ndarray:
+    """Converts power to dB, cut at `RANGE` below the greatest."""
+    levels = 10 * np.log10(np.maximum(power, MIN_POWER))
+    return np.maximum(levels, levels.max() - RANGE)
 
 
 @functools.cache

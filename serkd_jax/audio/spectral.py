@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serkd_jax.audio import logmel, mfcc
+from serkd_jax.audio import logmel, mfcc, spectra
 
 
 class Spectral(NamedTuple):
@@ -17,6 +17,7 @@ class Spectral(NamedTuple):
         size: what N is called in a recipe.
         most: the greatest N.
         words: what the frames are called, after N.
+        least: the least N.
     """
 
     compute: Callable[[np.ndarray, int], np.ndarray]
@@ -24,6 +25,7 @@ class Spectral(NamedTuple):
     size: str
     most: int
     words: str
+    least: int = 1
 
 
 SPECTRAL = {
@@ -36,5 +38,13 @@ SPECTRAL = {
         "num_coefficients",
         mfcc.BANDS,
         "mel-frequency cepstral coefficients",
+    ),
+    "spectra": Spectral(
+        spectra.spectra,
+        spectra.fingerprint,
+        "num_values",
+        spectra.WIDTH,
+        "values of spectra and cepstra",
+        spectra.WIDTH,
     ),
 }

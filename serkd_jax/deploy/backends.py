@@ -279,11 +279,13 @@ def load_frontend(folder: Path, config: ModelConfig) -> Featurize:
         compute, width = SPECTRAL[name].compute, config.num_features
         return lambda waveforms: pad_features([compute(each, width) for each in waveforms], config)
     try:
-        from serkd_jax.encoders.frontends import Pretrained
+        from serkd_jax.encoders.frontends import WITHOUT_MODEL, Pretrained
     except ImportError as error:
         raise UserError(f"a {name} front-end needs {error.name}: pip install serkd-jax") from error
 
     settings = {key: config.frontend[key] for key in ("revision", "layer", "dtype", "pad_to_30s")}
+    if beside := config.frontend.get("beside"):
+        settings["beside"] = WITHOUT_MODEL[beside]()
     model = config.frontend["model"] or str(folder / FRONTEND)
     encoder = Pretrained(model=model, kind=name, **settings, safetensors_only=True)
     try:

@@ -160,7 +160,10 @@ def _frontend(trained: Trained) -> str:
     frontend = trained.config.frontend
     if spectral := SPECTRAL.get(frontend["name"]):
         return f"{frontend[spectral.size]} {spectral.words}"
-    return f"{_layers(frontend['layer'])} of {_encoder(frontend)}"
+    told = f"{_layers(frontend['layer'])} of {_encoder(frontend)}"
+    if beside := SPECTRAL.get(frontend.get("beside", "")):
+        return f"{beside.words}, and {told}"
+    return told
 
 
 def _layers(layer: int | Sequence[int]) -> str:

@@ -166,9 +166,10 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
     name = frontend.get("name") if isinstance(frontend, dict) else None
     if name in SPECTRAL:
         spectral = SPECTRAL[name]
-        if frontend.get(spectral.size) != num_features or num_features > spectral.most:
-            size = f"frontend.{spectral.size}"
-            raise ValueError(f"{size} is not num_features, or more than {spectral.most}")
+        allowed = spectral.least <= num_features <= spectral.most
+        if frontend.get(spectral.size) != num_features or not allowed:
+            size, span = f"frontend.{spectral.size}", f"{spectral.least} to {spectral.most}"
+            raise ValueError(f"{size} is not num_features, or not {span}")
         if frontend.get("fingerprint") != spectral.fingerprint(num_features):
             raise ValueError(f"it was made with another version of the {name} front-end")
     elif name in ENCODERS:
@@ -186,6 +187,8 @@ def _check_frontend(frontend: Any, num_features: int) -> None:
             raise ValueError("frontend.dtype is neither float32 nor bfloat16")
         if not isinstance(frontend.get("fingerprint"), str):
             raise ValueError("frontend.fingerprint is not text")
+        if frontend.get("beside", "") not in ("", *SPECTRAL):
+            raise ValueError(f"frontend.beside is not one of {', '.join(SPECTRAL)}")
     else:
         known = ", ".join((*SPECTRAL, *ENCODERS))
         raise ValueError(f"frontend.name is not one of {known}")

@@ -105,6 +105,7 @@ def model_config(results: Mapping, fold: str, row: str, frontend: Frontend) -> M
         settings["model"] = None if _is_folder(frontend.model) else frontend.model
         keys = ("revision", "layer", "dtype", "pad_to_30s")
         settings |= {key: getattr(frontend, key) for key in keys}
+        settings["beside"] = frontend.beside.name if frontend.beside else ""
     else:
         settings |= frontend.settings
     return parse_config(

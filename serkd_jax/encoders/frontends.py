@@ -72,53 +72,15 @@ class Mfcc(WithoutModel):
     name: ClassVar[str] = "mfcc"
 
 
-SPECTRA = {kind.name: kind for kind in (LogMel, Mfcc)}
-
-
 @dataclasses.dataclass(frozen=True)
-class SideBySide:
-    """The frames of two front-ends, which share one grid, joined: first `first`, then `second`."""
+class Spectra(WithoutModel):
+    """Spectra and cepstra of CA-MSER; see `serkd_jax.audio.spectra.spectra`."""
 
-    first: LogMel
-    second: "Pretrained"
-    name: ClassVar[str] = "side_by_side"  # in file names, where TFDS splits at hyphens
+    num_values: int = SPECTRAL["spectra"].most
+    name: ClassVar[str] = "spectra"
 
-    @property
-    def width(self) -> int:
-        """The sum of both widths."""
-        return self.first.width + self.second.width
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of both, and the second's assumption."""
-        both = {"first": self.first.settings, "second": self.second.settings}
-        return {"name": self.name, "assumption": self.assumption, **both}
-
-    @property
-    def fingerprint(self) -> str:
-        """A string of all settings on which the features depend."""
-        return f"{self.first.fingerprint} beside {self.second.fingerprint}"
-
-    @property
-    def num_devices(self) -> int:
-        """The number of devices that the second uses."""
-        return self.second.num_devices
-
-    @property
-    def assumption(self) -> str:
-        """What the second assumes."""
-        return self.second.assumption
-
-    def __call__(
-        self,
-        waveforms: Sequence[np.ndarray],
-        max_frames: int,
-        groups: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """See `serkd_jax.data.sources.Frontend`."""
-        for i, frames in self.second(waveforms, max_frames, groups):
-            ((_, beside),) = self.first([waveforms[i]], max_frames)
-            yield i, np.concatenate([beside, frames], axis=1)
+WITHOUT_MODEL = {kind.name: kind for kind in (LogMel, Mfcc, Spectra)}
 
 
 class Batching(NamedTuple):
@@ -200,6 +162,7 @@ class Pretrained:
         dtype: dtype of the computation, float32 or bfloat16.
         pad_to_30s: only for Whisper: whether to pad every clip to 30 s, as `transformers` does.
         kind: the `model_type` that the model must have; empty allows any.
+        beside: a front-end without a model, whose frames are put before the hidden states.
         batching: how clips are put into batches; None means `default_batching()`.
         devices: the devices to use; empty means all local devices.
         safetensors_only: whether to refuse weights in torch's own format, which is a pickle.
@@ -211,6 +174,7 @@ class Pretrained:
     dtype: str = "float32"
     pad_to_30s: bool = False
     kind: str = ""
+    beside: WithoutModel | None = None
     batching: Batching | None = None
     devices: tuple[jax.Device, ...] = ()
     safetensors_only: bool = False
@@ -256,8 +220,8 @@ class Pretrained:
 
     @property
     def width(self) -> int:
-        """Width of the hidden states."""
-        return self.checkpoint.config.hidden_size
+        """Width of the hidden states, and of what is beside them."""
+        return self.checkpoint.config.hidden_size + (self.beside.width if self.beside else 0)
 
     @property
     def assumption(self) -> str:
@@ -269,6 +233,7 @@ class Pretrained:
         """The model, weights, layer and dtype, and what may affect the rounding."""
         keys = ("name", "model", "revision", "layer", "dtype", *self.checkpoint.kind.options)
         return {key: getattr(self, key) for key in keys} | {
+            "beside": self.beside and self.beside.settings,
             "do_normalize": self.checkpoint.do_normalize,
             "assumption": self.assumption,
             "weights_sha256": self.checkpoint.sha256,
@@ -285,7 +250,9 @@ class Pretrained:
         """
         layers = ",".join(map(str, self.layers))
         padded = "-30s" if self.pad_to_30s else ""
-        return f"{self.name}-v{self.VERSION}-{self.checkpoint.sha256}-{layers}-{self.dtype}{padded}"
+        version = f"{self.name}-v{self.VERSION}"
+        states = f"{version}-{self.checkpoint.sha256}-{layers}-{self.dtype}{padded}"
+        return f"{self.beside.fingerprint} beside {states}" if self.beside else states
 
     @property
     def num_devices(self) -> int:
@@ -334,6 +301,19 @@ class Pretrained:
             )
         waveforms = [waveform[: num_samples(max_frames)] for waveform in waveforms]
         frames = np.array([num_frames(len(waveform)) for waveform in waveforms])
+        for i, states in self._hidden_states(waveforms, frames, max_frames, groups):
+            if self.beside:
+                ((_, beside),) = self.beside([waveforms[i]], max_frames)
+                states = np.concatenate([beside, states], axis=1)
+            yield i, states
+
+    def _hidden_states(
+        self,
+        waveforms: Sequence[np.ndarray],
+        frames: np.ndarray,
+        max_frames: int,
+        groups: Sequence[int] | None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
         running = None  # batches on the devices while the host takes the previous results
         for batches in self._rounds(frames, max_frames, groups):
             started = batches, self._encode(*_stack(batches, waveforms, self.num_devices))
@@ -391,17 +371,19 @@ def make_frontend(
     """Makes a front-end from the `frontend` part of a config.
 
     Args:
-        config: `name` is `logmel`, `mfcc` or a kind of encoder; the other keys are attributes of
-            `LogMel`, `Mfcc` or `Pretrained`.
+        config: `name` is that of a class of `WITHOUT_MODEL` or a kind of encoder; the other keys
+            are attributes of this class or of `Pretrained`, where `beside` is a name.
         devices: the devices on which an encoder computes; empty means all local devices.
     """
     settings = config.to_dict()
     name = settings.pop("name")
-    if name not in (known := (*SPECTRA, *ENCODERS)):
+    if name not in (known := (*WITHOUT_MODEL, *ENCODERS)):
         raise UserError(f"frontend.name is {name!r}: use one of {', '.join(known)}")
     try:
-        if name in SPECTRA:
-            return SPECTRA[name](**settings)
-        return Pretrained(**settings, kind=name, devices=tuple(devices))
+        if name in WITHOUT_MODEL:
+            return WITHOUT_MODEL[name](**settings)
+        beside = settings.pop("beside", "")
+        beside = WITHOUT_MODEL[beside]() if beside else None
+        return Pretrained(**settings, kind=name, beside=beside, devices=tuple(devices))
     except TypeError as error:
         raise UserError(f"frontend {name}: {error}; use the {name} part of a recipe") from error

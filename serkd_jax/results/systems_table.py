@@ -24,6 +24,7 @@ class System(NamedTuple):
 
 
 SYSTEMS = {  # by the kind of student
+    "camser": System("CA-MSER", "all of it is the validation part"),
     "timnet": System("TIM-Net", "speakers of the test part"),
     "dwformer": System("DWFormer", "the epoch's choice (IEMOCAP)"),
     "shiftcnn": System("ShiftCNN", "the epoch's choice"),

@@ -101,17 +101,17 @@ class QuizBatch(TypedDict):
 def make_optimizer(
     config: ConfigDict, learning_rate: float, total_steps: int
 ) -> optax.GradientTransformation:
-    """Makes AdamW or SGD with the config's weight decay, gradient clipping and schedule.
+    """Makes AdamW, Adam or SGD with the config's weight decay, gradient clipping and schedule.
 
     Args:
-        config: the config's `optimizer` part. `name` is `adamw`, with `beta1` and `beta2`, or
-            `sgd`, whose momentum is `beta1`. `weight_decay` applies to what `decayed` says: only
-            `kernels` (not biases, norms and embeddings) or `all`. `clip_norm` is the largest norm
-            of the gradient, 0 for no clipping. `make_schedule` reads the other keys.
+        config: the config's `optimizer` part. `name` is `adamw` or `adam`, with `beta1` and
+            `beta2`, or `sgd`, whose momentum is `beta1`. `weight_decay` applies to what `decayed`
+            says: only `kernels` (not biases, norms and embeddings) or `all`. `clip_norm` is the
+            largest norm of the gradient, 0 for no clipping. `make_schedule` reads the other keys.
         learning_rate: the peak of the learning rate.
         total_steps: number of steps of the stage.
     """
-    make = {"adamw": make_adamw, "sgd": _make_sgd}[config.name]
+    make = {"adamw": make_adamw, "adam": _make_adam, "sgd": _make_sgd}[config.name]
     optimizer = make(config, make_schedule(config, learning_rate, total_steps))
     if not config.clip_norm:
         return optimizer
@@ -155,6 +155,14 @@ def make_adamw(
     return optax.adamw(
         learning_rate, *betas, weight_decay=config.weight_decay, mask=_decayed(config)
     )
+
+
+def _make_adam(
+    config: ConfigDict, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Makes Adam, to whose gradient the weight decay is added, as in torch."""
+    decay = optax.add_decayed_weights(config.weight_decay, _decayed(config))
+    return optax.chain(decay, optax.adam(learning_rate, config.beta1, config.beta2))
 
 
 def _make_sgd(

@@ -222,7 +222,10 @@ def student_objective(
             jnp.concatenate([key_labels, queue.labels]),
             config.contrastive.temperature,
         )
-    cross_entropy = losses.cross_entropy(out.logits, labels, config.student.label_smoothing)
+    settings = config.student
+    cross_entropy = losses.cross_entropy(
+        out.logits, labels, settings.label_smoothing, settings.focus
+    )
     loss = losses.student_loss(cross_entropy, contrastive, config.contrastive.weight)
     return loss, {
         "cross_entropy": cross_entropy,

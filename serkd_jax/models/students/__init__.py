@@ -19,6 +19,7 @@ STUDENTS = {
     "shiftformer": "serkd_jax.models.students.shiftcnn:Shiftformer",
     "shiftlstm": "serkd_jax.models.students.shiftcnn:ShiftLSTM",
     "speechformer": "serkd_jax.models.students.speechformer:SpeechFormer",
+    "camser": "serkd_jax.models.students.camser:CAMSER",
 }
 
 

@@ -65,6 +65,8 @@ class Student(nn.Module):
         portable: whether to use only operations that every export format knows.
         axis: name of the device axis over which batch statistics are averaged; None for one device.
         description: class attribute; what the model card calls the student, with an article.
+        beside: class attribute; the front-end without a model whose frames the student reads beside
+            those of an encoder, if it does.
     """
 
     num_classes: int
@@ -76,6 +78,7 @@ class Student(nn.Module):
     axis: str | None = None
 
     description: ClassVar[str]
+    beside: ClassVar[str] = ""
 
     def __call__(
         self, features: jax.Array, num_frames: jax.Array, dropout_keys: jax.Array | None = None
