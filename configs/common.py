@@ -317,6 +317,8 @@ def with_student(config: ConfigDict, kind: str) -> ConfigDict:
     kept = {key: config.student[key] for key in STUDENT_SETTINGS}
     defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
     config.student = ConfigDict(defaults | kept | {"kind": kind})
+    if find_student(kind).reads_dialogues:  # speakers and marks beside the features
+        config.student.standardize, config.contrastive.weight = False, 0.0
     beside = find_student(kind).beside
     if beside and "model" in config.frontend:
         encoder = config.frontend

@@ -176,7 +176,7 @@ def check_config(config: ConfigDict) -> None:
         holds, allowed = known[key]
         if not holds(value):
             raise UserError(f"{key} is {value!r:.50}: use {allowed}")
-    check_student(config)
+    check_student(config, config.max_frames)
     if config.teacher.input == "waveform" and not config.teacher.model:
         raise UserError("teacher.input=waveform needs a pretrained encoder in teacher.model")
     if config.teacher.input == "waveform" and config.teacher.frontend.name:
@@ -208,16 +208,22 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"teacher.width {width} is not divisible by teacher.num_heads {heads}")
 
 
-def check_student(config: ConfigDict, variates: int = 1) -> None:
-    """Refuses a student whose sizes are not allowed or do not fit N; 1 if N is not known yet.
+def check_student(config: ConfigDict, frames: int, variates: int = 1) -> None:
+    """Refuses a student whose sizes are not allowed or do not fit T and N; 1 if N is not known yet.
 
     Raises:
         UserError: says which size, and what is allowed.
     """
     try:
-        make_student(config, num_classes=2).check(config.max_frames, variates)
+        student = make_student(config, num_classes=2)
+        student.check(frames, variates)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if student.reads_dialogues and (config.student.standardize or config.contrastive.weight):
+        raise UserError(
+            f"student.kind={config.student.kind} reads speakers and marks beside the features: set "
+            "student.standardize=False and contrastive.weight=0"
+        )
 
 
 def choose_dtype(config: ConfigDict, device: jax.Device) -> str:

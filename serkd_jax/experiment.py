@@ -27,6 +27,7 @@ from serkd_jax.config import (
     settings_of,
 )
 from serkd_jax.data import corpora, counts, prepare, reader
+from serkd_jax.data.dialogues import MARKS, dialogue_examples, find_dialogues
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.sources import Frontend
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds
@@ -34,6 +35,7 @@ from serkd_jax.distributed import parallel
 from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError, differences
 from serkd_jax.files import locked, read_arrays, read_json, write_arrays, write_file, write_json
+from serkd_jax.models.students import find_student
 from serkd_jax.models.students.base import StudentOutput
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
@@ -63,6 +65,7 @@ class Experiment:
         table: what the records say about each utterance; all row numbers are rows of this table.
         folds: the folds, with the row numbers of their parts.
         features: the student's inputs.
+        frames: the frames of the student's front-end, which the linear probe reads.
         teacher_inputs: the teacher's inputs, waveforms or features.
         data_report: what a reader of the results must know about the data, as Markdown.
         frontend: the front-end of the student's features.
@@ -77,6 +80,7 @@ class Experiment:
         table: reader.Table,
         folds: list[Fold],
         features: Examples,
+        frames: Examples,
         teacher_inputs: Examples,
         frontend: Frontend,
         data_report: str = "",
@@ -84,7 +88,7 @@ class Experiment:
     ):
         self.config, self.workdir, self.programs = config, workdir, programs
         self.table, self.folds = table, folds
-        self.features, self.teacher_inputs = features, teacher_inputs
+        self.features, self.frames, self.teacher_inputs = features, frames, teacher_inputs
         self.frontend, self.data_report, self.profile = frontend, data_report, profile
         self.steps_per_epoch = programs.steps_per_epoch
 
@@ -288,12 +292,13 @@ class Experiment:
         deployed = {k: x for k, x in variables["params"].items() if k[:11] != "projection_"}
         params = self.programs.count_parameters()
         params |= {"deployed": sum(x.size for x in jax.tree.leaves(deployed))}
-        return costs.measure_costs(self.frontend, student, self.config.max_frames, params)
+        frames, shape = self.config.max_frames, self.programs.feature_shape
+        return costs.measure_costs(self.frontend, frames, student, shape, params)
 
     @cached_property
     def _probe_vectors(self) -> np.ndarray:
         """The student's features of every utterance, (n, 2 N), as the linear probe reads them."""
-        return probe.pool_all(self.features.chunks())
+        return probe.pool_all(self.frames.chunks())
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -484,7 +489,11 @@ def prepare_experiment(
 
     local = parallel.local_devices(devices)
     frontend = teacher_frontend = make_frontend(config.frontend, local)
-    check_student(config, frontend.width)
+    dialogues, shape = None, (max_frames, frontend.width)
+    if find_student(config.student.kind).reads_dialogues:
+        dialogues = find_dialogues(corpus, table)
+        shape = dialogues.longest, frontend.width + MARKS
+    check_student(config, *shape)
     if config.teacher.frontend.name:
         teacher_frontend = make_frontend(config.teacher.frontend, local)
     has_teacher = "teacher" in chosen_stages(config)
@@ -493,12 +502,13 @@ def prepare_experiment(
     samples = num_samples(max_frames)
     width = frontend.width + reads_its_own * teacher_frontend.width
     bytes_of_all = 2 * len(table) * (max_frames * width + samples * reads_waveforms)
+    bytes_of_all += dialogues.num_bytes(frontend.width) if dialogues else 0
     # Enough steps for the largest training part of any fold, so that all folds share programs.
     largest = max(len(fold.train) for fold in folds)
     programs = Programs(
         config,
         len(table.class_names),
-        (max_frames, frontend.width),
+        shape,
         teacher_frontend.width,
         -(-largest // config.batch_size),
         devices,
@@ -512,6 +522,8 @@ def prepare_experiment(
         "the teacher's weights": programs.weights_hash,
         "the student's weights": programs.pretrained.sha256 if programs.pretrained else "",
     }
+    if dialogues:
+        sources["the dialogues"] = dialogues.fingerprint
     _claim_workdir(workdir, config, sources | {"dtype": programs.dtype or "float32"}, splits)
 
     def open_examples(folder: Path, name: str, length: int) -> Examples:
@@ -521,14 +533,18 @@ def prepare_experiment(
         folder = prepare.prepare_features(records_dir, frontend, max_frames, cache)
         return open_examples(folder, "features", max_frames)
 
-    features = teacher_inputs = open_features(frontend)
+    features = frames = teacher_inputs = open_features(frontend)
+    if dialogues:
+        features = dialogue_examples(
+            dialogues, frames, table.labels, devices, programs.resident
+        )
     if reads_waveforms:
         teacher_inputs = open_examples(records_dir, "audio", samples)
     elif reads_its_own:
         teacher_inputs = open_features(teacher_frontend)
     notes = [counted, *counts.data_notes(table, folds, max_frames, config.strict)]
     notes += _model_notes(config, programs, (frontend, teacher_frontend))
-    data = table, folds, features, teacher_inputs, frontend
+    data = table, folds, features, frames, teacher_inputs, frontend
     return Experiment(config, workdir, programs, *data, "\n\n".join(notes), profile)
 
 

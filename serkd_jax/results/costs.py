@@ -23,16 +23,18 @@ REPEATS = 3
 
 def measure_costs(
     frontend: Frontend,
-    student: Callable[[np.ndarray, np.ndarray], Any],
     max_frames: int,
+    student: Callable[[np.ndarray, np.ndarray], Any],
+    shape: tuple[int, int],
     params: dict[str, int],
 ) -> dict[str, Any]:
     """Measures how long one recording of `max_frames` takes, front-end and student apart.
 
     Args:
         frontend: the front-end of the student's features.
+        max_frames: number of frames of the recording.
         student: (features (1, T, N), lengths (1,)) -> outputs.
-        max_frames: T.
+        shape: T and N; of a student that reads dialogues, those of the longest one.
         params: parameter counts: `teacher`, `student`, and `deployed`, without its projection.
 
     Returns:
@@ -43,14 +45,14 @@ def measure_costs(
     """
     rng = np.random.default_rng(0)  # the time does not depend on what is heard
     waveform = rng.normal(0, 0.1, num_samples(max_frames)).astype(np.float32)
-    features = np.zeros((1, max_frames, frontend.width), np.float16)
+    features, length = np.zeros((1, *shape), np.float16), np.array(shape[:1], np.int32)
 
     def hear() -> None:
-        for _, values in frontend([waveform], max_frames):
-            features[0, : len(values)] = values
+        for _ in frontend([waveform], max_frames):
+            pass
 
     def classify() -> None:
-        jax.block_until_ready(student(features, np.array([max_frames], np.int32)))
+        jax.block_until_ready(student(features, length))
 
     seconds = len(waveform) / SAMPLE_RATE
     checkpoint = getattr(frontend, "checkpoint", None)
@@ -58,7 +60,7 @@ def measure_costs(
     if checkpoint:
         batch = waveform[None], np.array([len(waveform)], np.int32)
         of_frontend = count_operations(frontend.encode, checkpoint.params, batch)
-    of_student = count_operations(student, features, np.array([max_frames], np.int32))
+    of_student = count_operations(student, features, length)
     return {
         "device": jax.devices()[0].device_kind,
         "params": params | {"encoder": checkpoint.num_parameters if checkpoint else 0},

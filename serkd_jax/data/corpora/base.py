@@ -83,6 +83,13 @@ class SpeechCorpus(abc.ABC):
             CorpusError: there is nothing to list, or it is malformed.
         """
 
+    def turn_of(self, utterance: Utterance) -> tuple[str, float]:
+        """Returns an utterance's dialogue, empty if it is in none, and its place in it.
+
+        Only the order of a speaker's own turns has to be right.
+        """
+        return str(utterance.extras.get("dialogue", "")), float(utterance.extras.get("turn", 0))
+
     def check_file(self, utterance: Utterance) -> None:
         """Checks, without decoding, that the audio of an utterance exists.
 

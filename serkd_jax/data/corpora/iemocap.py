@@ -76,6 +76,11 @@ class IEMOCAP(Release):
     )
     _TURN = re.compile(r"(Ses0([1-5])[FM]_(impro|script)\w*)_([FM])\d{3}")
 
+    def turn_of(self, utterance: Utterance) -> tuple[str, float]:
+        """See `SpeechCorpus`; the turns of each speaker have numbers of their own."""
+        dialogue, _, turn = utterance.id.rpartition("_")
+        return dialogue, float(turn[1:])
+
     def list_utterances(self) -> list[Utterance]:
         """Lists the turns of the four classes in the evaluation files."""
         root = self._root()

@@ -13,6 +13,7 @@ from serkd_jax.data.tables import Pairs, locate, plain, read_rows, tidy
 from serkd_jax.errors import some_of
 
 COLUMNS = ("path", "label", "id", "speaker", "session", "split", "fold", "start", "end")
+COLUMNS += ("dialogue", "turn")
 ALIASES = {"wav": "path", "emo": "label", "key": "id", "start_time": "start", "end_time": "end"}
 
 
@@ -20,8 +21,9 @@ class Manifest(SpeechCorpus):
     """Any corpus that a CSV or JSONL file lists, including EmoBox's published JSONL files.
 
     The columns are path, label and, optionally, id (by default the path), speaker, session, split,
-    fold, and start and end in seconds if an utterance is a part of its file. EmoBox's names wav,
-    emo, key, start_time and end_time work as well. Relative paths are looked up below `data_dir`,
+    fold, dialogue and turn (a number that grows in it), and start and end in seconds if an
+    utterance is a part of its file. EmoBox's names wav, emo, key, start_time and end_time work as
+    well. Relative paths are looked up below `data_dir`,
     or beside the manifest if it is not given; leading folders that do not exist are dropped, the
     same number in all rows.
 
@@ -71,6 +73,8 @@ class Manifest(SpeechCorpus):
             raise CorpusError(f"{self.manifest} lists no utterances; it needs rows of path, label")
         self._add_emobox_parts(rows)
         self._add_speakers(rows)
+        if any(values.get("dialogue") for values in rows.values()):
+            self.EXTRAS = {"dialogue": str, "turn": float}
         return [self._utterance(values) for values in rows.values()]
 
     def _read_rows(self) -> dict[str, dict[str, str]]:
@@ -103,8 +107,7 @@ class Manifest(SpeechCorpus):
             rows[values["id"]] = values | {"where": where}
         return rows
 
-    @staticmethod
-    def _utterance(values: dict[str, str]) -> Utterance:
+    def _utterance(self, values: dict[str, str]) -> Utterance:
         try:
             start = float(values.get("start") or 0)
             end = float(values["end"]) if values.get("end") else None
@@ -112,8 +115,16 @@ class Manifest(SpeechCorpus):
                 raise ValueError(f"from {start:g} to {end} is not a part of a file")
         except ValueError as error:
             raise CorpusError(f"{values['where']}: start and end are seconds; {error}") from error
+        extras = {}
+        if self.EXTRAS:
+            try:
+                turn = float(values.get("turn") or 0)
+            except ValueError as error:
+                raise CorpusError(f"{values['where']}: turn is a number; {error}") from error
+            extras = {"dialogue": tidy(values.get("dialogue", "")), "turn": turn}
         names = ("id", "label", "path", "speaker", "session", "split", "fold")
-        return Utterance(**{name: values.get(name, "") for name in names}, start=start, end=end)
+        texts = {name: values.get(name, "") for name in names}
+        return Utterance(**texts, start=start, end=end, extras=extras)
 
     def _class_of(self, label: str, classes: dict[str, str] | None, where: str) -> str:
         if classes is None:

@@ -68,6 +68,11 @@ class MELD(Release):
     _COLUMNS = ("Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID")
     _SUFFIXES = (".wav", ".flac", ".mp4")  # in this order
 
+    def turn_of(self, utterance: Utterance) -> tuple[str, float]:
+        """See `SpeechCorpus`; the id has both."""
+        dialogue, _, turn = utterance.id.rpartition("_utt")
+        return dialogue, float(turn)
+
     def list_utterances(self) -> list[Utterance]:
         """Lists the rows of the annotation files."""
         if not self.data_dir.is_dir():

@@ -67,6 +67,8 @@ class Student(nn.Module):
         description: class attribute; what the model card calls the student, with an article.
         beside: class attribute; the front-end without a model whose frames the student reads beside
             those of an encoder, if it does.
+        reads_dialogues: class attribute; whether its features are those of
+            `serkd_jax.data.dialogues`, not an utterance's frames.
     """
 
     num_classes: int
@@ -79,6 +81,7 @@ class Student(nn.Module):
 
     description: ClassVar[str]
     beside: ClassVar[str] = ""
+    reads_dialogues: ClassVar[bool] = False
 
     def __call__(
         self, features: jax.Array, num_frames: jax.Array, dropout_keys: jax.Array | None = None
