@@ -19,6 +19,7 @@ STUDENTS = {
     "shiftformer": "serkd_jax.models.students.shiftcnn:Shiftformer",
     "shiftlstm": "serkd_jax.models.students.shiftcnn:ShiftLSTM",
     "speechformer": "serkd_jax.models.students.speechformer:SpeechFormer",
+    "mmdfn": "serkd_jax.models.students.mmdfn:MMDFN",
 }
 
 
