@@ -354,7 +354,7 @@ def run_fold(
         rng, samples = np.random.default_rng(0), num_samples(config.max_frames)
         features = examples(rng.normal(size=(64, *shape)).astype(np.float16), config.max_frames)
         audio = examples(rng.integers(-9999, 9999, (64, samples)).astype(np.int16), samples)
-        data = programs, table, folds, features, audio, LogMel(variates)
+        data = programs, table, folds, features, features, audio, LogMel(variates)
         run = Experiment(config, Path(folder) / "run", *data)
         start = time.monotonic()
         run.run_fold(folds[0])

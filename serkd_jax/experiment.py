@@ -27,7 +27,7 @@ from serkd_jax.config import (
     settings_of,
 )
 from serkd_jax.data import corpora, counts, prepare, reader
-from serkd_jax.data.dialogues import MARKS, dialogue_examples, find_dialogues
+from serkd_jax.data.dialogues import dialogue_examples, find_dialogues
 from serkd_jax.data.examples import Examples, are_resident, sample_rows, stream_rows
 from serkd_jax.data.sources import Frontend
 from serkd_jax.data.splits import Fold, folds_as_json, make_folds
@@ -492,7 +492,7 @@ def prepare_experiment(
     dialogues, shape = None, (max_frames, frontend.width)
     if find_student(config.student.kind).reads_dialogues:
         dialogues = find_dialogues(corpus, table)
-        shape = dialogues.longest, frontend.width + MARKS
+        shape = dialogues.shape(frontend.width)
     check_student(config, *shape)
     if config.teacher.frontend.name:
         teacher_frontend = make_frontend(config.teacher.frontend, local)
@@ -535,9 +535,7 @@ def prepare_experiment(
 
     features = frames = teacher_inputs = open_features(frontend)
     if dialogues:
-        features = dialogue_examples(
-            dialogues, frames, table.labels, devices, programs.resident
-        )
+        features = dialogue_examples(dialogues, frames, table.labels, devices, programs.resident)
     if reads_waveforms:
         teacher_inputs = open_examples(records_dir, "audio", samples)
     elif reads_its_own:

@@ -5,8 +5,9 @@
 
 Call it in the root of the repository. Each system of `configs/systems.py` is trained as by its
 authors, on the input that they gave it, under the recipe's protocol; `ours` is the recipe itself.
-Each run has a workdir below `--workdir`; they share records and features. A command that was
-stopped goes on when it is started again. Then a table is printed, and written as `systems.md`.
+A system that reads dialogues is left out of `all` where the corpus has none. Each run has a workdir
+below `--workdir`; they share records and features. A command that was stopped goes on when it is
+started again. Then a table is printed, and written as `systems.md`.
 """
 
 from pathlib import Path
@@ -45,13 +46,19 @@ def _train_systems() -> None:
     # Slow to import, so only after the flags are parsed.
     from configs.systems import TRAININGS, with_system
     from serkd_jax import grid
+    from serkd_jax.data import corpora
     from serkd_jax.files import write_file
+    from serkd_jax.models.students import find_student
     from serkd_jax.results.comparison import read_runs
     from serkd_jax.results.systems_table import systems_table
     from serkd_jax.results.typeset import markdown
 
     out, known = Path(_WORKDIR.value), [*TRAININGS, OURS]
-    chosen = known if _SYSTEMS.value == ["all"] else _SYSTEMS.value
+    chosen = _SYSTEMS.value
+    if chosen == ["all"]:
+        corpus = corpora.corpus_of(_CONFIG.value)
+        talk = any(corpus.turn_of(utterance)[0] for utterance in corpus.utterances)
+        chosen = [x for x in known if x == OURS or talk or not find_student(x).reads_dialogues]
     if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"there is no system {unknown[0]!r}: use all, or {', '.join(known)}")
     changes = {key: value for key, (value, *_) in map(grid.parse_values, _SET.value)}

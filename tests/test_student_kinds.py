@@ -135,7 +135,7 @@ def test_padding_changes_nothing_unless_it_is_to_be_seen_nor_does_the_rest_of_th
     among_others = apply(variables, others, lengths).logits[3]
     np.testing.assert_allclose(among_others, expected[1], atol=1e-6)
 
-    if kind not in SYSTEMS:
+    if not hasattr(model, "see_padding"):
         return
     seen = jax.jit(tiny(kind, see_padding=True).apply)(variables, features, num_frames).logits
     np.testing.assert_allclose(seen[0], expected[0], atol=1e-6)  # where there is none
@@ -155,7 +155,7 @@ def test_every_kind_takes_the_step_of_distillation(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "mmdfn"])
 def test_every_kind_is_exported_and_predicts_as_in_flax(kind, tmp_path):
     folder = write_model(
         tmp_path / "model", ["safetensors", "onnx", "tflite"], student=deployed_sizes(kind)
@@ -208,6 +208,7 @@ RATES = {  # epoch -> rate
     "shiftcnn": {0: 0, 2.5: 2.5e-4, 5: 5e-4, 52.5: 2.525e-4, 99.99: 5e-6},
     "speechformer": {0: 5e-4, 60: 2.525e-4, 119.99: 5e-6},
     "camser": {0: 1e-5, 99.99: 1e-5},
+    "mmdfn": {0: 1e-4, 29.99: 1e-4},
 }
 
 

@@ -34,6 +34,7 @@ TINY = {
     },
 }
 
+TINY["mmdfn"] = {"width": 6, "graph_width": 4, "num_layers": 3}
 SYSTEMS = tuple(TINY)  # those of others, each with a recipe
 TINY["convolutional"] = {"width": 6, "num_layers": 2, "kernel": 3, "outputs": 5, "dropout": 0.1}
 

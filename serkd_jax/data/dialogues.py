@@ -11,8 +11,7 @@ from serkd_jax.data.corpora.base import SpeechCorpus
 from serkd_jax.data.examples import Examples
 from serkd_jax.data.reader import Table
 from serkd_jax.errors import UserError
-
-MARKS = 2  # columns after an utterance's vector: its speaker, and whether it is the one in question
+from serkd_jax.models.students.mmdfn import MARKS
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,9 @@ class Dialogues:
     members: np.ndarray
     speakers: np.ndarray
 
-    @property
-    def longest(self) -> int:
-        """U."""
-        return self.members.shape[1]
+    def shape(self, width: int) -> tuple[int, int]:
+        """Returns the shape of an example, (U, N + 2), for utterances' vectors of width N."""
+        return self.members.shape[1], width + MARKS
 
     @property
     def fingerprint(self) -> str:
@@ -40,7 +38,7 @@ class Dialogues:
         return digest.hexdigest()[:16]
 
     def num_bytes(self, width: int) -> int:
-        """The size of the examples of all utterances, whose vectors have this width."""
+        """Returns the size of the examples of all utterances, for vectors of this width."""
         return 2 * self.members.size * (width + MARKS)
 
 
@@ -50,11 +48,11 @@ def find_dialogues(corpus: SpeechCorpus, table: Table) -> Dialogues:
     Raises:
         UserError: an utterance is in no dialogue, or has no speaker.
     """
-    turns = {each.id: corpus.turn_of(each) for each in corpus.utterances}
+    turns = {each.id: corpus.turn_of(each) for each in corpus.utterances}  # dialogue and place
     ids = [key.decode() if isinstance(key, bytes) else str(key) for key in table.ids]
     groups: dict[str, list[int]] = {}
     for row, key in enumerate(ids):
-        dialogue, turn = turns[key]
+        dialogue = turns[key][0]
         if not dialogue or not table.speakers[row]:
             lacks = "speaker" if dialogue else "dialogue"
             raise UserError(

@@ -69,6 +69,12 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         raise UserError(
             f"{workdir} has no {row}; it has {', '.join(results['folds'][fold])}: use --row"
         )
+    kind = results["config"]["student"]["kind"]
+    if find_student(kind).reads_dialogues:
+        raise UserError(
+            f"a student of kind {kind!r} classifies an utterance by its whole dialogue: exported "
+            "models hear single recordings, so export another student"
+        )
     stage = STAGE_OF_ROW[row]
     selected = load_selected(workdir / f"fold_{fold}" / stage.name)
     params = stage.student_params(selected["params"])

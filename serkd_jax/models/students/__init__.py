@@ -20,6 +20,7 @@ STUDENTS = {
     "shiftlstm": "serkd_jax.models.students.shiftcnn:ShiftLSTM",
     "speechformer": "serkd_jax.models.students.speechformer:SpeechFormer",
     "camser": "serkd_jax.models.students.camser:CAMSER",
+    "mmdfn": "serkd_jax.models.students.mmdfn:MMDFN",
 }
 
 
