@@ -74,7 +74,7 @@ class CAMSER(Student):
         if 1 < variates <= beside:
             raise ValueError(
                 f"CA-MSER reads {beside} values of spectra and cepstra and then an encoder's, but "
-                f"the features have {variates}: set frontend.beside=spectra"
+                f"the features have {variates}: use an encoder's, with frontend.beside=spectra"
             )
         segments = -(-frames // self.segment_frames)
         if segments * (math.prod(self.image) + self.segment_frames * variates) > 2**25:
