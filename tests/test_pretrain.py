@@ -172,7 +172,7 @@ def test_a_folder_of_another_pretraining_is_refused(pretrained, encoder_folder):
 def student_of(folder, **changes):
     config = get_config()
     config.student = {"kind": "convolutional", "pretrained": str(folder), **SIZES}
-    config.student.update({"standardize": True, "label_smoothing": 0.0})
+    config.student.update({"standardize": True, "label_smoothing": 0.0, "focus": 0.0})
     config.student.update({"learning_rate": 1e-3, "epochs": 1})
     config.student.update({"classifier_dims": (6,), "projection_dims": (4,), "dropout": 0.1})
     config.student.update(changes)

@@ -143,9 +143,12 @@ def test_padding_changes_nothing_unless_it_is_to_be_seen_nor_does_the_rest_of_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", TINY.keys() - {"shiftformer", "shiftlstm"})
 def test_every_kind_takes_the_step_of_distillation(kind):
-    """With dropout and masks; the meta-teacher's gradient is through the student's."""
+    """With dropout and masks; the meta-teacher's gradient is through the student's.
+
+    What shiftformer and shiftlstm are made of is in others.
+    """
     make_step, init, batch = distill_stage(model=tiny(kind, projection_dims=(8,)))
     before = init()
     after, metrics = jax.jit(make_step())(before, batch(0), jax.random.key(0))
