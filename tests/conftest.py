@@ -24,7 +24,14 @@ from layouts import make_iemocap, make_meld, write_wav
 
 # The files that take longest come first, so that no worker is left alone with one of them.
 LONGEST = ("test_processes", "test_resume", "test_benchmarks", "test_recipes", "test_every_encoder")
-LONGEST += ("test_features", "test_export", "test_stages", "test_experiment", "test_frontends")
+LONGEST += (
+    "test_student_kinds",
+    "test_features",
+    "test_export",
+    "test_stages",
+    "test_experiment",
+    "test_frontends",
+)
 
 
 def pytest_collection_modifyitems(items):
