@@ -314,15 +314,15 @@ def with_student(config: ConfigDict, kind: str) -> ConfigDict:
     """Changes a recipe to a student of another kind, with that kind's default sizes."""
     if config.student.kind == kind:
         return config
+    student = find_student(kind)
     kept = {key: config.student[key] for key in STUDENT_SETTINGS}
-    defaults = {name: field.default for name, field in sizes(find_student(kind)).items()}
+    defaults = {name: field.default for name, field in sizes(student).items()}
     config.student = ConfigDict(defaults | kept | {"kind": kind})
-    if find_student(kind).reads_dialogues:  # speakers and marks beside the features
+    if student.reads_dialogues:  # speakers and marks beside the features
         config.student.standardize, config.contrastive.weight = False, 0.0
-    beside = find_student(kind).beside
-    if beside and "model" in config.frontend:
+    if student.beside and "model" in config.frontend:
         encoder = config.frontend
-        config.frontend = ConfigDict(encoder.to_dict() | {"beside": beside})
+        config.frontend = ConfigDict(encoder.to_dict() | {"beside": student.beside})
         if config.teacher.input == "features" and not config.teacher.frontend.name:
             config.teacher.frontend = encoder  # without what is beside it
     return config

@@ -39,16 +39,19 @@ def mfcc(waveform: np.ndarray, num_coefficients: int) -> np.ndarray:
     before = (WINDOW - logmel.WINDOW) // 2  # so that the centres are those of the log-mel frames
     padded = np.pad(waveform, (before, WINDOW - logmel.WINDOW - before))
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[:: logmel.HOP]
-    hann = np.hanning(WINDOW + 1)[:-1]
+    return cepstra(frames, num_coefficients).astype(np.float16)
+
+
+def cepstra(frames: np.ndarray, num_coefficients: int, htk: bool = False) -> np.ndarray:
+    """Computes (n, num_coefficients) of windows (n, length), at most `FFT_LENGTH` samples long.
+
+    The levels are cut at `RANGE` below the greatest of all; `htk` chooses the mel scale.
+    """
+    hann = np.hanning(frames.shape[1] + 1)[:-1]
     power = np.abs(np.fft.rfft(frames * hann, FFT_LENGTH)) ** 2
-    mel = power @ logmel.mel_filters(BANDS, FFT_LENGTH, 0.0)
-    return (decibels(mel) @ cosines(num_coefficients)).astype(np.float16)
-
-
-def decibels(power: np.ndarray) -> np.ndarray:
-    """Converts power to dB, cut at `RANGE` below the greatest."""
-    levels = 10 * np.log10(np.maximum(power, MIN_POWER))
-    return np.maximum(levels, levels.max() - RANGE)
+    mel = power @ logmel.mel_filters(BANDS, FFT_LENGTH, 0.0, htk)
+    levels = 10 * np.log10(np.maximum(mel, MIN_POWER))
+    return np.maximum(levels, levels.max() - RANGE) @ cosines(num_coefficients)
 
 
 @functools.cache

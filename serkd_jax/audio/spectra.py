@@ -43,10 +43,7 @@ def spectra(waveform: np.ndarray, width: int = WIDTH) -> np.ndarray:
     levels = 20 * np.log10(np.maximum(amplitude, MIN_AMPLITUDE))
     levels = np.maximum(levels - levels.max(), -mfcc.RANGE)[:, :BINS]
 
-    hann = np.hanning(CEPSTRUM_WINDOW + 1)[:-1]
-    power = np.abs(np.fft.rfft(_frames(emphasized, CEPSTRUM_WINDOW) * hann)) ** 2
-    mel = power @ logmel.mel_filters(mfcc.BANDS, CEPSTRUM_WINDOW, 0.0, htk=True)
-    cepstra = mfcc.decibels(mel) @ mfcc.cosines(COEFFICIENTS)
+    cepstra = mfcc.cepstra(_frames(emphasized, CEPSTRUM_WINDOW), COEFFICIENTS, htk=True)
     pairs = [each.reshape(len(each) // 2, -1) for each in (levels, cepstra)]
     return np.concatenate(pairs, axis=1).astype(np.float16)
 

@@ -49,7 +49,7 @@ def find_dialogues(corpus: SpeechCorpus, table: Table) -> Dialogues:
         UserError: an utterance is in no dialogue, or has no speaker.
     """
     turns = {each.id: corpus.turn_of(each) for each in corpus.utterances}  # dialogue and place
-    ids = [key.decode() if isinstance(key, bytes) else str(key) for key in table.ids]
+    ids = table.ids.tolist()
     groups: dict[str, list[int]] = {}
     for row, key in enumerate(ids):
         dialogue = turns[key][0]

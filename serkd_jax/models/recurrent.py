@@ -1,4 +1,7 @@
-"""A recurrent layer over frames."""
+"""Recurrent layers over frames, and what they have in common."""
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,13 +34,43 @@ class LSTM(nn.Module):
 
         def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
             (hidden, cell), (gate, here) = state, inputs
-            i, f, g, o = jnp.split(gate + hidden @ kernel, 4, axis=-1)
-            cell = zero_invalid(nn.sigmoid(f) * cell + nn.sigmoid(i) * nn.tanh(g), here)
-            hidden = nn.sigmoid(o) * nn.tanh(cell)
+            after = lstm_step(gate + hidden @ kernel, cell)
+            hidden, cell = (zero_invalid(x, here) for x in after)
             return (hidden, cell), hidden
 
-        # The frames are turned round, since ONNX's converter has no scan from the end.
-        order = slice(None, None, -1 if self.reverse else 1)
         zero = jnp.zeros_like(gates[:, 0, : self.width])
-        inputs = (x.swapaxes(0, 1)[order] for x in (gates, valid))
-        return jax.lax.scan(step, (zero, zero), tuple(inputs))[1][order].swapaxes(0, 1)
+        return scan_frames(step, (zero, zero), (gates, valid), self.reverse)
+
+
+def both_ways(
+    x: jax.Array, valid: jax.Array, width: int, dtype: DTypeLike | None, layer: str = ""
+) -> jax.Array:
+    """Runs LSTMs `forward` and `backward`, for compact methods; `layer` ends their names.
+
+    Maps (B, T, N) frames, of which those that are `valid` (B, T) come first, to (B, T, 2 width).
+    """
+    both = [
+        LSTM(width, reverse, dtype, name=f"{name}{layer}")(x, valid)
+        for name, reverse in (("forward", False), ("backward", True))
+    ]
+    return jnp.concatenate(both, axis=-1)
+
+
+def lstm_step(gates: jax.Array, cell: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the next hidden state and cell (..., H), given the gates (..., 4 H)."""
+    i, f, g, o = jnp.split(gates, 4, axis=-1)
+    cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * nn.tanh(g)
+    return nn.sigmoid(o) * nn.tanh(cell), cell
+
+
+def scan_frames(
+    step: Callable[[Any, Any], tuple[Any, jax.Array]],
+    start: Any,
+    inputs: tuple[jax.Array, ...],
+    reverse: bool,
+) -> jax.Array:
+    """Returns the outputs (B, T, D) of `step` over inputs (B, T, ...), perhaps from the last on."""
+    # The frames are turned round, since ONNX's converter has no scan from the end.
+    order = slice(None, None, -1 if reverse else 1)
+    inputs = tuple(x.swapaxes(0, 1)[order] for x in inputs)
+    return jax.lax.scan(step, start, inputs)[1][order].swapaxes(0, 1)

@@ -111,7 +111,7 @@ def make_optimizer(
         learning_rate: the peak of the learning rate.
         total_steps: number of steps of the stage.
     """
-    make = {"adamw": make_adamw, "adam": _make_adam, "sgd": _make_sgd}[config.name]
+    make = {"adamw": make_adamw, "adam": _make_coupled, "sgd": _make_coupled}[config.name]
     optimizer = make(config, make_schedule(config, learning_rate, total_steps))
     if not config.clip_norm:
         return optimizer
@@ -157,19 +157,13 @@ def make_adamw(
     )
 
 
-def _make_adam(
+def _make_coupled(
     config: ConfigDict, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """Makes Adam, to whose gradient the weight decay is added, as in torch."""
+    """Makes Adam, or SGD with momentum; weight decay is added to the gradient, as in torch."""
     decay = optax.add_decayed_weights(config.weight_decay, _decayed(config))
-    return optax.chain(decay, optax.adam(learning_rate, config.beta1, config.beta2))
-
-
-def _make_sgd(
-    config: ConfigDict, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-    """Makes SGD with momentum, to whose gradient the weight decay is added, as in torch."""
-    decay = optax.add_decayed_weights(config.weight_decay, _decayed(config))
+    if config.name == "adam":
+        return optax.chain(decay, optax.adam(learning_rate, config.beta1, config.beta2))
     return optax.chain(decay, optax.sgd(learning_rate, config.beta1))
 
 

@@ -23,9 +23,8 @@ class Manifest(SpeechCorpus):
     The columns are path, label and, optionally, id (by default the path), speaker, session, split,
     fold, dialogue and turn (a number that grows in it), and start and end in seconds if an
     utterance is a part of its file. EmoBox's names wav, emo, key, start_time and end_time work as
-    well. Relative paths are looked up below `data_dir`,
-    or beside the manifest if it is not given; leading folders that do not exist are dropped, the
-    same number in all rows.
+    well. Relative paths are looked up below `data_dir`, or beside the manifest if it is not given;
+    leading folders that do not exist are dropped, the same number in all rows.
 
     A label map {label: class name} renames and merges labels; a `label_map.json` beside the
     manifest is used by default. The classes are the distinct labels after mapping, sorted. If there

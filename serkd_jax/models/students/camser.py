@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from serkd_jax.audio.spectra import BINS, COEFFICIENTS
 from serkd_jax.losses import l2_normalize
 from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
-from serkd_jax.models.recurrent import LSTM
+from serkd_jax.models.recurrent import both_ways
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout
 
@@ -129,11 +129,7 @@ class CAMSER(Student):
 
         x, twice = _unit(cepstra), twice | self.see_padding
         for layer in range(2):
-            both = [
-                LSTM(self.lstm_width, reverse, self.dtype, name=f"{name}_{layer}")(x, twice)
-                for name, reverse in (("forward", False), ("backward", True))
-            ]
-            x = jnp.concatenate(both, axis=-1)
+            x = both_ways(x, twice, self.lstm_width, self.dtype, f"_{layer}")
             if layer == 0:
                 x = Dropout(self.lstm_dropout, name="lstm_dropout")(x, keys)
         cepstrum = dense(x.reshape(-1, math.prod(x.shape[1:])), self.width, "cepstrum")

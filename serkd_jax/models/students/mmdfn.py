@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from serkd_jax.losses import l2_normalize
 from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
+from serkd_jax.models.recurrent import lstm_step, scan_frames
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import Dropout
 
@@ -170,11 +171,8 @@ class SpeakerGRU(nn.Module):
             after = gru_step(gate, before @ kernel + bias, before)
             return jnp.where(here[..., None], after[:, None], states), after
 
-        # The utterances are turned round, since ONNX's converter has no scan from the end.
-        order = slice(None, None, -1 if self.reverse else 1)
         states = jnp.zeros((*own.shape[:2], self.width), gates.dtype)
-        inputs = tuple(x.swapaxes(0, 1)[order] for x in (gates, own))
-        return jax.lax.scan(step, states, inputs)[1][order].swapaxes(0, 1)
+        return scan_frames(step, states, (gates, own), self.reverse)
 
 
 def gru_step(of_input: jax.Array, of_state: jax.Array, state: jax.Array) -> jax.Array:
@@ -184,13 +182,6 @@ def gru_step(of_input: jax.Array, of_state: jax.Array, state: jax.Array) -> jax.
     )
     keep = nn.sigmoid(z + state_z)
     return (1 - keep) * nn.tanh(n + nn.sigmoid(r + state_r) * state_n) + keep * state
-
-
-def lstm_step(gates: jax.Array, cell: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the next hidden state and cell (..., H), given the gates (..., 4 H)."""
-    i, f, g, o = jnp.split(gates, 4, axis=-1)
-    cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * nn.tanh(g)
-    return nn.sigmoid(o) * nn.tanh(cell), cell
 
 
 def adjacency(x: jax.Array, valid: jax.Array) -> jax.Array:

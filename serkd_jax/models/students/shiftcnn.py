@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
-from serkd_jax.models.recurrent import LSTM
+from serkd_jax.models.recurrent import both_ways
 from serkd_jax.models.students.base import Student, StudentOutput, size
 from serkd_jax.models.transformer import TorchLayerNorm, exact_gelu, portable_gelu
 
@@ -106,12 +106,8 @@ class ShiftLSTM(ShiftStudent):
     @nn.nowrap
     def encode(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """See `ShiftStudent`."""
-        x, width = self.move(x, valid), x.shape[-1]
-        both = [
-            LSTM(width, reverse, self.dtype, name=name)(x, valid)
-            for name, reverse in (("forward", False), ("backward", True))
-        ]
-        return TorchLayerNorm(dtype=self.dtype, name="norm")(jnp.concatenate(both, axis=-1))
+        x = both_ways(self.move(x, valid), valid, x.shape[-1], self.dtype)
+        return TorchLayerNorm(dtype=self.dtype, name="norm")(x)
 
 
 def temporal_shift(x: jax.Array, fold: int, both_ways: bool = False) -> jax.Array:
