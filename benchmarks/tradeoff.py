@@ -33,6 +33,7 @@ from serkd_jax.files import write_json
 from serkd_jax.results.comparison import Group, group_runs, read_runs
 from serkd_jax.results.intervals import interval, mean_of_seeds
 from serkd_jax.results.predictions import PROBE
+from serkd_jax.results.systems_table import what_it_reads
 
 FLOAT, INT8 = "onnx", "onnx-int8"
 
@@ -86,7 +87,7 @@ def measure(group: Group, seconds: float) -> list[dict[str, Any]]:
     scores = mean_of_seeds(decided)
     return [
         {
-            "frontend": trained.config.frontend["name"],
+            "frontend": what_it_reads(run.results["config"]),
             "kind": trained.config.student["kind"],
             "row": row,
             "parameters": parameters,

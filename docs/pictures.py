@@ -1,8 +1,8 @@
 """The pictures of the README and of docs/evidence.md, drawn from the root of the repository.
 
-    python docs/pictures.py --tradeoff=tradeoff.json
+    python docs/pictures.py --tradeoff=tradeoff.json --systems=systems.json
 
-``pipeline.svg`` is a drawing; ``tradeoff.svg`` shows what ``benchmarks.tradeoff`` measured.
+``pipeline.svg`` is a drawing; the others show what ``benchmarks.tradeoff`` measured.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).parent
-INK, PALE, BLUE, ORANGE = "#24292f", "#f6f8fa", "#0969da", "#bc4c00"
+INK, PALE = "#24292f", "#f6f8fa"
+BLUE, ORANGE, GREEN, PURPLE = "#0969da", "#bc4c00", "#1a7f37", "#8250df"
 
 BOXES = {  # name: (x, y, title, what it is)
     "corpus": (0, 2, "corpus", "EMO-DB, IEMOCAP, MELD,\na manifest of your own"),
@@ -68,23 +69,38 @@ def draw_pipeline() -> None:
 
 
 # Front-end -> its colour and name; row -> marker, fill and name.
-FRONT_ENDS = {"whisper": (BLUE, "features of Whisper-base"), "logmel": (ORANGE, "log-mel frames")}
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # ms
+FRONT_ENDS = {
+    "whisper": (BLUE, "features of Whisper-base"),
+    "logmel": (ORANGE, "log-mel frames"),
+    "mfcc": (GREEN, "39 MFCC"),
+    "whisper and spectra": (PURPLE, "Whisper-base, spectra and MFCC"),
+}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # ms
 MARKERS = {
     "linear_probe": ("s", "none", "linear probe"),
     "student": ("o", "none", "student, undistilled"),
     "updated_student": ("o", "full", "updated student"),
     "updated_student, int8": ("^", "full", "updated student, int8"),
+    "system": ("D", "full", "compared system"),
 }
+NAMES = {
+    "camser": "CA-MSER", "dwformer": "DWFormer", "shiftcnn": "ShiftCNN",
+    "speechformer": "SpeechFormer++", "timnet": "TIM-Net",
+}  # fmt: skip
 
 
-def draw_tradeoff(table: Path) -> None:
+def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
     """UA over the real-time factor of every model, with intervals by speaker."""
-    rows = [row for row in json.loads(table.read_text())["rows"] if row["row"] in MARKERS]
+    rows = json.loads(table.read_text())["rows"]
+    rows = [
+        row | {"row": "system"} if row["kind"] in NAMES and row["row"] == "student" else row
+        for row in rows
+        if row["row"] in MARKERS
+    ]
     probes = {row["frontend"]: row for row in rows if row["row"] == "linear_probe"}  # one of each
-    students = [row for row in rows if row["row"] != "linear_probe"]
+    rows = [*probes.values(), *(row for row in rows if row["row"] != "linear_probe")]
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    for row in (*probes.values(), *students):
+    for row in rows:
         color, _ = FRONT_ENDS[row["frontend"]]
         marker, fill, _ = MARKERS[row["row"]]
         time, ua, (low, high) = 1e3 * row["seconds"], 100 * row["ua"], row["interval"]
@@ -92,29 +108,33 @@ def draw_tradeoff(table: Path) -> None:
             time, ua, [[ua - 100 * low], [100 * high - ua]], fmt=marker, fillstyle=fill,
             color=color, markersize=7, elinewidth=0.8, alpha=0.85,
         )  # fmt: skip
+        label = NAMES.get(row["kind"]) if row["row"] == "system" else None
         if row["row"] == "updated_student" and row["frontend"] == "logmel":
-            name, above = f"{row['parameters'] / 1e6:.2f}M", {"textcoords": "offset points"}
-            axes.annotate(name, (time, 100 * high), (0, 5), ha="center", color=INK, **above)
-    for color, name in FRONT_ENDS.values():
-        axes.plot([], [], "-", color=color, label=name)
-    for marker, fill, name in MARKERS.values():
-        axes.plot([], [], marker, fillstyle=fill, color=INK, label=name)
+            label = f"{row['parameters'] / 1e6:.2f}M"
+        if label:
+            above = {"textcoords": "offset points", "ha": "center", "color": INK}
+            axes.annotate(label, (time, 100 * high), (0, 5), **above)
+    for front_end in dict.fromkeys(row["frontend"] for row in rows):
+        color, label = FRONT_ENDS[front_end]
+        axes.plot([], [], "-", color=color, label=label)
+    for kind, (marker, fill, label) in MARKERS.items():
+        if any(row["row"] == kind for row in rows):
+            axes.plot([], [], marker, fillstyle=fill, color=INK, label=label)
+    ticks = [tick for tick in TICKS if tick <= 2e3 * max(row["seconds"] for row in rows)]
     axes.set(
         xscale="log",
-        xticks=TICKS,
-        xticklabels=TICKS,
+        xticks=ticks,
+        xticklabels=ticks,
         xlabel="milliseconds on one core for a second of audio, front-end included",
         ylabel="unweighted accuracy, %",
     )
-    axes.set_title(
-        "EMO-DB, 7 emotions, each speaker unheard in turn; 95 % intervals by speaker", fontsize=11
-    )
+    axes.set_title(f"EMO-DB, 7 emotions, {speakers}; 95 % intervals by speaker", fontsize=11)
     axes.minorticks_off()
     axes.grid(color="#d0d7de")
     axes.legend(loc="lower right", fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    save(figure, "tradeoff.svg")
+    save(figure, name)
 
 
 def save(figure: plt.Figure, name: str) -> None:
@@ -126,11 +146,14 @@ def save(figure: plt.Figure, name: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tradeoff", type=Path, help="written by benchmarks.tradeoff")
+    parser.add_argument("--tradeoff", type=Path, help="of ten folds, by benchmarks.tradeoff")
+    parser.add_argument("--systems", type=Path, help="of the systems on two folds, by the same")
     given = parser.parse_args()
     mpl.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "serkd", "font.family": "sans-serif"}
     )
     draw_pipeline()
     if given.tradeoff:
-        draw_tradeoff(given.tradeoff)
+        draw_tradeoff(given.tradeoff, "tradeoff.svg", "each speaker unheard in turn")
+    if given.systems:
+        draw_tradeoff(given.systems, "systems.svg", "five speakers unheard")

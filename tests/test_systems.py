@@ -1,5 +1,6 @@
 """The command that makes Tables 8 and 9, and the operations that it tells."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from layouts import ROOT
-from serkd_jax.files import read_json
+from serkd_jax.files import read_json, write_json
 from serkd_jax.results.comparison import read_runs
 from serkd_jax.results.costs import count_operations
 from serkd_jax.results.systems_table import systems_table
@@ -68,9 +69,14 @@ def test_one_command_trains_a_system_and_makes_the_table(tmp_path):
     assert results["config"]["selection_metric"] == "ua"
     assert cells_of(text, "linear probe")[1] == "mfcc"
     (tmp_path / "timnet,seed=0" / "costs.json").write_text("{}")  # as of another version
-    runs, _ = read_runs([tmp_path])
-    table = systems_table(runs)
-    (line,) = (line for line in table.rows if line[0] == "TIM-Net")
+    results["config"]["frontend"]["beside"] = "spectra"
+    shutil.copytree(tmp_path / "timnet,seed=0", tmp_path / "beside")
+    write_json(tmp_path / "beside" / "results.json", results)
+    table = systems_table(read_runs([tmp_path])[0])
+    both = {("mfcc",), ("mfcc", "spectra")}
+    for name in ("TIM-Net", "linear probe"):
+        assert {tuple(line[1].split(" and ")) for line in table.rows if line[0] == name} == both
+    line = next(line for line in table.rows if line[0] == "TIM-Net")
     assert line[2:9] == ["–"] * 7
     assert np.isfinite(float(line[10].split()[0]))
 

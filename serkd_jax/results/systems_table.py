@@ -1,7 +1,7 @@
 """Tables 8 and 9 from runs of the systems: scores and costs beside what the paper prints."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from serkd_jax.errors import UserError
 from serkd_jax.files import read_json
@@ -54,7 +54,7 @@ def systems_table(runs: Sequence[Run]) -> Table:
     lines, probes = [], {}
     for group in group_runs(runs):
         config = group.first.results["config"]
-        kind, reads = config["student"]["kind"], config["frontend"]["name"]
+        kind, reads = config["student"]["kind"], what_it_reads(config)
         scores, cost = _scores(group), _cost(group.first)
         if kind in SYSTEMS:
             lines.append([SYSTEMS[kind].name, reads, *cost, *scores["student"], *_told(kind)])
@@ -67,6 +67,12 @@ def systems_table(runs: Sequence[Run]) -> Table:
     lines += [[*probe, NONE, "none"] for probe in probes.values()]
     notes = [*NOTES, FUTURE] if any(line[0] == "MM-DFN" for line in lines) else NOTES
     return Table("systems", "Systems", HEADER, lines, notes)
+
+
+def what_it_reads(config: Mapping[str, Any]) -> str:
+    """Names the front-end of a run's student, and what is beside it."""
+    name, beside = config["frontend"]["name"], config["frontend"].get("beside")
+    return f"{name} and {beside}" if beside else name
 
 
 def _scores(group: Group) -> dict[str, list[str]]:
