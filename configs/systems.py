@@ -4,17 +4,19 @@
         --config.data_dir=EMODB --workdir=runs/dwformer
 
 After the system comes the recipe of a corpus with its presets; without one, it is IEMOCAP's.
-Without a preset the features are those of the recipe, HuBERT-large's; TIM-Net's are MFCC. The
-records, features and folds are the recipe's. The sizes, loss, optimiser, schedule, batch size and
-epochs are the system's, but its epoch is picked on the validation part, not on the test part as in
-most of the public codes. docs/systems.md says more.
+Without a preset the front-end is that of the system's authors; with one, it is the preset's. The
+records, their lengths and the folds are the recipe's. The sizes, loss, optimiser, schedule, batch
+size and epochs are the system's, but its epoch is picked on the validation part, not on the test
+part as in most of the public codes. docs/systems.md says more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
 from configs import common, emodb, iemocap, manifest, meld
+from serkd_jax.data.corpora import corpus_of
+from serkd_jax.models.students import find_student
 
 RECIPES = {"iemocap": iemocap, "meld": meld, "emodb": emodb, "manifest": manifest}
 
@@ -79,21 +81,28 @@ TRAININGS: dict[str, Callable[[ConfigDict], None]] = {
 }
 
 
-# The front-end of a system that does not read an encoder's frames.
-FRONT_ENDS = {"timnet": {"name": "mfcc", "num_coefficients": 39}}
+# The front-ends of the authors, where they are not HuBERT-large, as in the recipes.
+MFCC = {"timnet": ConfigDict({"name": "mfcc", "num_coefficients": 39})}
+HUBERT_BASE = common.encoder("hubert", "facebook/hubert-base-ls960")
+ENCODERS = {
+    "dwformer": common.encoder("wavlm", "microsoft/wavlm-large", 12),
+    "camser": common.encoder("wav2vec2", "facebook/wav2vec2-base-960h"),
+} | dict.fromkeys(("shiftcnn", "shiftformer", "shiftlstm"), HUBERT_BASE)
 
 
-def with_system(config: ConfigDict, name: str, own_input: bool = False) -> ConfigDict:
+def with_system(
+    config: ConfigDict, name: str, front_ends: Mapping[str, ConfigDict] = MFCC
+) -> ConfigDict:
     """Changes a recipe to a system: its student and its training, on the recipe's own folds.
 
     Args:
         config: the recipe.
         name: a kind of student.
-        own_input: whether the system reads what its authors gave it, and not the recipe's features.
+        front_ends: system -> what it reads instead of the recipe's features.
     """
+    if name in front_ends:
+        config.frontend = front_ends[name].copy_and_resolve_references()
     config = common.with_student(config, name)
-    if own_input and name in FRONT_ENDS:
-        config.frontend = ConfigDict(FRONT_ENDS[name])
     config.stages = "student"
     config.contrastive.weight = 0.0
     config.student.standardize = False
@@ -106,6 +115,19 @@ def with_system(config: ConfigDict, name: str, own_input: bool = False) -> Confi
     return config
 
 
+def lacking(config: ConfigDict) -> dict[str, str]:
+    """Returns the systems that a recipe cannot train, with the reasons."""
+    corpus = corpus_of(config)
+    found = {}
+    for name in TRAININGS:
+        student = find_student(name)
+        if student.beside and "model" not in config.frontend:
+            found[name] = "the features are not an encoder's"
+        elif student.reads_dialogues and not any(corpus.turn_of(x)[0] for x in corpus.utterances):
+            found[name] = "the corpus has no dialogues"
+    return found
+
+
 def get_config(preset: str = "") -> ConfigDict:
     """The recipe of SYSTEM,RECIPE,PRESET."""
     name, _, rest = preset.partition(",")
@@ -113,4 +135,4 @@ def get_config(preset: str = "") -> ConfigDict:
     for given, known in ((name, TRAININGS), (recipe, RECIPES)):
         if given not in known:
             raise ValueError(f"there is no {given!r}: use one of {', '.join(known)}")
-    return with_system(RECIPES[recipe].get_config(rest), name, own_input=not rest)
+    return with_system(RECIPES[recipe].get_config(rest), name, {} if rest else MFCC | ENCODERS)

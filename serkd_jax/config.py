@@ -219,6 +219,11 @@ def check_student(config: ConfigDict, frames: int, variates: int = 1) -> None:
         student.check(frames, variates)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if student.beside not in ("", config.frontend.get("beside")):
+        raise UserError(
+            f"student.kind={config.student.kind} reads {student.beside} and an encoder's frames: "
+            f"use an encoder as front-end, with frontend.beside={student.beside}"
+        )
     if student.reads_dialogues and (config.student.standardize or config.contrastive.weight):
         raise UserError(
             f"student.kind={config.student.kind} reads speakers and marks beside the features: set "

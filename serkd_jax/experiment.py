@@ -268,17 +268,18 @@ class Experiment:
 
     def run(self) -> str:
         """Runs what remains of the chosen stages, and returns the scores as Markdown."""
-        written = report.write_results(
+        folds = {fold.name: self.run_fold(fold) | self.probe_fold(fold) for fold in self.folds}
+        if self._trains_students:
+            costs.write_costs(self.workdir, self._measure_costs)
+        # The last file: a run that has its results is finished.
+        return report.write_results(
             self.workdir,
             self.config.corpus,
             self.config.to_dict(),
-            {fold.name: self.run_fold(fold) | self.probe_fold(fold) for fold in self.folds},
+            folds,
             self.programs.count_parameters(),
             self.data_report,
         )
-        if self._trains_students:
-            costs.write_costs(self.workdir, self._measure_costs)
-        return written
 
     @property
     def _trains_students(self) -> bool:

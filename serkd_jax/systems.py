@@ -4,10 +4,11 @@
         --workdir=runs/systems --systems=all --seeds=0-2
 
 Call it in the root of the repository. Each system of `configs/systems.py` is trained as by its
-authors, on the input that they gave it, under the recipe's protocol; `ours` is the recipe itself.
-A system that reads dialogues is left out of `all` where the corpus has none. Each run has a workdir
-below `--workdir`; they share records and features. A command that was stopped goes on when it is
-started again. Then a table is printed, and written as `systems.md`.
+authors, on the recipe's records, features and folds; TIM-Net reads MFCC. `ours` is the recipe
+itself. What a corpus or an encoder lacks for a system leaves it out of `all`. Each run has a
+workdir below `--workdir`; they share records and features. A command that was stopped goes on when
+it is started again. Then the table of all finished runs in `--workdir` is printed, and written as
+`systems.md`.
 """
 
 from pathlib import Path
@@ -44,39 +45,35 @@ def main(argv: list[str]) -> None:
 
 def _train_systems() -> None:
     # Slow to import, so only after the flags are parsed.
-    from configs.systems import TRAININGS, with_system
+    from configs.systems import TRAININGS, lacking, with_system
     from serkd_jax import grid
-    from serkd_jax.data import corpora
     from serkd_jax.files import write_file
-    from serkd_jax.models.students import find_student
     from serkd_jax.results.comparison import read_runs
     from serkd_jax.results.systems_table import systems_table
     from serkd_jax.results.typeset import markdown
 
-    out, known = Path(_WORKDIR.value), [*TRAININGS, OURS]
-    chosen = _SYSTEMS.value
-    if chosen == ["all"]:
-        corpus = corpora.corpus_of(_CONFIG.value)
-        talk = any(corpus.turn_of(utterance)[0] for utterance in corpus.utterances)
-        chosen = [x for x in known if x == OURS or talk or not find_student(x).reads_dialogues]
-    if unknown := [name for name in chosen if name not in known]:
+    out, known, chosen = Path(_WORKDIR.value), [*TRAININGS, OURS], _SYSTEMS.value
+    if unknown := [name for name in chosen if name not in (*known, "all")]:
         raise UserError(f"there is no system {unknown[0]!r}: use all, or {', '.join(known)}")
+    if "all" in chosen:
+        left_out = lacking(_CONFIG.value)
+        chosen = [name for name in known if name not in left_out]
+        for name, reason in left_out.items():
+            print(f"{name} is left out: {reason}")
     changes = {key: value for key, (value, *_) in map(grid.parse_values, _SET.value)}
     configs = {}
     for seed in grid.parse_seeds(_SEEDS.value):
         for name in chosen:
             config = grid.configure(_CONFIG.value, {"seed": seed}, out)
             if name != OURS:
-                config = grid.configure(with_system(config, name, own_input=True), changes, out)
+                config = grid.configure(with_system(config, name), changes, out)
             check_config(config)
             configs[f"{name},seed={seed}"] = config
     failed = grid.run_all(configs, out, "systems")
-    if parallel.is_first_process():
-        runs, _ = read_runs(out / name for name in configs if name not in failed)
-        if runs:
-            text = markdown(systems_table(runs))
-            write_file(out / "systems.md", text)
-            print(text)
+    if parallel.is_first_process() and (runs := read_runs([out])[0]):
+        text = markdown(systems_table(runs))
+        write_file(out / "systems.md", text)
+        print(text)
     grid.refuse_failures(failed)
 
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layouts import ROOT
+from configs import manifest, systems
+from configs import meld as recipe_of_meld
+from layouts import ROOT, write_wav
 from serkd_jax.files import read_json, write_json
 from serkd_jax.results.comparison import read_runs
 from serkd_jax.results.costs import count_operations
@@ -39,6 +41,9 @@ def test_operations_are_those_of_products_and_convolutions_that_the_result_needs
     assert count_operations(convolution.apply, params, inputs) == 2 * 2 * 7 * 6 * 3 * 2
 
 
+STUDENT_ALONE = "--config.stages=student"
+
+
 def run(workdir, *options):
     command = [sys.executable, "-m", "serkd_jax.systems", "--config=tests/tiny_config.py"]
     command += [f"--workdir={workdir}", *options]
@@ -60,25 +65,46 @@ def test_one_command_trains_a_system_and_makes_the_table(tmp_path):
     parameters, _ = count("timnet", 4, 24, 39, num_levels=8)
     assert timnet[1:3] == ["mfcc", f"{parameters:,}"]
     assert timnet[3] == f"{parameters / 2**20:.2f}" == timnet[4]
-    assert timnet[-2:] == [
-        "iemocap: 0.12 M, UA 69.41, WA 68.2",
-        "speakers of the test part",
-    ]
+    printed = "iemocap: 0.12 M, UA 69.41, WA 68.20"
+    assert timnet[-2:] == [printed, "speakers of the test part"]
     results = read_json(tmp_path / "timnet,seed=0" / "results.json", "")
     assert timnet[10].startswith(f"{100 * results['overall']['student']['ua']:.1f} (")
     assert results["config"]["selection_metric"] == "ua"
     assert cells_of(text, "linear probe")[1] == "mfcc"
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "timnet,seed=0").iterdir()}
+    again = run(tmp_path, "--systems=timnet,ours", "--set=student.epochs=1", STUDENT_ALONE)
+    assert again.returncode == 0, again.stderr[-3000:]
+    text = (tmp_path / "systems.md").read_text()
+    assert cells_of(text, "TIM-Net") == timnet
+    assert made == {path: path.stat().st_mtime_ns for path in made}, "it is not trained again"
+    ours = cells_of(text, "ours, student")
+    assert ours[1] == "logmel"
+    assert ours[-2:] == ["–", "none"]
+
     (tmp_path / "timnet,seed=0" / "costs.json").write_text("{}")  # as of another version
     results["config"]["frontend"]["beside"] = "spectra"
     shutil.copytree(tmp_path / "timnet,seed=0", tmp_path / "beside")
     write_json(tmp_path / "beside" / "results.json", results)
     table = systems_table(read_runs([tmp_path])[0])
-    both = {("mfcc",), ("mfcc", "spectra")}
-    for name in ("TIM-Net", "linear probe"):
-        assert {tuple(line[1].split(" and ")) for line in table.rows if line[0] == name} == both
+    mfcc = ["mfcc", "mfcc and spectra"]
+    for name, reads in (("TIM-Net", mfcc), ("linear probe", ["logmel", *mfcc])):
+        assert sorted(line[1] for line in table.rows if line[0] == name) == reads
     line = next(line for line in table.rows if line[0] == "TIM-Net")
     assert line[2:9] == ["–"] * 7
     assert np.isfinite(float(line[10].split()[0]))
+
+
+def test_all_are_those_for_which_the_recipe_has_features_and_dialogues(meld, tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "all.csv").write_text("path,label\na.wav,angry\n")
+    config = manifest.get_config("logmel")
+    config.manifest = str(tmp_path / "all.csv")
+    frames, talk = "the features are not an encoder's", "the corpus has no dialogues"
+    assert systems.lacking(config) == {"camser": frames, "mmdfn": talk}
+    config = recipe_of_meld.get_config("whisper")
+    config.data_dir = str(meld)
+    assert systems.lacking(config) == {}
 
 
 def test_an_unknown_system_is_named_with_those_that_there_are(tmp_path):

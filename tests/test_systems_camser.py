@@ -1,5 +1,7 @@
 """CA-MSER against torch, its views, its co-attention without softmax, and its segments."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from serkd_jax.models.students import find_student
 from serkd_jax.models.students.camser import AlexNet, Range, adaptive_mean
+from serkd_jax.stages.contrastive import momentum_update
 from tiny_students import count, random_inputs, random_variables, tiny
 
 DEAD_CLASSIFIER = 54_550_532  # of AlexNet, which the public code builds and never reads
@@ -18,7 +21,7 @@ WAV2VEC2_BASE = 94_371_712
 
 def test_its_sizes_are_those_of_the_original():
     parameters, statistics = count("camser", 4, 150, 480 + 768)
-    assert statistics == 2 * 200  # the range of each bin
+    assert statistics == 2 * 200 + 1  # the range of each bin, and whether there is one
     assert parameters + WAV2VEC2_BASE == 120_072_409
     assert parameters + WAV2VEC2_BASE + DEAD_CLASSIFIER == 174_622_941
     assert count("camser", 4, 150, 480 + 1024)[0] == 25_733_465
@@ -112,7 +115,8 @@ def example():
     num_frames[1] = 10  # just one segment
     features[1, 10:] = 0
     variables = random_variables(model, features, num_frames)
-    variables["batch_stats"] = {"range": {"low": np.full(2, -1.0), "high": np.full(2, 1.5)}}
+    ends = {"low": np.full(2, -1.0), "high": np.full(2, 1.5)}
+    variables["batch_stats"] = {"range": ends | {"seen": np.ones(())}}
     return model, variables, features, num_frames
 
 
@@ -180,6 +184,27 @@ def test_the_range_of_a_bin_is_that_of_the_training_data_and_padding_does_not_wi
     x = np.array([[[-60.0, -50], [-10, -80], [0, 0]]], np.float32)
     found = scale.apply(variables, x, np.ones((1, 3), bool), training=False)
     np.testing.assert_allclose(found[0], [[0, 0.5], [1, 0], [1, 1]])
+
+
+def test_the_range_is_that_of_all_devices_and_its_moving_average_is_a_range_too():
+    x = np.random.default_rng(0).uniform(-80, 0, (2, 3, 5, 7)).astype(np.float32)
+    valid = np.arange(5) < np.array([[5, 2, 3], [1, 4, 5]])[..., None]
+    variables = Range(None).init(jax.random.key(0), x[0], valid[0], training=False)
+
+    def update(scale, x, valid):
+        return scale.apply(variables, x, valid, training=True, mutable=["batch_stats"])
+
+    _, whole = update(Range(None), x.reshape(6, 5, 7), valid.reshape(6, 5))
+    _, parts = jax.vmap(functools.partial(update, Range("device")), axis_name="device")(x, valid)
+    for device in range(2):
+        jax.tree.map(lambda a, b, i=device: np.testing.assert_array_equal(a, b[i]), whole, parts)
+    np.testing.assert_array_equal(whole["batch_stats"]["low"], x[valid].min(0))
+
+    followed = momentum_update(variables, whole, 0.999)
+    expected = Range(None).apply(whole, x[0], valid[0], training=False)
+    found = Range(None).apply(followed, x[0], valid[0], training=False)
+    assert np.ptp(expected) == 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_features_without_its_views_are_refused_with_the_remedy():

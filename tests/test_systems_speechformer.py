@@ -19,6 +19,9 @@ STAGES = {"num_layers": (1, 1, 1), "windows": (3, 5), "merges": (2, 3), "word_fr
 def test_its_sizes_are_those_of_the_original():
     assert count("speechformer", 4, 326, 1024) == (66_858_756, 0)
     assert count("speechformer", 7, 224, 1024) == (66_857_479, 0)
+    model = find_student("speechformer")(4)
+    sizes = (model.windows, model.merges, model.num_layers, model.num_heads)
+    assert sizes == ((3, 11, 9), (2, 6, 4), (2, 2, 4, 4), 8)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,41 @@ def test_its_sizes_are_those_of_the_original():
     assert count("timnet", 4, 326, 1024) == (206_480, 3_120)
 
 
+def alone(params, stats, x):
+    """The sum over levels of a stack's weighted means, for one recording, frame by frame."""
+    x, total = x @ params["embed"]["kernel"] + params["embed"]["bias"], 0
+    for level, weight in enumerate(params["level_weights"]):
+        gate = x
+        for part in range(2):
+            conv, norm = (params[f"{what}_{level}_{part}"] for what in ("conv", "norm"))
+            running = stats[f"norm_{level}_{part}"]
+            new = np.zeros_like(gate)
+            for t in range(len(gate)):
+                before = gate[t - 2**level] if t >= 2**level else np.zeros_like(gate[0])
+                z = before @ conv["kernel"][0] + gate[t] @ conv["kernel"][1] + conv["bias"]
+                z = (z - running["mean"]) / np.sqrt(running["var"] + 0.001)
+                new[t] = np.maximum(z * norm["scale"] + norm["bias"], 0)
+            gate = new
+        x = x / (1 + np.exp(-gate))
+        total = total + weight * x.mean(0)
+    return total
+
+
+def test_it_is_the_loop_over_frames_for_each_recording_by_itself():
+    model, (features, num_frames) = tiny("timnet", num_levels=3), random_inputs(4, 9, 5)
+    variables = random_variables(model, features, num_frames)
+    params, stats = variables["params"], variables["batch_stats"]
+    stats = {name: jax.tree.map(np.abs, each) for name, each in stats.items()}  # variances are
+    weights = {"level_weights": params["level_weights"]}
+    expected = [
+        alone(params["forward"] | weights, stats["forward"], x[:n])
+        + alone(params["backward"] | weights, stats["backward"], x[:n][::-1])
+        for x, n in zip(features, num_frames, strict=True)
+    ]
+    out = model.apply({"params": params, "batch_stats": stats}, features, num_frames)
+    np.testing.assert_allclose(out.hidden, expected, atol=1e-5)
+
+
 def test_a_level_has_heard_twice_as_much_as_the_one_below_and_nothing_of_the_future():
     """A frame of NaN in each of the copies shows in all that depends on it."""
     frames = 40

@@ -37,10 +37,11 @@ OUR_ROWS = ("student", "updated_student")
 HEADER = ["system", "reads", "parameters", "M", "with encoder, M", "operations", "with encoder"]
 HEADER += ["time", "with front-end", "seeds", *TITLES.values(), "paper", "leak"]
 NOTES = [
-    "M is 2^20. Operations are millions, and times milliseconds on the machine of the run, for a "
-    "second of audio. Scores are in %, the mean over seeds with its 95 % interval, by speaker if "
-    "there are enough. Paper: what Table 8 (IEMOCAP) or 9 (MELD) prints, on the corpus of that "
-    "name; leak: what of the test part the system's public code uses in training."
+    "M is 2^20. Operations are the millions of multiplications and additions in matrix products, "
+    "and times milliseconds on the machine of the run, both for a second of audio. Scores are in "
+    "%, the mean over seeds with its 95 % interval, by speaker if there are enough. Paper: what "
+    "Table 8 (IEMOCAP) or 9 (MELD) prints, on the corpus of that name; leak: what of the test part "
+    "the system's public code uses in training."
 ]
 FUTURE = "MM-DFN classifies an utterance by its whole dialogue, with the later ones; others do not."
 
@@ -57,11 +58,13 @@ def systems_table(runs: Sequence[Run]) -> Table:
         kind, reads = config["student"]["kind"], what_it_reads(config)
         scores, cost = _scores(group), _cost(group.first)
         if kind in SYSTEMS:
-            lines.append([SYSTEMS[kind].name, reads, *cost, *scores["student"], *_told(kind)])
+            name, leak = SYSTEMS[kind]
+            lines.append([name, reads, *cost, *scores["student"], _printed(name), leak])
         else:
             for row in (row for row in OUR_ROWS if row in scores):
                 name = f"ours, {row.replace('_', ' ')}"
-                lines.append([name, reads, *cost, *scores[row], NONE, "none"])
+                printed = _printed("updated student") if row == "updated_student" else NONE
+                lines.append([name, reads, *cost, *scores[row], printed, "none"])
         if PROBE in scores:
             probes[reads] = ["linear probe", reads, *[NONE] * len(cost), *scores[PROBE]]
     lines += [[*probe, NONE, "none"] for probe in probes.values()]
@@ -103,12 +106,11 @@ def _cost(run: Run) -> list[str]:
     return cells
 
 
-def _told(kind: str) -> list[str]:
-    """What the paper prints of a system, and its leak."""
-    name, leak = SYSTEMS[kind]
-    printed = []
+def _printed(name: str) -> str:
+    """What the paper prints of a method."""
+    told = []
     for corpus, methods in paper.BASELINES.items():
         if found := methods.get(name):
-            scores = [f"{TITLES[key]} {found[key]}" for key in METRICS if key in found]
-            printed.append(f"{corpus}: {found['params']} M, {', '.join(scores)}")
-    return ["; ".join(printed) or NONE, leak]
+            scores = [f"{TITLES[key]} {found[key]:.2f}" for key in METRICS if key in found]
+            told.append(f"{corpus}: {found['params']:.2f} M, {', '.join(scores)}")
+    return "; ".join(told) or NONE

@@ -156,28 +156,33 @@ def _unit(x: jax.Array) -> jax.Array:
 class Range(nn.Module):
     """Maps each bin's range in the training data to 0 to 1, and what is outside to its ends.
 
-    The range is a batch statistic that only grows, and that of all data after the first epoch.
+    The range is a batch statistic that only grows, and that of all data after the first epoch. The
+    momentum encoder has moving averages of `low`, `high` and `seen` from 0 on; divided by that of
+    `seen`, the others are means of what there was.
     """
 
     axis: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array, training: bool) -> jax.Array:
-        """Maps levels (B, T, N) of at most 0 dB, of which those that are `valid` (B, T) count."""
+        """Maps levels (B, T, N), of which those that are `valid` (B, T) count."""
         shape = x.shape[-1:]
         low = self.variable("batch_stats", "low", jnp.zeros, shape)
-        high = self.variable("batch_stats", "high", jnp.full, shape, -1e4)
+        high = self.variable("batch_stats", "high", jnp.zeros, shape)
+        seen = self.variable("batch_stats", "seen", jnp.zeros, ())
         x = at_least_float32(x)
         if training:
             here = valid[..., None]
-            least = jnp.where(here, x, 0).min((0, 1))
-            most = jnp.where(here, x, -1e4).max((0, 1))
+            least = jnp.where(here, x, x.max()).min((0, 1))
+            most = jnp.where(here, x, x.min()).max((0, 1))
             if self.axis is not None:
                 least, most = jax.lax.pmin(least, self.axis), jax.lax.pmax(most, self.axis)
-            low.value = jnp.minimum(low.value, least)
-            high.value = jnp.maximum(high.value, most)
-        spread = high.value - low.value
-        return jnp.clip((x - low.value) / jnp.where(spread > 0, spread, 1), 0, 1)
+            low.value = jnp.where(seen.value, jnp.minimum(low.value, least), least)
+            high.value = jnp.where(seen.value, jnp.maximum(high.value, most), most)
+            seen.value = jnp.ones(())
+        share = jnp.where(seen.value > 0, seen.value, 1)
+        least, most = low.value / share, high.value / share
+        return jnp.clip((x - least) / jnp.where(most > least, most - least, 1), 0, 1)
 
 
 def _to_image(levels: jax.Array, height: int, width: int) -> jax.Array:
