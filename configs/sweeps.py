@@ -56,3 +56,13 @@ LEARNING_CURVE = {
 
 # The same experiment with five seeds.
 SEEDS = {f"seed={seed}": {"seed": seed} for seed in range(5)}
+
+# The same experiment on ten random halves of the speakers, which `benchmarks.divisions` makes.
+DIVISIONS = {
+    f"division={k}": {
+        "protocol.split_by": "file",
+        "protocol.file": f"divisions/{k}.json",
+        "seed": k,
+    }
+    for k in range(1, 11)
+}

@@ -1,0 +1,139 @@
+"""Does a gain depend on who is trained on? Random halves of a corpus's speakers.
+
+    python -m benchmarks.divisions make RUN --out=divisions
+    python -m serkd_jax.sweep --config=RECIPE --experiments=configs/sweeps.py:divisions --out=RUNS
+    python -m benchmarks.divisions compare RUNS
+
+RUN is a finished run of the corpus. `make` writes folds: in each of ten files, half of the
+speakers, drawn by chance, are tested by models of the other half, and the other way round.
+Division k is trained with seed k. `compare` gives the differences of the rows, and of the settings
+if the sweep has several (`--set=meta.order=second_order,none`), with intervals for which both
+divisions and speakers are drawn again: for other halves of other speakers, and other seeds.
+"""
+
+import argparse
+import csv
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from configs import common
+from serkd_jax.data.splits import folds_as_json, make_folds
+from serkd_jax.errors import UserError
+from serkd_jax.files import write_file
+from serkd_jax.results.comparison import read_runs
+from serkd_jax.results.intervals import interval, resample, two_sided_p
+from serkd_jax.results.predictions import PROBE, Predictions, read_predictions, rows_of, score
+
+STUDENTS = ("distilled_student", "updated_student")
+PAIRS = [(row, "student") for row in STUDENTS] + [("updated_student", "distilled_student")]
+PAIRS += [("updated_student", "teacher"), ("updated_student", PROBE)]
+
+
+def main() -> None:
+    """Makes the divisions, or compares the runs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make", help="write files of folds")
+    making.add_argument("run", type=Path, help="the workdir of a finished run")
+    making.add_argument("--out", type=Path, required=True, help="the folder to make")
+    making.add_argument("--count", type=int, default=10, help="number of divisions")
+    comparing = commands.add_parser("compare", help="print the differences")
+    comparing.add_argument("runs", type=Path, help="a folder of runs")
+    options = parser.parse_args()
+    try:
+        if options.command == "make":
+            make(options.run, options.out, options.count)
+        else:
+            print(compare(options.runs))
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def make(run: Path, out: Path, count: int) -> None:
+    """Writes the folds of `count` divisions of a run's test speakers."""
+    with (run / "predictions.csv").open(encoding="utf-8") as file:
+        lines = {line["id"]: line for line in csv.DictReader(file)}.values()
+    ids, speakers, names = (np.array([x[key] for x in lines]) for key in ("id", "speaker", "label"))
+    classes, labels = np.unique(names, return_inverse=True)
+    people, number = np.unique(speakers, return_inverse=True)
+    protocol = common.paper().protocol
+    half = -(-len(people) // 2)
+    possible = math.comb(len(people), half) // (2 if 2 * half == len(people) else 1)
+    if count > possible:
+        raise UserError(f"{len(people)} speakers can only be divided in {possible} ways")
+    protocol.update({"split_by": "speaker", "groups_per_fold": half})
+    seen: set[frozenset[int]] = set()
+    for k in range(1, count + 1):
+        rng = np.random.default_rng(k)
+        order = rng.permutation(len(people))
+        while (tested := frozenset(np.flatnonzero(order < half))) in seen:
+            order = rng.permutation(len(people))
+        seen |= {tested, frozenset(range(len(people))) - tested}
+        protocol.seed = k
+        renamed = {"id": ids, "speaker": order[number].astype(str)}
+        folds = make_folds(labels, renamed, protocol, classes)
+        write_file(out / f"{k}.json", folds_as_json(folds, ids))
+
+
+def compare(runs: Path) -> str:
+    """Returns the differences as Markdown, of runs whose names have `division=K`."""
+    settings: dict[str, dict[str, Predictions]] = defaultdict(dict)
+    for run in read_runs([runs])[0]:
+        division = re.search(r"division=\d+", run.workdir.name)[0]
+        name = run.workdir.name.replace(division, "").strip(",") or "all"
+        settings[name][division] = read_predictions(run.workdir, probe=True)
+    scored = {name: score_runs(found) for name, found in settings.items()}
+    lines = []
+    for name, (values, _) in scored.items():
+        for row, each in values.items():
+            lines.append(f"| {name} | {row} | {told(each)} | | | | |")
+    for name, each in scored.items():
+        for pair in PAIRS:
+            lines.append(difference(f"{name}: {pair[0]} − {pair[1]}", each, pair[0], each, pair[1]))
+    first, *others = scored
+    for name in others:
+        for row in STUDENTS:
+            both = scored[name], row, scored[first], row
+            lines.append(difference(f"{row}: {name} − {first}", *both))
+    header = "| what | row | mean ± deviation | least | greatest | of them > 0 | 95 % | p |"
+    return "\n".join([header, "|---" * 8 + "|", *lines])
+
+
+def score_runs(runs: dict[str, Predictions]) -> tuple[dict, dict]:
+    """Row -> UAs (K,) of the divisions; and row -> UAs (K, draws), all of the same draws."""
+    divisions = sorted(runs)
+    values = [score(runs[k])["overall"] for k in divisions]
+    draws = [resample(runs[k], "speaker") for k in divisions]
+    rows = rows_of(runs[divisions[0]])
+    return (
+        {row: np.array([each[row]["ua"] for each in values]) for row in rows},
+        {row: np.stack([each[row]["ua"] for each in draws]) for row in rows},
+    )
+
+
+def difference(what: str, first: tuple, row: str, second: tuple, other: str) -> str:
+    """A line: how far `row` is above `other`, with divisions and speakers drawn again."""
+    values, drawn = (a[row] - b[other] for a, b in zip(first, second, strict=True))
+    count, draws = drawn.shape
+    picked = np.random.default_rng(0).integers(count, size=(count, draws))
+    both = drawn[picked, np.arange(draws)].mean(0)
+    low, high = 100 * np.array(interval(both))
+    ends = f"{100 * values.min():+.1f} | {100 * values.max():+.1f} | {(values > 0).sum()}/{count}"
+    return (
+        f"| {what} | | {told(values, '+')} | {ends} | {low:+.1f} to {high:+.1f} "
+        f"| {two_sided_p(both):.3f} |"
+    )
+
+
+def told(values: Sequence[float], sign: str = "") -> str:
+    """The mean and the deviation, in points."""
+    return f"{100 * np.mean(values):{sign}.1f} ± {100 * np.std(values, ddof=1):.1f}"
+
+
+if __name__ == "__main__":
+    main()
