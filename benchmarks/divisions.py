@@ -80,36 +80,41 @@ def make(run: Path, out: Path, count: int) -> None:
         write_file(out / f"{k}.json", folds_as_json(folds, ids))
 
 
-def compare(runs: Path) -> str:
-    """Returns the differences as Markdown, of runs whose names have `division=K`."""
+def compare(folder: Path) -> str:
+    """Returns the differences as Markdown, over the divisions that were run with every setting.
+
+    Raises:
+        UserError: there are fewer than two of them.
+    """
     settings: dict[str, dict[str, Predictions]] = defaultdict(dict)
-    for run in read_runs([runs])[0]:
-        division = re.search(r"division=\d+", run.workdir.name)[0]
-        name = run.workdir.name.replace(division, "").strip(",") or "all"
-        settings[name][division] = read_predictions(run.workdir, probe=True)
-    scored = {name: score_runs(found) for name, found in settings.items()}
+    for run in read_runs([folder])[0]:
+        if found := re.fullmatch(r"(division=\d+),?(.*)", run.workdir.name):
+            settings[found[2] or "all"][found[1]] = read_predictions(run.workdir, probe=True)
+    common = sorted(set.intersection(*map(set, settings.values()))) if settings else []
+    if len(common) < 2:
+        raise UserError(f"{folder} has fewer than two divisions: run configs/sweeps.py:divisions")
+    scored = {name: score_runs([runs[k] for k in common]) for name, runs in settings.items()}
     lines = []
     for name, (values, _) in scored.items():
         for row, each in values.items():
-            lines.append(f"| {name} | {row} | {told(each)} | | | | |")
+            lines.append(f"| {name}: {row} | {told(each)} | | | | | |")
     for name, each in scored.items():
-        for pair in PAIRS:
-            lines.append(difference(f"{name}: {pair[0]} − {pair[1]}", each, pair[0], each, pair[1]))
+        for row, other in PAIRS:
+            lines.append(difference(f"{name}: {row} − {other}", each, row, each, other))
     first, *others = scored
     for name in others:
         for row in STUDENTS:
-            both = scored[name], row, scored[first], row
-            lines.append(difference(f"{row}: {name} − {first}", *both))
-    header = "| what | row | mean ± deviation | least | greatest | of them > 0 | 95 % | p |"
-    return "\n".join([header, "|---" * 8 + "|", *lines])
+            what = f"{row}: {name} − {first}"
+            lines.append(difference(what, scored[name], row, scored[first], row))
+    header = f"| {len(common)} divisions | UA | least | greatest | of them > 0 | 95 % | p |"
+    return "\n".join([header, "|---" * 7 + "|", *lines])
 
 
-def score_runs(runs: dict[str, Predictions]) -> tuple[dict, dict]:
+def score_runs(runs: Sequence[Predictions]) -> tuple[dict, dict]:
     """Row -> UAs (K,) of the divisions; and row -> UAs (K, draws), all of the same draws."""
-    divisions = sorted(runs)
-    values = [score(runs[k])["overall"] for k in divisions]
-    draws = [resample(runs[k], "speaker") for k in divisions]
-    rows = rows_of(runs[divisions[0]])
+    values = [score(run)["overall"] for run in runs]
+    draws = [resample(run, "speaker") for run in runs]
+    rows = rows_of(runs[0])
     return (
         {row: np.array([each[row]["ua"] for each in values]) for row in rows},
         {row: np.stack([each[row]["ua"] for each in draws]) for row in rows},
@@ -125,7 +130,7 @@ def difference(what: str, first: tuple, row: str, second: tuple, other: str) -> 
     low, high = 100 * np.array(interval(both))
     ends = f"{100 * values.min():+.1f} | {100 * values.max():+.1f} | {(values > 0).sum()}/{count}"
     return (
-        f"| {what} | | {told(values, '+')} | {ends} | {low:+.1f} to {high:+.1f} "
+        f"| {what} | {told(values, '+')} | {ends} | {low:+.1f} to {high:+.1f} "
         f"| {two_sided_p(both):.3f} |"
     )
 
