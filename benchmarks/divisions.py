@@ -27,7 +27,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.files import write_file
 from serkd_jax.results.comparison import read_runs
 from serkd_jax.results.intervals import interval, resample, two_sided_p
-from serkd_jax.results.predictions import PROBE, Predictions, read_predictions, rows_of, score
+from serkd_jax.results.predictions import PROBE, Predictions, rows_of, score
 
 STUDENTS = ("distilled_student", "updated_student")
 PAIRS = [(row, "student") for row in STUDENTS] + [("updated_student", "distilled_student")]
@@ -89,11 +89,11 @@ def compare(folder: Path) -> str:
     settings: dict[str, dict[str, Predictions]] = defaultdict(dict)
     for run in read_runs([folder])[0]:
         if found := re.fullmatch(r"(division=\d+),?(.*)", run.workdir.name):
-            settings[found[2] or "all"][found[1]] = read_predictions(run.workdir, probe=True)
-    common = sorted(set.intersection(*map(set, settings.values()))) if settings else []
-    if len(common) < 2:
+            settings[found[2] or "all"][found[1]] = run.predictions
+    shared = sorted(set.intersection(*map(set, settings.values()))) if settings else []
+    if len(shared) < 2:
         raise UserError(f"{folder} has fewer than two divisions: run configs/sweeps.py:divisions")
-    scored = {name: score_runs([runs[k] for k in common]) for name, runs in settings.items()}
+    scored = {name: score_runs([runs[k] for k in shared]) for name, runs in settings.items()}
     lines = []
     for name, (values, _) in scored.items():
         for row, each in values.items():
@@ -106,7 +106,7 @@ def compare(folder: Path) -> str:
         for row in STUDENTS:
             what = f"{row}: {name} − {first}"
             lines.append(difference(what, scored[name], row, scored[first], row))
-    header = f"| {len(common)} divisions | UA | least | greatest | of them > 0 | 95 % | p |"
+    header = f"| {len(shared)} divisions | UA | least | greatest | of them > 0 | 95 % | p |"
     return "\n".join([header, "|---" * 7 + "|", *lines])
 
 

@@ -13,6 +13,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+from serkd_jax.results.systems_table import SYSTEMS
+
 HERE = Path(__file__).parent
 INK, PALE = "#24292f", "#f6f8fa"
 BLUE, ORANGE, GREEN, PURPLE = "#0969da", "#bc4c00", "#1a7f37", "#8250df"
@@ -83,17 +85,13 @@ MARKERS = {
     "updated_student, int8": ("^", "full", "updated student, int8"),
     "system": ("D", "full", "compared system"),
 }
-NAMES = {
-    "camser": "CA-MSER", "dwformer": "DWFormer", "shiftcnn": "ShiftCNN",
-    "speechformer": "SpeechFormer++", "timnet": "TIM-Net",
-}  # fmt: skip
 
 
 def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
     """UA over the real-time factor of every model, with intervals by speaker."""
     rows = json.loads(table.read_text())["rows"]
     rows = [
-        row | {"row": "system"} if row["kind"] in NAMES and row["row"] == "student" else row
+        row | {"row": "system"} if row["kind"] in SYSTEMS and row["row"] == "student" else row
         for row in rows
         if row["row"] in MARKERS
     ]
@@ -108,7 +106,7 @@ def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
             time, ua, [[ua - 100 * low], [100 * high - ua]], fmt=marker, fillstyle=fill,
             color=color, markersize=7, elinewidth=0.8, alpha=0.85,
         )  # fmt: skip
-        label = NAMES.get(row["kind"]) if row["row"] == "system" else None
+        label = SYSTEMS[row["kind"]].name if row["row"] == "system" else None
         if row["row"] == "updated_student" and row["frontend"] == "logmel":
             label = f"{row['parameters'] / 1e6:.2f}M"
         if label:

@@ -41,9 +41,6 @@ def test_operations_are_those_of_products_and_convolutions_that_the_result_needs
     assert count_operations(convolution.apply, params, inputs) == 2 * 2 * 7 * 6 * 3 * 2
 
 
-STUDENT_ALONE = "--config.stages=student"
-
-
 def run(workdir, *options):
     command = [sys.executable, "-m", "serkd_jax.systems", "--config=tests/tiny_config.py"]
     command += [f"--workdir={workdir}", *options]
@@ -73,7 +70,9 @@ def test_one_command_trains_a_system_and_makes_the_table(tmp_path):
     assert cells_of(text, "linear probe")[1] == "mfcc"
 
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "timnet,seed=0").iterdir()}
-    again = run(tmp_path, "--systems=timnet,ours", "--set=student.epochs=1", STUDENT_ALONE)
+    again = run(
+        tmp_path, "--systems=timnet,ours", "--set=student.epochs=1", "--config.stages=student"
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     text = (tmp_path / "systems.md").read_text()
     assert cells_of(text, "TIM-Net") == timnet
