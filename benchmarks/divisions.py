@@ -7,8 +7,8 @@
 RUN is a finished run of the corpus. `make` writes folds: in each of ten files, half of the
 speakers, drawn by chance, are tested by models of the other half, and the other way round.
 Division k is trained with seed k. `compare` gives the differences of the rows, and of the settings
-if the sweep has several (`--set=meta.order=second_order,none`), with intervals for which both
-divisions and speakers are drawn again: for other halves of other speakers, and other seeds.
+if the sweep has several (`divisions_whisper`), with intervals for which both divisions and speakers
+are drawn again: for other halves of other speakers, and other seeds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from serkd_jax.results.intervals import interval, resample, two_sided_p
 from serkd_jax.results.predictions import PROBE, Predictions, rows_of, score
 
 STUDENTS = ("distilled_student", "updated_student")
+WHOLE = "whole"  # the method as it is, in `configs/sweeps.py`
 PAIRS = [(row, "student") for row in STUDENTS] + [("updated_student", "distilled_student")]
 PAIRS += [("updated_student", "teacher"), ("updated_student", PROBE)]
 
@@ -44,12 +45,13 @@ def main() -> None:
     making.add_argument("--count", type=int, default=10, help="number of divisions")
     comparing = commands.add_parser("compare", help="print the differences")
     comparing.add_argument("runs", type=Path, help="a folder of runs")
+    comparing.add_argument("--to", default=WHOLE, help="the setting that others are compared with")
     options = parser.parse_args()
     try:
         if options.command == "make":
             make(options.run, options.out, options.count)
         else:
-            print(compare(options.runs))
+            print(compare(options.runs, options.to))
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
@@ -80,19 +82,21 @@ def make(run: Path, out: Path, count: int) -> None:
         write_file(out / f"{k}.json", folds_as_json(folds, ids))
 
 
-def compare(folder: Path) -> str:
+def compare(folder: Path, reference: str = WHOLE) -> str:
     """Returns the differences as Markdown, over the divisions that were run with every setting.
 
     Raises:
-        UserError: there are fewer than two of them.
+        UserError: there are fewer than two of them, or no setting is called `reference`.
     """
     settings: dict[str, dict[str, Predictions]] = defaultdict(dict)
     for run in read_runs([folder])[0]:
         if found := re.fullmatch(r"(division=\d+),?(.*)", run.workdir.name):
-            settings[found[2] or "all"][found[1]] = run.predictions
+            settings[found[2] or WHOLE][found[1]] = run.predictions
     shared = sorted(set.intersection(*map(set, settings.values()))) if settings else []
     if len(shared) < 2:
         raise UserError(f"{folder} has fewer than two divisions: run configs/sweeps.py:divisions")
+    if reference not in settings:
+        raise UserError(f"{folder} has no {reference!r}: --to may be {', '.join(settings)}")
     scored = {name: score_runs([runs[k] for k in shared]) for name, runs in settings.items()}
     lines = []
     for name, (values, _) in scored.items():
@@ -101,11 +105,10 @@ def compare(folder: Path) -> str:
     for name, each in scored.items():
         for row, other in PAIRS:
             lines.append(difference(f"{name}: {row} − {other}", each, row, each, other))
-    first, *others = scored
-    for name in others:
-        for row in STUDENTS:
-            what = f"{row}: {name} − {first}"
-            lines.append(difference(what, scored[name], row, scored[first], row))
+    for name, each in scored.items():
+        for row in ("student", *STUDENTS) if name != reference else ():
+            what = f"{row}: {name} − {reference}"
+            lines.append(difference(what, each, row, scored[reference], row))
     header = f"| {len(shared)} divisions | UA | least | greatest | of them > 0 | 95 % | p |"
     return "\n".join([header, "|---" * 7 + "|", *lines])
 

@@ -66,3 +66,10 @@ DIVISIONS = {
     }
     for k in range(1, 11)
 }
+
+# What each part of the method is worth on these halves, for students of an encoder's features.
+DIVISIONS_WHISPER = {
+    f"{division},{part}": halves | changes
+    for part, changes in ABLATIONS_WHISPER.items()
+    for division, halves in DIVISIONS.items()
+}

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.divisions import difference, make
+from benchmarks.divisions import compare, difference, make
 from serkd_jax.errors import UserError
+from test_compare import make_predictions, write_run
 
 PEOPLE = [f"{k:02}" for k in range(7)]
 
@@ -63,3 +64,23 @@ def test_an_interval_is_that_of_other_divisions_and_other_speakers():
     spread = 100 * 1.96 * np.sqrt(of_draw.var() + of_division.var() / 8)
     assert (high - low) / 2 == pytest.approx(spread, rel=0.06)
     assert spread > 1.05 * 196 * of_draw.std()
+
+
+def test_a_setting_is_compared_with_the_whole_on_the_divisions_that_both_have(tmp_path):
+    right = {"teacher": 0.9, "student": 0.5, "distilled_student": 0.6, "updated_student": 0.7}
+    every = [(part, k) for part in ("first_order", "whole") for k in (1, 2, 3)]
+    for part, k in every[:-1]:
+        better = right | {"updated_student": 0.95} if part == "first_order" else right
+        predictions = make_predictions(400, seed=k, **better)
+        write_run(tmp_path / f"division={k},{part}", predictions, seed=k, probe=0.4)
+    table = {x.split("|")[1].strip(): x.split("|")[2:] for x in compare(tmp_path).splitlines()}
+    assert "2 divisions" in table
+    gain = {
+        row: float(table[f"{row}: first_order − whole"][0].split()[0])
+        for row in ("student", "distilled_student", "updated_student")
+    }
+    means = [float(table[f"{x}: updated_student"][0].split()[0]) for x in ("first_order", "whole")]
+    assert gain["student"] == gain["distilled_student"] == 0 < 10 < gain["updated_student"]
+    assert gain["updated_student"] == pytest.approx(means[0] - means[1], abs=0.11)
+    with pytest.raises(UserError, match="no 'none': --to may be first_order, whole"):
+        compare(tmp_path, "none")
