@@ -89,7 +89,8 @@ def compare(folder: Path, reference: str = WHOLE) -> str:
         UserError: there are fewer than two of them, or no setting is called `reference`.
     """
     settings: dict[str, dict[str, Predictions]] = defaultdict(dict)
-    for run in read_runs([folder])[0]:
+    runs, problems = read_runs([folder])
+    for run in runs:
         if found := re.fullmatch(r"(division=\d+),?(.*)", run.workdir.name):
             settings[found[2] or WHOLE][found[1]] = run.predictions
     shared = sorted(set.intersection(*map(set, settings.values()))) if settings else []
@@ -103,14 +104,16 @@ def compare(folder: Path, reference: str = WHOLE) -> str:
         for row, each in values.items():
             lines.append(f"| {name}: {row} | {told(each)} | | | | | |")
     for name, each in scored.items():
-        for row, other in PAIRS:
+        for row, other in (pair for pair in PAIRS if each[0].keys() >= {*pair}):
             lines.append(difference(f"{name}: {row} − {other}", each, row, each, other))
     for name, each in scored.items():
-        for row in ("student", *STUDENTS) if name != reference else ():
+        both = each[0].keys() & scored[reference][0]
+        for row in (x for x in ("student", *STUDENTS) if x in both and name != reference):
             what = f"{row}: {name} − {reference}"
             lines.append(difference(what, each, row, scored[reference], row))
     header = f"| {len(shared)} divisions | UA | least | greatest | of them > 0 | 95 % | p |"
-    return "\n".join([header, "|---" * 7 + "|", *lines])
+    left_out = [f"\nLeft out: {problem}" for problem in problems]
+    return "\n".join([header, "|---" * 7 + "|", *lines, *left_out])
 
 
 def score_runs(runs: Sequence[Predictions]) -> tuple[dict, dict]:

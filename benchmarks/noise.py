@@ -33,6 +33,7 @@ from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import Experiment, prepare_experiment
 from serkd_jax.files import read_json
+from serkd_jax.models.students import find_student
 from serkd_jax.results import intervals, predictions, probe
 from serkd_jax.stages.base import Stage
 from serkd_jax.stages.finetune import TeacherStage
@@ -72,24 +73,27 @@ def measure(workdir: Path, snr: float) -> dict[str, predictions.Predictions]:
     """What a run's models, and the linear probe, decide in each noise, and in none.
 
     Raises:
-        UserError: the run is not finished, or its teacher reads waveforms.
+        UserError: the run is not finished, its teacher reads waveforms, or its student dialogues.
     """
     results = read_json(workdir / "results.json", "name a finished workdir", ("config",))
     config = ConfigDict(results["config"])
     if config.teacher.input == "waveform":
         raise UserError(f"{workdir}: its teacher reads waveforms, not features")
+    if find_student(config.student.kind).reads_dialogues:
+        raise UserError(f"{workdir}: its student reads dialogues")
     experiment = prepare_experiment(config, workdir)
     cache = Path(config.cache_dir or workdir / "data")
     records = prepare.prepare_records(corpus_of(config), cache)
     own = make_frontend(config.teacher.frontend) if config.teacher.frontend.name else None
     trained = [(fold, experiment.train_fold(fold)[0]) for fold in experiment.folds]
     clean = probe.pool_all(experiment.features.chunks())
+    classes = len(experiment.table.class_names)
 
     def decide(features: Examples, teachers: Examples) -> predictions.Predictions:
         pooled = probe.pool_all(features.chunks())
         return {
             fold.name: predict(experiment, fold, states, features, teachers)
-            | {predictions.PROBE: probe_fold(clean, pooled, experiment.table.labels, fold)}
+            | {predictions.PROBE: probe_fold(clean, pooled, experiment.table.labels, fold, classes)}
             for fold, states in trained
         }
 
@@ -116,11 +120,13 @@ def predict(
     return experiment.predict_test(fold, states, features, teacher)
 
 
-def probe_fold(clean: np.ndarray, spoilt: np.ndarray, labels: np.ndarray, fold: Fold) -> np.ndarray:
+def probe_fold(
+    clean: np.ndarray, spoilt: np.ndarray, labels: np.ndarray, fold: Fold, num_classes: int
+) -> np.ndarray:
     """The decisions on spoilt vectors (n, 2 N) of a probe that is trained on clean ones."""
     vectors = clean.copy()
     vectors[fold.test] = spoilt[fold.test]
-    return probe.probe_fold(vectors, labels, fold)
+    return probe.probe_fold(vectors, labels, fold, num_classes)
 
 
 class Hearing:

@@ -1,5 +1,6 @@
 """The paper's values (Section 4 and Table 3), on which every recipe is based."""
 
+import copy
 from functools import partial
 
 from ml_collections import ConfigDict
@@ -63,8 +64,8 @@ def paper(table3: str = "iemocap") -> ConfigDict:
     config.frontend = encoder("hubert", "facebook/hubert-large-ll60k")
     config.max_frames = 326 if iemocap else 224
 
-    # Which utterances are for testing, selecting epochs (validation) and rewarding the teacher
-    # (quiz): ours.
+    # Which utterances are for testing, for selecting epochs (validation), and for training the
+    # meta-teacher and rewarding the policy (half of the quiz part each): ours.
     config.protocol = ConfigDict(
         {
             "split_by": "speaker",  # speaker, session, fold, split, random or file
@@ -322,7 +323,9 @@ def with_student(config: ConfigDict, kind: str) -> ConfigDict:
         config.student.standardize, config.contrastive.weight = False, 0.0
     if student.beside and "model" in config.frontend:
         encoder = config.frontend
-        config.frontend = ConfigDict(encoder.to_dict() | {"beside": student.beside})
+        config.frontend = copy.deepcopy(encoder)  # so that `layer` may still be a list
+        with config.frontend.unlocked():
+            config.frontend.beside = student.beside
         if config.teacher.input == "features" and not config.teacher.frontend.name:
             config.teacher.frontend = encoder  # without what is beside it
     return config

@@ -6,7 +6,7 @@
 ``EMODB`` is the corpus as its authors ship it: the folder that holds ``wav``.
 
 ``:whisper`` uses features of Whisper-base, ``:logmel-from-whisper`` uses them only for the teacher,
-and ``:logmel`` downloads nothing. Without a preset the features and the teacher are HuBERT-large.
+and ``:logmel`` downloads nothing; docs/training.md lists all presets. Without a preset the features and the teacher are HuBERT-large.
 
 docs/training.md says what to expect, measured on a copy whose recordings are all 2 s long. For
 longer recordings raise ``--config.max_frames``.
@@ -27,7 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
         if frontend.name == "whisper":
             frontend.layer = 2  # best on inner folds; see docs/encoders.md
     if "whisper" in preset.split(","):
-        # An epoch is 12 steps.
+        # An epoch is 13 steps.
         config.teacher.epochs = config.student.epochs = config.distill.epochs = 25
         config.curriculum.epochs = 10
     return config

@@ -10,6 +10,7 @@ size and epochs are the system's, but its epoch is picked on the validation part
 part as in most of the public codes. docs/systems.md says more.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -101,15 +102,15 @@ def with_system(
         front_ends: system -> what it reads instead of the recipe's features.
     """
     if name in front_ends:
-        config.frontend = front_ends[name].copy_and_resolve_references()
+        config.frontend = copy.deepcopy(front_ends[name])
     config = common.with_student(config, name)
     config.stages = "student"
     config.contrastive.weight = 0.0
-    config.student.standardize = False
+    config.student.update({"standardize": False, "label_smoothing": 0.0, "focus": 0.0})
     config.selection_metric = "wf1" if config.corpus == "meld" else "ua"
-    config.batch_size = 32
-    plain = {"weight_decay": 0.0, "decayed": "kernels", "clip_norm": 0.0, "warmup": 0.0}
-    config.optimizer.update(plain)
+    config.batch_size, config.patience = 32, 0
+    config.optimizer = common.paper().optimizer
+    config.optimizer.update({"weight_decay": 0.0, "clip_norm": 0.0})
     TRAININGS[name](config)
     config.contrastive.queue_size = config.batch_size  # without weight it does nothing
     return config

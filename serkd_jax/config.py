@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from serkd_jax.audio.spectra import BINS, COEFFICIENTS
 from serkd_jax.audio.spectral import SPECTRAL
 from serkd_jax.errors import UserError
 from serkd_jax.models.students import STUDENTS, find_student
@@ -144,9 +145,10 @@ FROM_SCRATCH = {  # of a teacher without a pretrained model
 # The keys of the config's `student` part that are not sizes of its kind.
 STUDENT_SETTINGS = ("kind", "pretrained", "standardize", "label_smoothing", "focus")
 STUDENT_SETTINGS += ("learning_rate", "epochs")
-# Config keys that say where and how a run is carried out, not what it computes.
-PATH_KEYS = ("data_dir", "manifest", "label_map", "cache_dir", "stages_dir", "protocol.file")
-PATH_KEYS += ("student.pretrained",)
+# Config keys that say where the data are, and where and how a run is carried out, not what it
+# computes.
+DATA_KEYS = ("data_dir", "manifest", "label_map", "protocol.file", "student.pretrained")
+PATH_KEYS = (*DATA_KEYS, "cache_dir", "stages_dir")
 PLACE_KEYS = (*PATH_KEYS, "num_devices", "strict", "stages", "examples")
 PLACE_KEYS += ("steps_per_dispatch", "remat")
 
@@ -223,6 +225,10 @@ def check_student(config: ConfigDict, frames: int, variates: int = 1) -> None:
         raise UserError(
             f"student.kind={config.student.kind} reads {student.beside} and an encoder's frames: "
             f"use an encoder as front-end, with frontend.beside={student.beside}"
+        )
+    if student.beside and (student.bins, student.coefficients) != (BINS, COEFFICIENTS):
+        raise UserError(
+            f"student.bins and student.coefficients are {BINS} and {COEFFICIENTS} in the features"
         )
     if student.reads_dialogues and (config.student.standardize or config.contrastive.weight):
         raise UserError(

@@ -179,7 +179,8 @@ class Experiment:
         # All processes have looked for the file before it is written.
         parallel.wait_for_processes(f"fold {fold.name} probe")
         if not arrays and parallel.is_first_process():
-            decided = probe.probe_fold(self._probe_vectors, self.table.labels, fold)
+            classes = len(self.table.class_names)
+            decided = probe.probe_fold(self._probe_vectors, self.table.labels, fold, classes)
             arrays = self._about_test(fold) | {predictions.PROBE: decided}
             write_arrays(saved, **arrays)
         parallel.wait_for_processes(f"fold {fold.name} probed")
@@ -289,8 +290,9 @@ class Experiment:
     def _measure_costs(self) -> dict[str, Any]:
         """Measures what the student costs, with new weights: time does not depend on them."""
         variables = self.programs.new_student(jax.random.key(0))
-        student = jax.jit(partial(self.programs.student.apply, variables))
         deployed = {k: x for k, x in variables["params"].items() if k[:11] != "projection_"}
+        variables = {**variables, "params": deployed}
+        student = jax.jit(partial(self.programs.student.clone(projection_dims=()).apply, variables))
         params = self.programs.count_parameters()
         params |= {"deployed": sum(x.size for x in jax.tree.leaves(deployed))}
         frames, shape = self.config.max_frames, self.programs.feature_shape

@@ -1,6 +1,7 @@
 """The runs of a sweep: which they are, their configs, and doing one of them."""
 
 import ast
+import copy
 import importlib.util
 import itertools
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from serkd_jax.config import leaves, settings_of
+from serkd_jax.config import DATA_KEYS, leaves, settings_of
 from serkd_jax.distributed import parallel
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import prepare_experiment
@@ -116,7 +117,7 @@ def configure(recipe: ConfigDict, changes: Changes, out: Path) -> ConfigDict:
     Raises:
         UserError: the recipe has no such key, or a value is of another type.
     """
-    config = recipe.copy_and_resolve_references()
+    config = copy.deepcopy(recipe)  # with the types that its keys may have
     known = dict(leaves(recipe))
     for key, value in changes.items():
         if key not in known:
@@ -170,7 +171,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if path.exists():
         done = read_json(path, "delete it, and it is made again", ("config",))["config"]
         same = settings_of(ConfigDict(done)) == settings_of(config)
-        if same and done["stages"] == config.stages:
+        places = (dict(leaves(each)) for each in (done, config))
+        old, new = ([each.get(key) for key in ("stages", *DATA_KEYS)] for each in places)
+        if same and old == new:  # data at another place might be other data
             return
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):

@@ -60,20 +60,31 @@ def _train_systems() -> None:
         chosen = [name for name in known if name not in left_out]
         for name, reason in left_out.items():
             print(f"{name} is left out: {reason}")
-    changes = {key: value for key, (value, *_) in map(grid.parse_values, _SET.value)}
+    changes = {}
+    for key, values in map(grid.parse_values, _SET.value):
+        if len(values) > 1:
+            raise UserError(f"--set={key}: use one value here; a list has brackets, as in [8,9]")
+        changes[key] = values[0]
     configs = {}
     for seed in grid.parse_seeds(_SEEDS.value):
         for name in chosen:
             config = grid.configure(_CONFIG.value, {"seed": seed}, out)
-            if name != OURS:
-                config = grid.configure(with_system(config, name), changes, out)
-            check_config(config)
+            try:
+                if name != OURS:
+                    config = grid.configure(with_system(config, name), changes, out)
+                check_config(config)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
             configs[f"{name},seed={seed}"] = config
     failed = grid.run_all(configs, out, "systems")
-    if parallel.is_first_process() and (runs := read_runs([out])[0]):
-        text = markdown(systems_table(runs))
-        write_file(out / "systems.md", text)
-        print(text)
+    if parallel.is_first_process():
+        runs, problems = read_runs([out])
+        if runs:
+            text = markdown(systems_table(runs))
+            write_file(out / "systems.md", text)
+            print(text)
+        for problem in problems:
+            print(f"Left out: {problem}")
     grid.refuse_failures(failed)
 
 

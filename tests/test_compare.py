@@ -147,6 +147,8 @@ def test_few_speakers_have_no_interval():
     tested = make_predictions(speakers=intervals.LEAST_SPEAKERS - 1, student=0.5, teacher=0.9)
     assert np.isnan(bootstrap(tested, "speaker")["student"]["ua"]).all()
     assert np.isnan(paired(tested, "teacher", tested, "student", "speaker")["ua"].p)
+    nobody = make_predictions(speakers=0, student=0.5)
+    assert np.isnan(bootstrap(nobody, "speaker")["student"]["ua"]).all()
     enough = make_predictions(speakers=intervals.LEAST_SPEAKERS, student=0.5)
     assert not np.isnan(bootstrap(enough, "speaker")["student"]["ua"]).any()
 
@@ -274,9 +276,10 @@ def test_seeds_are_averaged_and_each_is_paired_with_itself(tmp_path):
     assert [each.adjusted["speaker"] for each in found.between_runs] == holm(p)
 
 
-def test_equal_probes_are_one_line_and_the_page_draws_them_once(tmp_path):
+@pytest.mark.parametrize("speakers", [8, 5])
+def test_equal_probes_are_one_line_and_the_page_draws_them_once(speakers, tmp_path):
     for i, probe in enumerate((0.6, 0.6, 0.9)):
-        predictions = make_predictions(student=0.5)
+        predictions = make_predictions(student=0.5, speakers=speakers)
         write_run(tmp_path / f"{i}", predictions, probe=probe, **{"contrastive.weight": i})
     comparison = compare(read_runs([tmp_path])[0])
     _, scores, *_ = tables_of(comparison)
@@ -296,6 +299,22 @@ def test_two_equal_runs_do_not_differ_and_are_told_apart_by_their_folders(tmp_pa
     assert {test.row for test in found.between_runs} == {"teacher", "student"}
     for test in found.between_runs:
         assert set(test.adjusted.values()) == set(test.adjusted_mcnemar.values()) == {1}
+
+
+def test_rows_and_probes_that_not_all_runs_have_are_left_out(tmp_path):
+    tested = make_predictions(student=0.6, teacher=0.6)
+    for name in "ab":
+        for seed in (0, 1):
+            probe = None if name == "b" and not seed else 0.5
+            settings = {"contrastive.weight": 0.2} if name == "b" else {}
+            write_run(tmp_path / f"{name}{seed}", tested, seed=seed, probe=probe, **settings)
+    found = compare(read_runs([tmp_path])[0])
+    assert not found.notes
+    assert {test.row for test in found.between_runs} == {"teacher", "student"}, "equal probes"
+    write_run(tmp_path / "c", make_predictions(meta_teacher=0.6), **{"meta.order": "none"})
+    found = compare(read_runs([tmp_path])[0])
+    told = [f"{name} and C have no row of the same seed in common: not tested." for name in "AB"]
+    assert sorted(found.notes) in (told, [x.replace(*"CA") for x in told])
 
 
 def test_a_workdir_that_is_named_twice_is_one_and_nothing_within_it_is_another(tmp_path):

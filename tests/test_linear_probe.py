@@ -105,7 +105,7 @@ def test_it_is_a_linear_svm_on_standardised_means_and_deviations(classes):
     train, test = np.sort(np.concatenate(parts[:4])), parts[4]
     mean, spread = vectors[train].mean(0), vectors[train].std(0)
     svm = LinearSVC(C=0.001, random_state=0).fit((vectors[train] - mean) / spread, labels[train])
-    decided = probe_fold(vectors, labels, Fold("1", "", *parts))
+    decided = probe_fold(vectors, labels, Fold("1", "", *parts), classes)
     expected = svm.decision_function((vectors[test] - mean) / spread)
     np.testing.assert_allclose(decided if classes > 2 else decided[:, 1], expected, atol=1e-9)
     predicted = svm.predict((vectors[test] - mean) / spread)
@@ -119,3 +119,7 @@ def test_a_class_that_is_not_trained_on_is_never_predicted():
     decided = decide(vectors, labels, np.arange(6), np.array([6]))
     assert decided.shape == (1, 3)
     assert decided.argmin() == 1
+    parts = [np.arange(4), np.array([4]), np.array([5]), np.array([], int), np.array([6])]
+    decided = probe_fold(vectors, labels, Fold("1", "", *parts), 5)
+    assert decided.shape == (1, 5), "the last classes may have no utterance"
+    assert set(decided.argsort()[0, :3]) == {1, 3, 4}

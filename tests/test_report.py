@@ -303,7 +303,7 @@ def test_the_log_the_tasks_the_costs_and_the_parts_are_shown_as_they_are(page, w
         ["3", "6 (75.0 %)", "2 (25.0 %)"],
     ]
     sizes = {row[0]: row[1] for row in page.table("Parameters")}
-    assert sizes["student and its encoder"] == "1,000,000"
+    assert sizes["deployed student and its encoder"] == "1,000,000"
     assert page.table("Seconds of computing")[-1] == ["both", "0.005", "200"]
     assert page.table("Utterances in the parts")[0] == ["1", "2", "3", "4", "5", "6", "angry"]
 

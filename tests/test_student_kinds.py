@@ -7,7 +7,7 @@ from flax import linen as nn
 from test_stages import STAGES, as_arrays, run
 
 import serkd_jax.models.students as students
-from configs import common, systems
+from configs import common, emodb, systems
 from configs.common import with_preset
 from exported_models import write_model
 from layouts import write_wav
@@ -232,6 +232,17 @@ def test_the_rates_are_those_of_the_authors(kind):
     schedule = make_schedule(config.optimizer, config.student.learning_rate, total)
     for epoch, rate in RATES[kind].items():
         assert schedule(round(epoch * steps)) == pytest.approx(rate, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_the_training_of_its_authors_does_not_depend_on_that_of_the_recipe(kind):
+    config, plain = emodb.get_config("whisper"), emodb.get_config("whisper")
+    config.optimizer.update({"name": "sgd", "beta1": 0.5, "first_cycle": 0.1, "final": 0.5})
+    config.optimizer.update({"schedule": "cosine", "warmup": 0.5, "decayed": "all"})
+    config.student.update({"label_smoothing": 0.2, "focus": 2.0})
+    config.update({"patience": 3, "batch_size": 7})
+    made = [systems.with_system(each, kind).to_dict() for each in (config, plain)]
+    assert made[0] == made[1]
 
 
 def test_a_system_or_a_recipe_that_there_is_not_is_named():

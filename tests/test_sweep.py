@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import quick_xla
-from configs import common, sweeps
+from configs import common, emodb, sweeps
 from finished_runs import final_arrays
 from layouts import ROOT, make_split
 from serkd_jax import grid
-from serkd_jax.config import settings_of
+from serkd_jax.config import leaves, settings_of
 from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES, prepare_experiment, stage_identity
 from tiny_config import get_config
@@ -93,11 +93,16 @@ def test_a_key_or_a_value_that_the_recipe_does_not_have_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=told):
             grid.configure(get_config(), changes, tmp_path)
+    whisper = emodb.get_config("whisper,camser")
+    layers = {"frontend.layer": [2, 3], "teacher.frontend.layer": [1, 2]}
+    averaged = grid.configure(whisper, layers, tmp_path)
+    assert dict(leaves(averaged)).items() >= layers.items()
+    assert whisper.frontend.layer == whisper.teacher.frontend.layer == 2
     with pytest.raises(UserError, match="two runs would have the name"):
         grid.plan({"a b": {}, "a_b": {}}, [], "")
 
 
-@pytest.mark.parametrize("name", ["TABLE4", "FIG2", "ABLATIONS", "SEEDS"])
+@pytest.mark.parametrize("name", ["TABLE4", "FIG2", "ABLATIONS", "DIVISIONS"])
 def test_the_experiments_of_the_recipe_change_what_it_has(name, tmp_path):
     experiments, recipe = getattr(sweeps, name), common.paper()
     for changes in experiments.values():
@@ -141,12 +146,14 @@ def test_a_finished_run_is_left_alone_unless_other_stages_are_wanted(monkeypatch
     config, begun = get_config(), []
     (tmp_path / "results.json").write_text(json.dumps({"config": config.to_dict()}))
     monkeypatch.setattr(grid, "prepare_experiment", lambda *_: begun.append(1) or 1 / 0)
+    config.cache_dir = "elsewhere"
     grid.run(config, tmp_path)
     assert not begun
-    config.stages = "student"
-    with pytest.raises(ZeroDivisionError):
-        grid.run(config, tmp_path)
-    assert begun
+    for key, value in (("stages", "student"), ("data_dir", "elsewhere")):
+        changed = grid.configure(config, {key: value}, tmp_path)
+        with pytest.raises(ZeroDivisionError):
+            grid.run(changed, tmp_path)
+    assert len(begun) == 2
 
 
 @pytest.mark.slow

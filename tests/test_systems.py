@@ -3,12 +3,14 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from configs import manifest, systems
 from configs import meld as recipe_of_meld
@@ -39,6 +41,19 @@ def test_operations_are_those_of_products_and_convolutions_that_the_result_needs
     params = convolution.init(jax.random.key(0), inputs)
     # 7 positions, 6 outputs, each of 3 frames of the 2 channels of its group
     assert count_operations(convolution.apply, params, inputs) == 2 * 2 * 7 * 6 * 3 * 2
+
+
+def test_operations_of_an_attention_kernel_are_those_of_its_two_products():
+    kernel = Primitive("dot_product_attention_fwd_wrapper")  # cuDNN's, which no CPU has
+    kernel.def_abstract_eval(lambda query, key, value: query)
+    queries, keys = jnp.ones((2, 7, 3, 4)), jnp.ones((2, 5, 3, 4))
+
+    def attend(queries, keys):
+        queries, keys = (x.swapaxes(1, 2) for x in (queries, keys))
+        return jax.nn.softmax(queries @ keys.swapaxes(2, 3)) @ keys
+
+    plain = count_operations(attend, queries, keys)
+    assert count_operations(partial(kernel.bind, queries, keys, keys)) == plain > 0
 
 
 def run(workdir, *options):
@@ -89,6 +104,10 @@ def test_one_command_trains_a_system_and_makes_the_table(tmp_path):
     mfcc = ["mfcc", "mfcc and spectra"]
     for name, reads in (("TIM-Net", mfcc), ("linear probe", ["logmel", *mfcc])):
         assert sorted(line[1] for line in table.rows if line[0] == name) == reads
+    results["config"] |= {"stages": "teacher,student"}
+    write_json(tmp_path / "beside" / "results.json", results)
+    (taught,) = (x for x in systems_table(read_runs([tmp_path])[0]).rows if "taught" in x[0])
+    assert [taught[0], *taught[-2:]] == ["TIM-Net, taught by ours, student", "–", "none"]
     line = next(line for line in table.rows if line[0] == "TIM-Net")
     assert line[2:9] == ["–"] * 7
     assert np.isfinite(float(line[10].split()[0]))
@@ -110,3 +129,10 @@ def test_an_unknown_system_is_named_with_those_that_there_are(tmp_path):
     done = run(tmp_path, "--systems=timmet")
     assert done.returncode == 1
     assert "there is no system 'timmet': use all, or timnet, dwformer" in done.stderr
+    for options, told in (
+        (("--systems=timnet", "--set=student.epochs=1,2"), "--set=student.epochs: use one value"),
+        (("--systems=ours,timnet", "--set=student.depth=1"), "timnet: student.depth: the recipe"),
+    ):
+        done = run(tmp_path, *options)
+        assert done.returncode == 1
+        assert told in done.stderr

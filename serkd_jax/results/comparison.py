@@ -283,7 +283,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
             and not (row == PROBE and _predict_alike(group, other, row))
         ]
         if not found:
-            notes.append(f"{other.letter} and {group.letter} have no seed in common: not tested.")
+            names = f"{other.letter} and {group.letter}"
+            notes.append(f"{names} have no row of the same seed in common: not tested.")
         of_runs += found
     draws = max(DRAWS, DRAWS_PER_TEST * max(len(of_rows), len(of_runs)))
     drawn = {
@@ -332,8 +333,10 @@ def _difference(first: Sequence[Group], second: Sequence[Group]) -> str:
 
 
 def _predict_alike(group: Group, other: Group, row: str) -> bool:
+    runs = group.with_row(row), other.with_row(row)
+    seed = min(set.intersection(*map(set, runs)))
     predicted = []
-    for predictions in (group.first.predictions, other.first.predictions):
+    for predictions in (each[seed].predictions for each in runs):
         order = np.argsort(pooled(predictions, "ids"), kind="stable")
         predicted.append(pooled(predictions, row).argmax(-1)[order])
     return np.array_equal(*predicted)

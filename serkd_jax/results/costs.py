@@ -96,6 +96,8 @@ def _count_equation(equation: JaxprEqn) -> int:
     if equation.primitive.name == "conv_general_dilated":
         outputs = shapes[1][settings["dimension_numbers"].rhs_spec[0]]
         return 2 * size * math.prod(shapes[1]) // outputs
+    if equation.primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, tokens first
+        return 2 * 2 * math.prod(shapes[0]) * shapes[1][1]
     inner = [
         value for value in settings.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")
     ]

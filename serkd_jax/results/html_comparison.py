@@ -43,7 +43,7 @@ def _score_figure(comparison: Comparison) -> str:
     """Draws the score by which each line is tested, with its interval and its seeds."""
     tested = [score for score in comparison.scores if score.metric == score.group.metric]
     # The linear probe of runs with the same features is shown once, at the end.
-    probes = {(x.mean, *x.intervals.values()): x for x in tested[::-1] if x.row == PROBE}
+    probes = {str((x.mean, x.intervals)): x for x in tested[::-1] if x.row == PROBE}  # NaN, too
     shown = [x for x in tested if x.row != PROBE] + [*probes.values()]
     by = "speaker" if all(isfinite(x.intervals["speaker"][0]) for x in shown) else "utterance"
     metrics = " or ".join(dict.fromkeys(TITLES[score.metric] for score in shown))

@@ -284,10 +284,6 @@ def vectors(run: Run) -> str:
     return paragraph(" ".join(told)) + _neighbours(folds) + pictures
 
 
-def _most_common(names: np.ndarray, count: int) -> list[str]:
-    return sorted(name for name, _ in Counter(names.tolist()).most_common(count) if name)
-
-
 def _neighbours(folds: Predictions) -> str:
     rows = []
     for fold, arrays in folds.items():

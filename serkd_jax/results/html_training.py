@@ -201,7 +201,8 @@ def _parameters(run: Run) -> str:
     encoder = counts.pop("encoder", None)
     if encoder:
         counts |= {"encoder of the student’s features": encoder}
-        counts |= {"student and its encoder": counts["student"] + encoder}
+        student = counts.get("deployed", counts["student"])
+        counts |= {"deployed student and its encoder": student + encoder}
     rows = [
         [name, f"{n:,}", f"{n / 2**20:.2f}", *papers.get(name, none), f"{4 * n / 1e6:,.1f}"]
         for name, n in counts.items()
@@ -214,7 +215,7 @@ def _parameters(run: Run) -> str:
     if encoder is None:
         told += " This run has not measured it."
     if encoder == 0:
-        told += " This student reads log-mel frames and needs none."
+        told += " This student needs no encoder."
     told += " What an exported file takes depends on its format (`docs/export.md`)."
     return paragraph(told) + table("Parameters", head, rows, numbered=True)
 

@@ -8,7 +8,14 @@ from scipy import sparse, stats
 
 from serkd_jax.errors import UserError
 from serkd_jax.results.metrics import TITLES
-from serkd_jax.results.predictions import ABOUT, Predictions, pooled, rows_of, score
+from serkd_jax.results.predictions import (
+    ABOUT,
+    Predictions,
+    count_speakers,
+    pooled,
+    rows_of,
+    score,
+)
 
 METRICS = tuple(TITLES)
 # With fewer, no test could find a difference: if all favour one side, p is at least 2 / 2^5 = 0.06.
@@ -93,7 +100,8 @@ def resample(
         seed: seed of the draws.
 
     Returns:
-        row -> metric -> (draws,) scores; all NaN for fewer than `LEAST_SPEAKERS`.
+        row -> metric -> (draws,) scores; all NaN by speaker if fewer than `LEAST_SPEAKERS` are
+        known.
     """
     ids, label = pooled(predictions, "ids"), pooled(predictions, "label")
     clusters = [("", key) for key in ids.tolist()]  # one, where several folds test an utterance
@@ -106,7 +114,7 @@ def resample(
     cluster = np.array([number[each] for each in clusters])
 
     rows, size = rows_of(predictions), len(number)
-    if by == "speaker" and size < LEAST_SPEAKERS:
+    if by == "speaker" and count_speakers(predictions) < LEAST_SPEAKERS:
         return {row: dict.fromkeys(METRICS, np.full(draws, np.nan)) for row in rows}
     classes = pooled(predictions, rows[0]).shape[1]
     shape = len(rows), classes, classes

@@ -29,7 +29,12 @@ def pool_all(chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.
 
 
 def decide(
-    vectors: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, c: float = C
+    vectors: np.ndarray,
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    c: float = C,
+    num_classes: int | None = None,
 ) -> np.ndarray:
     """Trains a linear SVM on standardised vectors, one class against the rest.
 
@@ -39,6 +44,7 @@ def decide(
         train: rows to train on.
         test: rows to decide on.
         c: C of the SVM; a smaller value regularises more.
+        num_classes: number of classes, if more than occur in `labels`.
 
     Returns:
         (rows to decide on, C) decision values, of which the greatest is that of the predicted
@@ -48,12 +54,12 @@ def decide(
     decided = svm.fit(vectors[train], labels[train]).decision_function(vectors[test])
     if decided.ndim == 1:  # two classes: it is positive for the second
         decided = np.stack([-decided, decided], axis=1)
-    values = np.full((len(test), labels.max() + 1), decided.min() - 1)
+    values = np.full((len(test), num_classes or labels.max() + 1), decided.min() - 1)
     values[:, svm.classes_] = decided
     return values
 
 
-def probe_fold(vectors: np.ndarray, labels: np.ndarray, fold: Fold) -> np.ndarray:
+def probe_fold(vectors: np.ndarray, labels: np.ndarray, fold: Fold, num_classes: int) -> np.ndarray:
     """Returns the (n_test, C) decisions of a probe trained on all other parts of the fold."""
     train = np.sort(np.concatenate([rows for part, rows in fold.parts.items() if part != "test"]))
-    return decide(vectors, labels, train, fold.test)
+    return decide(vectors, labels, train, fold.test, num_classes=num_classes)

@@ -57,13 +57,16 @@ def systems_table(runs: Sequence[Run]) -> Table:
         config = group.first.results["config"]
         kind, reads = config["student"]["kind"], what_it_reads(config)
         scores, cost = _scores(group), _cost(group.first)
-        if kind in SYSTEMS:
-            name, leak = SYSTEMS[kind]
-            lines.append([name, reads, *cost, *scores["student"], _printed(name), leak])
+        system = SYSTEMS.get(kind)
+        if system and config["stages"] == "student":  # as its authors train it
+            printed = _printed(system.name)
+            lines.append([system.name, reads, *cost, *scores["student"], printed, system.leak])
         else:
+            ours = f"{system.name}, taught by ours" if system else "ours"
             for row in (row for row in OUR_ROWS if row in scores):
-                name = f"ours, {row.replace('_', ' ')}"
-                printed = _printed("updated student") if row == "updated_student" else NONE
+                of_paper = not system and row == "updated_student"
+                printed = _printed("updated student") if of_paper else NONE
+                name = f"{ours}, {row.replace('_', ' ')}"
                 lines.append([name, reads, *cost, *scores[row], printed, "none"])
         if PROBE in scores:
             probes[reads] = ["linear probe", reads, *[NONE] * len(cost), *scores[PROBE]]

@@ -116,11 +116,14 @@ class Manifest(SpeechCorpus):
             raise CorpusError(f"{values['where']}: start and end are seconds; {error}") from error
         extras = {}
         if self.EXTRAS:
+            dialogue = tidy(values.get("dialogue", ""))
             try:
-                turn = float(values.get("turn") or 0)
+                turn = float(values.get("turn") or ("" if dialogue else 0))
             except ValueError as error:
-                raise CorpusError(f"{values['where']}: turn is a number; {error}") from error
-            extras = {"dialogue": tidy(values.get("dialogue", "")), "turn": turn}
+                raise CorpusError(
+                    f"{values['where']}: turn, the place in a dialogue, is a number; {error}"
+                ) from error
+            extras = {"dialogue": dialogue, "turn": turn}
         names = ("id", "label", "path", "speaker", "session", "split", "fold")
         texts = {name: values.get(name, "") for name in names}
         return Utterance(**texts, start=start, end=end, extras=extras)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from serkd_jax.losses import l2_normalize
@@ -205,3 +206,15 @@ class Adapter(nn.Module):
 def adapt(adapter: Adapter | None, params: Any, hidden: jax.Array) -> jax.Array:
     """Returns h(., S) in the teacher's width, which it already has if there is no adapter."""
     return hidden if adapter is None else adapter.apply({"params": params}, hidden)
+
+
+def small_uniform(fan: int) -> nn.initializers.Initializer:
+    """Returns torch's default initializer: uniform up to 1 / sqrt(fan) on both sides of 0.
+
+    In a linear layer `fan` is the number of inputs; in a recurrent one, that of hidden units.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan**-0.5), fan**-0.5)
+
+    return init

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames
-from serkd_jax.models.students.base import Student, StudentOutput, size
+from serkd_jax.models.students.base import Student, StudentOutput, size, small_uniform
 from serkd_jax.models.transformer import (
     MASKED_LOGIT,
     Dropout,
@@ -187,7 +187,7 @@ class GroupLayer(nn.Module):
         width = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
         norm = functools.partial(TorchLayerNorm, dtype=self.dtype)
-        of_heads = functools.partial(dense, bias_init=_small_uniform(width))
+        of_heads = functools.partial(dense, bias_init=small_uniform(width))
         query, key, value = project_heads(x, self.num_heads, of_heads)
         same = group[:, None, :, None] == group[:, None, None, :]
         logits = jnp.where(same, attention_logits(query, key, None), MASKED_LOGIT)
@@ -204,13 +204,3 @@ class GroupLayer(nn.Module):
 def masked_softmax(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax of (B, L) over the positions where `mask` (B, L) is True."""
     return nn.softmax(jnp.where(mask, x, MASKED_LOGIT))
-
-
-def _small_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """Returns torch's default initializer of a bias: uniform up to 1 / sqrt(fan_in)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        limit = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return init

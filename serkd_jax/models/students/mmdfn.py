@@ -1,7 +1,7 @@
 """MM-DFN (Hu et al., ICASSP 2022) with audio alone: a graph of the utterances of a dialogue."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from serkd_jax.losses import l2_normalize
 from serkd_jax.models.frames import at_least_float32, masked_mean, valid_frames, zero_invalid
 from serkd_jax.models.recurrent import lstm_step, scan_frames
-from serkd_jax.models.students.base import Student, StudentOutput, size
+from serkd_jax.models.students.base import Student, StudentOutput, size, small_uniform
 from serkd_jax.models.transformer import Dropout
 
 MARKS = 2  # columns after the audio vector: the place of the speaker, and the mark
@@ -94,18 +94,6 @@ class MMDFN(Student):
         hidden = masked_mean(both, valid & (mark > 0.5))
         hidden = nn.relu(Dropout(self.dropout, name="output_dropout")(hidden, dropout_keys))
         return self.classify_and_project(hidden, kernel_init=small_uniform(hidden.shape[-1]))
-
-
-def small_uniform(fan: int) -> nn.initializers.Initializer:
-    """Returns torch's default initializer: uniform up to 1 / sqrt(fan) on both sides of 0.
-
-    In a linear layer `fan` is the number of inputs; in a recurrent one, that of hidden units.
-    """
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -(fan**-0.5), fan**-0.5)
-
-    return init
 
 
 def find_speakers(speaker: jax.Array, valid: jax.Array) -> jax.Array:

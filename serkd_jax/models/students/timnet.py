@@ -55,12 +55,12 @@ class TimNet(Student):
             )
             levels = stack(features[:, order], valid[:, order], dropout_keys)
             means.append(jnp.stack([masked_mean(x, valid[:, order]) for x in levels]))
-        weights = self.param("level_weights", _small_uniform, (self.num_levels,))
+        weights = self.param("level_weights", _uniform, (self.num_levels,))
         hidden = jnp.einsum("l,lbd->bd", weights, sum(means))
         return self.classify_and_project(hidden, kernel_init=glorot)
 
 
-def _small_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-0.05, maxval=0.05)
 
 
