@@ -6,7 +6,8 @@
 ``EMODB`` is the corpus as its authors ship it: the folder that holds ``wav``.
 
 ``:whisper`` uses features of Whisper-base, ``:logmel-from-whisper`` uses them only for the teacher,
-and ``:logmel`` downloads nothing; docs/training.md lists all presets. Without a preset the features and the teacher are HuBERT-large.
+and ``:logmel`` downloads nothing; docs/training.md lists all presets. Without one the features and
+the teacher are HuBERT-large.
 
 docs/training.md says what to expect, measured on a copy whose recordings are all 2 s long. For
 longer recordings raise ``--config.max_frames``.
