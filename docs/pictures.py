@@ -87,7 +87,7 @@ MARKERS = {
 }
 
 
-def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
+def draw_tradeoff(table: Path, name: str, speakers: str, legend: str | tuple[float, float]) -> None:
     """UA over the real-time factor of every model, with intervals by speaker."""
     rows = json.loads(table.read_text())["rows"]
     rows = [
@@ -106,12 +106,12 @@ def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
             time, ua, [[ua - 100 * low], [100 * high - ua]], fmt=marker, fillstyle=fill,
             color=color, markersize=7, elinewidth=0.8, alpha=0.85,
         )  # fmt: skip
-        label = SYSTEMS[row["kind"]].name if row["row"] == "system" else None
-        if row["row"] == "updated_student" and row["frontend"] == "logmel":
-            label = f"{row['parameters'] / 1e6:.2f}M"
-        if label:
-            above = {"textcoords": "offset points", "ha": "center", "color": INK}
-            axes.annotate(label, (time, 100 * high), (0, 5), **above)
+        text = {"textcoords": "offset points", "color": INK}
+        if row["row"] == "system":
+            axes.annotate(SYSTEMS[row["kind"]].name, (time, ua), (7, 0), va="center", **text)
+        elif row["row"] == "updated_student" and row["frontend"] == "logmel":
+            size = f"{row['parameters'] / 1e6:.2f}M"
+            axes.annotate(size, (time, 100 * high), (0, 5), ha="center", **text)
     for front_end in dict.fromkeys(row["frontend"] for row in rows):
         color, label = FRONT_ENDS[front_end]
         axes.plot([], [], "-", color=color, label=label)
@@ -129,7 +129,7 @@ def draw_tradeoff(table: Path, name: str, speakers: str) -> None:
     axes.set_title(f"EMO-DB, 7 emotions, {speakers}; 95 % intervals by speaker", fontsize=11)
     axes.minorticks_off()
     axes.grid(color="#d0d7de")
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc=legend, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     save(figure, name)
@@ -152,6 +152,6 @@ if __name__ == "__main__":
     )
     draw_pipeline()
     if given.tradeoff:
-        draw_tradeoff(given.tradeoff, "tradeoff.svg", "each speaker unheard in turn")
+        draw_tradeoff(given.tradeoff, "tradeoff.svg", "each speaker unheard in turn", "lower right")
     if given.systems:
-        draw_tradeoff(given.systems, "systems.svg", "five speakers unheard")
+        draw_tradeoff(given.systems, "systems.svg", "five speakers unheard", (0.38, 0.02))
