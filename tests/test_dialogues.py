@@ -125,8 +125,9 @@ def test_a_corpus_without_dialogues_and_settings_for_frames_are_refused(tmp_path
         prepare_experiment(config, tmp_path / "run")
 
 
-def test_a_turn_that_is_no_number_is_named(tmp_path):
-    corpus = manifest_of(tmp_path, "path,label,dialogue,turn\na.wav,x,d1,first\n")
+@pytest.mark.parametrize("turn", ["first", ""])
+def test_a_turn_of_a_dialogue_that_is_no_number_is_named(turn, tmp_path):
+    corpus = manifest_of(tmp_path, f"path,label,dialogue,turn\nb.wav,x,,\na.wav,x,d1,{turn}\n")
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"m\.csv, line 2: turn is a number; .*'first'"):
+    with pytest.raises(UserError, match=rf"m\.csv, line 3: turn, .* is a number; .*'{turn}'"):
         _ = corpus.utterances

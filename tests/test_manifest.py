@@ -103,13 +103,6 @@ def test_faulty_csv_manifest_is_told_with_its_line(tmp_path, three_wavs, problem
         manifest_of(tmp_path, BAD_MANIFESTS[problem]).utterances  # noqa: B018
 
 
-def test_an_utterance_of_a_dialogue_has_a_turn(tmp_path, three_wavs):
-    text = "path,label,dialogue,turn\na.wav,x,d,2\nb.wav,x,,\nc.wav,x,d,"
-    with pytest.raises(CorpusError, match="line 4: turn, the place in a dialogue, is a number"):
-        manifest_of(tmp_path, text).utterances  # noqa: B018
-    assert len(manifest_of(tmp_path, text + "1").utterances) == 3
-
-
 BAD_JSONL = {
     "line 2: not JSON": '{"path": "a.wav", "label": "x"}\n{"path"\n',
     "line 1: .* is not a JSON object": "[1, 2]\n",
