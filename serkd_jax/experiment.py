@@ -36,7 +36,7 @@ from serkd_jax.encoders.frontends import make_frontend
 from serkd_jax.errors import UserError, differences
 from serkd_jax.files import locked, read_arrays, read_json, write_arrays, write_file, write_json
 from serkd_jax.models.students import find_student
-from serkd_jax.models.students.base import StudentOutput
+from serkd_jax.models.students.base import StudentOutput, deployed_params
 from serkd_jax.models.teacher import TeacherOutput
 from serkd_jax.programs import Programs
 from serkd_jax.results import costs, predictions, probe, report
@@ -290,7 +290,7 @@ class Experiment:
     def _measure_costs(self) -> dict[str, Any]:
         """Measures what the student costs, with new weights: time does not depend on them."""
         variables = self.programs.new_student(jax.random.key(0))
-        deployed = {k: x for k, x in variables["params"].items() if k[:11] != "projection_"}
+        deployed = deployed_params(variables["params"])
         variables = {**variables, "params": deployed}
         student = jax.jit(partial(self.programs.student.clone(projection_dims=()).apply, variables))
         params = self.programs.count_parameters()

@@ -20,7 +20,7 @@ from serkd_jax.errors import UserError
 from serkd_jax.experiment import STAGES
 from serkd_jax.files import read_arrays, read_json
 from serkd_jax.models.students import find_student
-from serkd_jax.models.students.base import sizes
+from serkd_jax.models.students.base import deployed_params, sizes
 from serkd_jax.stages.standardization import Statistics
 from serkd_jax.training import load_selected
 
@@ -77,11 +77,10 @@ def load_trained(workdir: Path, fold: str, row: str) -> Trained:
         )
     stage = STAGE_OF_ROW[row]
     selected = load_selected(workdir / f"fold_{fold}" / stage.name)
-    params = stage.student_params(selected["params"])
+    params = deployed_params(stage.student_params(selected["params"]))
     statistics = read_arrays(
         workdir / f"fold_{fold}" / "statistics.npz", UNFINISHED, ("mean", "spread")
     )
-    params = {name: x for name, x in params.items() if not name.startswith("projection_")}
     frontend = make_frontend(ConfigDict(results["config"]["frontend"]))
     if frontend.fingerprint != run["the front-end"]:
         raise UserError(f"the front-end is not what {workdir} was trained on: its weights changed")

@@ -208,6 +208,11 @@ def adapt(adapter: Adapter | None, params: Any, hidden: jax.Array) -> jax.Array:
     return hidden if adapter is None else adapter.apply({"params": params}, hidden)
 
 
+def deployed_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what only the contrastive branch needs, its projection."""
+    return {name: x for name, x in params.items() if not name.startswith("projection_")}
+
+
 def small_uniform(fan: int) -> nn.initializers.Initializer:
     """Returns torch's default initializer: uniform up to 1 / sqrt(fan) on both sides of 0.
 
